@@ -80,7 +80,7 @@ def logits(a: Architecture, b: Backend[V]) -> V:
 
 
 def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
-    """What is looked up by id: `[batch, n, hidden]`, and `[batch, n, layers * dim]` where each layer has its own."""
+    """What is looked up by id: `[batch, n, hidden]`, and if layers have their own `[batch, n, layers * dim]`."""
     x = b.embedding("model.embed_tokens.weight", a.embed_scale)
     if a.per_layer is None:
         return x, None
@@ -88,7 +88,7 @@ def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
 
 
 def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
-    """`[batch, n, hidden]` after the last layer, before the last norm; `x` and `tokens` as `embed` gives them."""
+    """`[batch, n, hidden]` after the last layer, before the last norm; `x`, `tokens` as `embed` gives them."""
     inputs = None if tokens is None else per_layer_inputs(a, b, x, tokens)
     for layer in a.layers:
         x = decoder_layer(a, b, x, None if inputs is None else b.part(inputs, layer.index), layer)
@@ -111,7 +111,7 @@ def per_layer_inputs(a: Architecture, b: Backend[V], x: V, tokens: V) -> V:
 
 
 def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: Layer) -> V:
-    """One layer: attention, MLP, and what the layer is told of the token, each normed on the way in and out."""
+    """One layer: attention, MLP and what the layer is told of the token, each added to the residual."""
     name = f"model.layers.{layer.index}"
     h = attention(a, b, norm(a, b, x, f"{name}.input_layernorm"), layer)
     x = b.add(x, norm(a, b, h, f"{name}.post_attention_layernorm"))
