@@ -1,0 +1,347 @@
+"""What a run found out, as data: `report.json` is these models, written as they stand.
+
+Numbers here were measured in the run that wrote them; `docs/report.md` says what each field means and in
+which unit. Everything is frozen, and apart from seconds and memory the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemexport.formats.errors import InputError
+from gemexport.formats.files import atomic
+
+Status = Literal["pass", "fail", "error", "skipped"]
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations"]
+
+SCHEMA = 1
+_PACKAGES = (
+    *(
+        "gemexport",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "numba",
+        "gguf",
+        "xllamacpp",
+        "mlx",
+        "mlx-lm",
+    ),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "coremltools", "compressed-tensors"),
+)
+
+
+class _Model(BaseModel):
+    """Frozen; a misspelt field is an error; NaN and infinity become strings, so that JSON stays JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class GridReport(_Model):
+    """An integer grid: codes of `bits` bits, one scale for `block` consecutive weights of a row."""
+
+    bits: int
+    block: int
+    scale_dtype: str
+    lossless: bool
+
+    def __str__(self) -> str:
+        return f"int{self.bits} / {self.block} · {self.scale_dtype}"
+
+
+class LatticeTensor(_Model):
+    """One 2-D tensor of the source `[out, in]` and the share of its blocks that lie on an integer grid."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    grid: GridReport | None = None
+    grid_fraction: float
+
+
+class LatticeReport(_Model):
+    """What the search for integer grids found: `weights` were looked at, `on_grid` of them lie on one."""
+
+    weights: int
+    on_grid: int
+    seconds: float
+    tensors: tuple[LatticeTensor, ...] = ()
+
+
+class ModelReport(_Model):
+    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken."""
+
+    name: str
+    architecture: str
+    parameters: int
+    bytes: int
+    source: str
+    left_out: tuple[str, ...] = ()
+    lattice: LatticeReport | None = None
+
+
+class FileReport(_Model):
+    """One file of an artefact, its path relative to the output folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ExportStats(_Model):
+    """Wall-clock seconds of the export alone, and the peak of its anonymous memory (RssAnon) in bytes."""
+
+    seconds: float
+    peak_rss_bytes: int | None = None
+
+
+class TensorReport(_Model):
+    """One tensor read back from the artefact and compared with the source's, under its canonical name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    grid: GridReport | None = None
+    source_grid: GridReport | None = None
+    compared: int
+    exact: int
+    exact_fraction: float
+    max_relative_error: float
+    rms_relative_error: float | None = None
+
+
+class WeightsReport(_Model):
+    """The weights read back from the written artefact against the source's."""
+
+    compared: int
+    exact: int
+    exact_fraction: float
+    max_relative_error: float
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    tensors: tuple[TensorReport, ...] = ()
+
+
+class TokenizerDifference(_Model):
+    """A text on which the artefact's tokenizer gives other ids than the checkpoint's."""
+
+    text: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...]
+
+
+class TokenizerReport(_Model):
+    """On how many texts the artefact's own tokenizer gives exactly the ids of the checkpoint's."""
+
+    texts: int
+    equal: int
+    name: str | None = None
+    differences: tuple[TokenizerDifference, ...] = ()
+
+
+class Divergence(_Model):
+    """Two models on the same tokens: KL divergence in nats, a share from 0 to 1, a ratio of perplexities."""
+
+    kld_mean: float
+    kld_max: float
+    top1_agreement: float
+    perplexity_ratio: float
+
+
+class GreedyReport(_Model):
+    """A greedy continuation with the runtime's own cache: its first `equal` ids are the reference's."""
+
+    tokens: int
+    equal: int
+
+
+class LogitsReport(_Model):
+    """An artefact run in a runtime, teacher-forced over `tokens` positions.
+
+    `conversion` is against the reference holding the weights read back from the artefact, `loss` against the
+    reference holding the source's; `noise_floor` is PyTorch's own bf16 against its f32 on the same tokens.
+    `top_k` is set where the runtime tells only its k likeliest tokens: they count, and one bucket for the rest.
+    """
+
+    runtime: str
+    arithmetic: Arithmetic
+    tokens: int
+    top_k: int | None = None
+    reference: str | None = None
+    conversion: Divergence | None = None
+    loss: Divergence | None = None
+    noise_floor: Divergence | None = None
+    greedy: GreedyReport | None = None
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+
+
+class Bound(_Model):
+    """One thing the verdict rests on: a metric, its value, its limit and where that comes from."""
+
+    metric: str
+    value: float
+    relation: Literal["<=", ">="]
+    limit: float
+    origin: str
+    held: bool
+
+    @classmethod
+    def at_most(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+        """`value` must not exceed `limit`; NaN does not hold."""
+        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=value <= limit)
+
+    @classmethod
+    def at_least(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+        """`value` must reach `limit`; NaN does not hold."""
+        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=value >= limit)
+
+    def __str__(self) -> str:
+        broken = "" if self.held else "not "
+        return f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
+
+
+class ArtifactReport(_Model):
+    """One artefact: what was written, how close it is to the model, and the verdict with its reasons.
+
+    `skipped` claims nothing: not written, or written and not validated; `reason` says which. `run` is the
+    line that runs it. `more_logits` holds further runtimes or arithmetics than the one the table shows.
+    """
+
+    format: str
+    variant: str
+    path: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    files: tuple[FileReport, ...] = ()
+    status: Status
+    reason: str | None = None
+    run: str | None = None
+    notes: tuple[str, ...] = ()
+    export: ExportStats | None = None
+    weights: WeightsReport | None = None
+    tokenizer: TokenizerReport | None = None
+    logits: LogitsReport | None = None
+    more_logits: tuple[LogitsReport, ...] = ()
+    bounds: tuple[Bound, ...] = ()
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """This artefact as JSON with a newline at its end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Report(_Model):
+    """A whole run: the model that went in and one entry for each artefact, in the order of the request."""
+
+    schema_version: int = SCHEMA
+    model: ModelReport
+    recipe: str | None = None
+    versions: dict[str, str]
+    artifacts: tuple[ArtifactReport, ...] = ()
+    seconds: float = 0.0
+    peak_rss_bytes: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no artefact failed its validator or stopped with an error."""
+        return all(artifact.status in ("pass", "skipped") for artifact in self.artifacts)
+
+    def to_json(self) -> str:
+        """What `report.json` holds: fields in the order above, and a newline at the end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def verdict(bounds: Iterable[Bound]) -> tuple[Status, str | None]:
+    """`("pass", None)`, or `("fail", reason)` where the reason names every bound that did not hold."""
+    broken = [str(bound) for bound in bounds if not bound.held]
+    return ("fail", "; ".join(broken)) if broken else ("pass", None)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages a run can depend on, those that are installed, sorted by name."""
+    found: dict[str, str] = {}
+    for package in sorted(_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_report(path: Path) -> Report:
+    """The report at `path`; fields that a later gemexport added are passed over. Raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            path, f"cannot be read ({error})", "give the report.json of a gemexport run"
+        ) from error
+    try:
+        return Report.model_validate_json(text, extra="ignore")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(
+            path, f"is not a report: {where}: {first['msg']}", "write it anew with gemexport all"
+        ) from error
+
+
+def describe_files(root: Path, path: Path) -> tuple[FileReport, ...]:
+    """The files of the artefact at `path` (a file or a folder), sorted, their paths relative to `root`."""
+    found = []
+    for file in _files(path):
+        relative = file.relative_to(root).as_posix()
+        found.append(FileReport(path=relative, bytes=file.stat().st_size, sha256=file_sha256(file)))
+    return tuple(found)
+
+
+def artifact_sha256(files: Sequence[FileReport]) -> str:
+    """One digest for an artefact: a file's own, or for a folder that of its lines in `SHA256SUMS`."""
+    if len(files) == 1:
+        return files[0].sha256
+    return hashlib.sha256("".join(_sum_line(file) for file in files).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read a slice at a time."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_sums(out: Path, artifacts: Iterable[ArtifactReport]) -> Path:
+    """Write `SHA256SUMS`, as `sha256sum -c` reads it, for every file of the artefacts; return its path.
+
+    The reports are not in it: they hold measured seconds, and without them two builds of the same model have
+    the same `SHA256SUMS`.
+    """
+    files = {file.path: file for artifact in artifacts for file in artifact.files}
+    return write_text(out / "SHA256SUMS", "".join(_sum_line(files[path]) for path in sorted(files)))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path`, which never holds half of it; return `path`. Raises InputError."""
+    with atomic(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    yield from sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+
+
+def _sum_line(file: FileReport) -> str:
+    # coreutils marks a line whose name holds a backslash or a line break with a leading backslash.
+    name = file.path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    mark = "\\" if name != file.path else ""
+    return f"{mark}{file.sha256}  {name}\n"
