@@ -80,7 +80,7 @@ def logits(a: Architecture, b: Backend[V]) -> V:
 
 
 def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
-    """What is looked up by id: `[batch, n, hidden]`, and if layers have their own `[batch, n, layers * dim]`."""
+    """What is looked up by id: `[batch, n, hidden]` and, of per-layer inputs, `[batch, n, layers * dim]`."""
     x = b.embedding("model.embed_tokens.weight", a.embed_scale)
     if a.per_layer is None:
         return x, None
@@ -88,7 +88,7 @@ def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
 
 
 def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
-    """`[batch, n, hidden]` after the last layer, before the last norm; `x`, `tokens` as `embed` gives them."""
+    """`[batch, n, hidden]` after the last layer, before the last norm; `x`, `tokens` are from `embed`."""
     inputs = None if tokens is None else per_layer_inputs(a, b, x, tokens)
     for layer in a.layers:
         x = decoder_layer(a, b, x, None if inputs is None else b.part(inputs, layer.index), layer)
