@@ -1,0 +1,97 @@
+"""The reference is transformers' own model: the same logits to the last bit, however the config is spelt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gemexport.formats.tensor import ArrayTensor, Tensor
+from gemexport.validators.reference import reference
+
+TOKENS = [2, 17, 5, 99, 100, 3, 64, 42, 7, 11, 12, 13, 90, 91, 92, 93, 94, 95, 33, 34]
+
+GEMMA3 = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8,
+    "query_pre_attn_scalar": 16, "sliding_window_pattern": 3,
+}  # fmt: skip
+GEMMA4 = {
+    "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "global_head_dim": 32, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True, "sliding_window": 8, "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
+def _model(model_type: str, settings: dict[str, Any]) -> Any:
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.ndim < 2 and name.endswith(("norm.weight", "layer_scalar")):
+                tensor.copy_(tensor + 0.2 * torch.rand_like(tensor))
+    return model
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    return {name: ArrayTensor(name, value.numpy()) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4)])
+def test_is_the_same_model(model_type: str, settings: dict[str, Any]) -> None:
+    model = _model(model_type, settings)
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    old_spelling = {**settings, "model_type": model_type}
+    for raw in (old_spelling, model.config.to_dict()):
+        got = reference(raw, _tensors(model), 2)
+        np.testing.assert_array_equal(got.logits(TOKENS), expected)
+        assert got.arithmetic == "f32"
+        assert got.tokenize("text") is None
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4)])
+def test_greedy_follows_the_logits(model_type: str, settings: dict[str, Any]) -> None:
+    model = reference({**settings, "model_type": model_type}, _tensors(_model(model_type, settings)), 2)
+    tokens = TOKENS[:4]
+    for token in model.greedy(tokens, 12):
+        assert token == model.logits(tokens)[-1].argmax()
+        tokens = [*tokens, token]
+    assert model.greedy(TOKENS, 0) == []
+
+
+def test_bf16_rounds_and_says_so() -> None:
+    raw = {**GEMMA3, "model_type": "gemma3_text"}
+    tensors = _tensors(_model("gemma3_text", GEMMA3))
+    exact, rounded = reference(raw, tensors, 2), reference(raw, tensors, 2, dtype="bf16")
+    assert rounded.arithmetic == "bf16"
+    logits = rounded.logits(TOKENS)
+    assert logits.dtype == np.float32
+    difference = np.abs(logits - exact.logits(TOKENS)).max()
+    assert 0 < difference < 0.1 * np.abs(logits).max()
+
+
+def test_storage_settings_do_not_reach_the_model() -> None:
+    raw = {**GEMMA3, "model_type": "gemma3_text", "dtype": "bfloat16", "quantization": {"bits": 4},
+           "quantization_config": {"quant_method": "compressed-tensors"}}  # fmt: skip
+    model = _model("gemma3_text", GEMMA3)
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    np.testing.assert_array_equal(reference(raw, _tensors(model), 2).logits(TOKENS), expected)
+
+
+def test_missing_and_unknown_tensors_are_named() -> None:
+    raw = {**GEMMA3, "model_type": "gemma3_text"}
+    tensors = _tensors(_model("gemma3_text", GEMMA3))
+    without = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    with pytest.raises(ValueError, match=r"missing_keys.*model\.norm\.weight"):
+        reference(raw, without, 2)
+    with pytest.raises(ValueError, match=r"unexpected_keys.*model\.extra\.weight"):
+        reference(raw, {**tensors, "model.extra.weight": tensors["model.norm.weight"]}, 2)

@@ -1,0 +1,141 @@
+"""The reference model: transformers' own text decoder in float32, holding whichever weights it is given.
+
+A validator builds it from the source's tensors, which shows what the compression cost, and from those read
+back out of an artefact, which shows whether a runtime computes what the artefact's numbers mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+
+from gemexport.formats.tensor import Floats, Tensor, slices
+
+Arithmetic = Literal["f32", "bf16"]
+
+DTYPES: dict[Arithmetic, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+# What a config says about how weights were stored: the weights given here are plain numbers already.
+STORAGE_KEYS = ("quantization_config", "quantization", "dtype", "torch_dtype")
+
+
+def reference(
+    text_config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    threads: int | None = None,
+    *,
+    dtype: Arithmetic = "f32",
+) -> Reference:
+    """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
+
+    `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
+    (`gemma3_text`, `gemma4_text`). `dtype` "bf16" computes in bfloat16 instead, as the checkpoint is served:
+    its distance from "f32" is PyTorch's own noise. Memory: one copy of the weights, 4 or 2 bytes each.
+
+    Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
+    """
+    config = _config(text_config)
+    weights = {name: _materialise(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
+    # With a state dict, from_pretrained builds the module on the meta device, hangs these very tensors into
+    # it, ties the embeddings, and recomputes the buffers that no checkpoint holds (RoPE, embedding scales).
+    decoder: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with _quiet():
+        model, report = decoder.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=DTYPES[dtype],
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    complaints = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {complaint: sorted(map(str, report[complaint])) for complaint in complaints}
+    if any(wrong.values()):
+        raise ValueError(f"the tensors do not make up a {config.model_type}: {wrong}")
+    return Reference(model, dtype, threads or os.cpu_count() or 1)
+
+
+class Reference:
+    """A transformers causal language model, asked for logits or for a greedy continuation."""
+
+    def __init__(self, model: Any, arithmetic: Arithmetic, threads: int, name: str | None = None) -> None:
+        self.name = name or f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
+        self.arithmetic: Arithmetic = arithmetic
+        self._model = model.eval()
+        self._threads = threads
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """Teacher-forced logits `[len(tokens), vocab]`: row i is what follows tokens[: i + 1]."""
+        with self._running():
+            output = self._model(_row(tokens), use_cache=False)
+            return np.ascontiguousarray(output.logits[0].float().numpy())
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely tokens after `tokens`, one at a time through the key/value cache."""
+        continuation: list[int] = []
+        step, cache = _row(tokens), None
+        with self._running():
+            while len(continuation) < count:
+                output = self._model(step, past_key_values=cache, use_cache=True)
+                continuation.append(int(output.logits[0, -1].argmax()))
+                step, cache = _row(continuation[-1:]), output.past_key_values
+        return continuation
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """None: weights and a config have no tokenizer."""
+        return None
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._model = None
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _row(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([list(tokens)], dtype=torch.long)
+
+
+def _config(text_config: Mapping[str, Any]) -> Any:
+    """The transformers config, without what would make it quantize or cast the weights."""
+    raw = {key: value for key, value in text_config.items() if key not in STORAGE_KEYS}
+    return transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+
+
+def _materialise(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor's values as a torch tensor, filled by slices of rows so that no second copy exists."""
+    whole = torch.empty(tensor.shape, dtype=dtype)
+    if len(tensor.shape) != 2:
+        return whole.copy_(torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32)))
+    for start, stop in slices(tensor):
+        values = np.ascontiguousarray(tensor.rows(start, stop).values)
+        whole[start:stop].copy_(torch.from_numpy(values))
+    return whole
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and load reports on the way: what is wrong is raised."""
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
