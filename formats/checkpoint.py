@@ -1,0 +1,136 @@
+"""A checkpoint in Hugging Face layout: a decoder's tensors under their canonical names, mapped, none of them read yet."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.architecture import Architecture, architecture, text_config
+from gemexport.formats.errors import InputError
+from gemexport.formats.safetensors import FLOAT_DTYPES, MappedTensor, read_folder
+from gemexport.formats.tensor import Tensor
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "generation_config.json",
+)
+# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
+_SPELLINGS = (
+    (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
+    (re.compile(r"^language_model\.model\.(.+)$"), r"model.\1"),
+    (re.compile(r"^language_model\.(lm_head\..+)$"), r"\1"),
+    (re.compile(r"^((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"), r"model.\1"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A decoder and where it came from."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]  # config.json as it is
+    text_config: dict[str, Any]  # the decoder's own part of it
+    architecture: Architecture
+    tensors: Mapping[str, Tensor]  # exactly architecture.tensor_shapes(), in that order
+    left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
+
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer, chat template and generation settings that lie beside the weights."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    def nbytes(self) -> int:
+        """Bytes of the decoder's tensors as stored."""
+        sizes = {"bf16": 2, "f16": 2, "f32": 4}
+        total = 0
+        for tensor in self.tensors.values():
+            count = 1
+            for size in tensor.shape:
+                count *= size
+            total += count * sizes[tensor.dtype]
+        return total
+
+
+def canonical_name(name: str) -> str:
+    """The name that transformers' text model gives to a tensor of any of the classes that contain it."""
+    for pattern, replacement in _SPELLINGS:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return name
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in folder `path`; reads headers only.
+
+    Raises InputError for what is missing, truncated, contradictory or not known.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "there is no such folder"
+        raise InputError(folder, problem, "give the folder of a checkpoint in Hugging Face layout")
+    config = read_config(folder)
+    decoder = architecture(config, folder / "config.json")
+    if not (folder / "tokenizer.json").is_file():
+        remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+        raise InputError(folder, "there is no tokenizer.json", remedy)
+    read_tokenizer(folder / "tokenizer.json")
+    stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, shape in decoder.tensor_shapes().items():
+        array = stored.pop(name, None)
+        if array is None:
+            raise InputError(folder, f"the tensor {name} is missing", "save the whole model, or mend config.json")
+        if array.entry.dtype not in FLOAT_DTYPES:
+            remedy = "give the model in bf16, f16 or f32"
+            raise InputError(array.path, f"tensor {name} is stored as {array.entry.dtype}", remedy)
+        if array.entry.shape != shape and not (shape == (1,) and array.entry.shape == ()):
+            found, wanted = list(array.entry.shape), list(shape)
+            problem = f"tensor {name} has the shape {found} where config.json says {wanted}"
+            raise InputError(array.path, problem, "use the config.json that came with the model")
+        tensors[name] = MappedTensor(array, name)
+    return Checkpoint(
+        name=folder.resolve().name,
+        path=folder,
+        config=config,
+        text_config=text_config(config, folder / "config.json"),
+        architecture=decoder,
+        tensors=tensors,
+        left_out=tuple(sorted(stored)),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; InputError when it is missing, is not JSON, or says that the weights are quantized."""
+    path = folder / "config.json"
+    remedy = "give the folder of a checkpoint in Hugging Face layout"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(folder, "there is no config.json", remedy) from error
+    except (ValueError, OSError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
+    if not isinstance(config, dict):
+        raise InputError(path, "is not a JSON object", "download or save the file again")
+    method = (config.get("quantization_config") or config.get("quantization") or {}).get("quant_method", "MLX")
+    if "quantization_config" in config or "quantization" in config:
+        raise InputError(path, f"the weights are quantized already ({method})", "give the bf16 checkpoint it was made from")
+    return config
+
+
+def read_tokenizer(path: Path) -> dict[str, Any]:
+    """tokenizer.json as a dictionary; InputError when it is not one."""
+    try:
+        tokenizer = json.loads(path.read_text("utf-8"))
+        tokenizer["model"]["vocab"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(path, "is not a tokenizer of the tokenizers library", "save the tokenizer again") from error
+    return dict(tokenizer)
