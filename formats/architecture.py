@@ -234,13 +234,17 @@ def architecture(config: dict[str, Any], path: str | Path) -> Architecture:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(path, f"{where}: {first['msg'].lower()}", "use the config.json that came with the model") from error
+        raise InputError(
+            path, f"{where}: {first['msg'].lower()}", "use the config.json that came with the model"
+        ) from error
     family: Literal["gemma3", "gemma4"] = "gemma3" if raw["model_type"] == "gemma3_text" else "gemma4"
     _refuse(fields, family, path)
     try:
         layers = _layers(fields, family)
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(path, f"the layers are contradictory ({error})", "use the config.json that came with the model") from error
+        raise InputError(
+            path, f"the layers are contradictory ({error})", "use the config.json that came with the model"
+        ) from error
     eos = fields.eos_token_id
     per_layer = None
     if family == "gemma4" and fields.hidden_size_per_layer_input:
@@ -326,7 +330,9 @@ def _heads(fields: _TextConfig, family: str, index: int, sliding: bool) -> tuple
         return fields.head_dim, fields.num_key_value_heads
     if fields.per_layer_config is not None:
         own = fields.per_layer_config.get(index, {})
-        return int(own.get("head_dim", fields.head_dim)), int(own.get("num_key_value_heads", fields.num_key_value_heads))
+        return int(own.get("head_dim", fields.head_dim)), int(
+            own.get("num_key_value_heads", fields.num_key_value_heads)
+        )
     if sliding:
         return fields.head_dim, fields.num_key_value_heads
     kv_heads = fields.num_global_key_value_heads if fields.attention_k_eq_v else None
@@ -343,9 +349,15 @@ def _rope(fields: _TextConfig, family: str, kind: str, head_dim: int) -> Rope:
         flat = fields.rope_local_base_freq if sliding else fields.rope_theta
         given.setdefault("rope_theta", flat or (10_000.0 if sliding else 1_000_000.0))
     elif not given:
-        given = {"rope_theta": 10_000.0} if sliding else {
-            "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0,
-        }
+        given = (
+            {"rope_theta": 10_000.0}
+            if sliding
+            else {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1_000_000.0,
+            }
+        )
     rope_type = given.get("rope_type", given.get("type", "default"))
     if rope_type not in ("default", "linear", "proportional"):
         raise ValueError(f"rope_type {rope_type} is not supported")

@@ -122,7 +122,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(path, "is not a JSON object", "download or save the file again")
     method = (config.get("quantization_config") or config.get("quantization") or {}).get("quant_method", "MLX")
     if "quantization_config" in config or "quantization" in config:
-        raise InputError(path, f"the weights are quantized already ({method})", "give the bf16 checkpoint it was made from")
+        raise InputError(
+            path, f"the weights are quantized already ({method})", "give the bf16 checkpoint it was made from"
+        )
     return config
 
 

@@ -9,9 +9,9 @@ No scale is guessed; whichever rule made them, the intersection is where they ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numba
 import numpy as np
@@ -25,6 +25,8 @@ SAMPLED_ROWS = 64
 _RECIPROCAL = np.array([np.inf] + [1 / code for code in range(1, 9)])  # a multiplication costs a tenth of a division
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
+I = TypeVar("I")
+O = TypeVar("O")
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -180,14 +182,6 @@ def code_bits(codes: Codes) -> int:
     return next(bits for bits in (2, 4, 8) if low >= -(1 << (bits - 1)) and high < 1 << (bits - 1))
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """How much of a tensor lies on the grid with this block."""
-
-    block: int
-    fraction: float  # of the weights
-
-
 def candidate_blocks(width: int) -> list[int]:
     """Block sizes to try for rows of `width` weights, the widest first: one scale a row, then the fixed sizes."""
     return [width] + [block for block in BLOCKS if width % block == 0 and block < width]
@@ -199,7 +193,6 @@ def likely_block(tensor: Tensor) -> int | None:
     rows = np.unique(np.linspace(0, out - 1, SAMPLED_ROWS).astype(int))
     sample = np.concatenate([tensor.rows(int(row), int(row) + 1).values for row in rows])
     for block in candidate_blocks(width):
-        # A row of zeros lies on every grid and says nothing of the others.
         _, on = search(sample, block, tensor.dtype)
         if on == sample.size:
             return block
@@ -208,19 +201,19 @@ def likely_block(tensor: Tensor) -> int | None:
 
 def search_slices(tensor: Tensor, block: int, threads: int | None = None) -> Iterator[tuple[Floats, Floats, int]]:
     """Yield `(values, scales, weights on the lattice)` for each slice of rows, in order, searched side by side."""
-    workers = threads or os.cpu_count() or 1
 
     def one(bounds: tuple[int, int]) -> tuple[Floats, Floats, int]:
         values = tensor.rows(*bounds).values
         return values, *search(values, block, tensor.dtype)
 
-    yield from ordered(one, slices(tensor, 8 << 20), workers)
+    yield from ordered(one, slices(tensor, 8 << 20), threads)
 
 
-def ordered(function, items, workers: int):  # type: ignore[no-untyped-def]
-    """`map` over threads that holds no more than `workers + 1` results at a time."""
+def ordered(function: Callable[[I], O], items: Iterable[I], threads: int | None) -> Iterator[O]:
+    """`map` over `threads` threads (all cores by default) that holds no more than one result a thread in waiting."""
+    workers = threads or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        waiting: list = []
+        waiting: list[Future[O]] = []
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > workers:

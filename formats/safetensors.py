@@ -120,7 +120,9 @@ def read_file(path: Path) -> dict[str, MappedArray]:
         if name == "__metadata__":
             continue
         if item["dtype"] not in NUMPY_DTYPES:
-            raise InputError(path, f"tensor {name} has the dtype {item['dtype']}, which is not known here", "convert it")
+            raise InputError(
+                path, f"tensor {name} has the dtype {item['dtype']}, which is not known here", "convert it"
+            )
         entry = Entry(name, item["dtype"], tuple(item["shape"]))
         tensors[name] = MappedArray(path, entry, 8 + length + item["data_offsets"][0])
     return tensors
@@ -141,25 +143,37 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise InputError(folder, "there is no model.safetensors and no index of shards", "save the model as safetensors")
+            raise InputError(
+                folder,
+                "there is no model.safetensors and no index of shards",
+                "save the model as safetensors",
+            )
         return read_file(single)
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(index, "is not an index of shards (no weight_map)", "download or save the file again") from error
+        raise InputError(
+            index, "is not an index of shards (no weight_map)", "download or save the file again"
+        ) from error
     found: dict[str, MappedArray] = {}
     for name in names:
         shard = folder / str(name)
         # An index comes with the download: it must not make us read a file elsewhere.
         if Path(str(name)).name != str(name):
-            raise InputError(index, f"names a shard outside the folder ({name})", "use an index whose shards lie beside it")
+            raise InputError(
+                index, f"names a shard outside the folder ({name})", "use an index whose shards lie beside it"
+            )
         if not shard.is_file():
             raise InputError(index, f"names the shard {name}, which is missing", "download the missing shard")
         found |= read_file(shard)
     for tensor, name in weight_map.items():
         if tensor not in found:
-            raise InputError(folder / name, f"has no tensor {tensor}, which the index puts there", "download the shard again")
+            raise InputError(
+                folder / name,
+                f"has no tensor {tensor}, which the index puts there",
+                "download the shard again",
+            )
     return {tensor: found[tensor] for tensor in weight_map}
 
 
@@ -258,7 +272,9 @@ class ShardedWriter:
     def __enter__(self) -> ShardedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             if self._writer is not None:
                 self._writer.abandon()

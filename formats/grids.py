@@ -1,0 +1,231 @@
+"""The grid of every 2-D tensor of a checkpoint, found once for all formats and kept beside the outputs.
+
+Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
+from gemexport.formats.files import atomic
+from gemexport.formats.lattice import (
+    BITS,
+    code_bits,
+    encode,
+    likely_block,
+    ordered,
+    search_slices,
+)
+from gemexport.formats.recipe import Recipe, Scheme
+from gemexport.formats.rounding import fit
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
+
+INDEX, SCALES = "grids.json", "scales.f32"
+
+
+class GridRecord(BaseModel):
+    """What was found out about one 2-D tensor."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    lattice_fraction: float  # of the weights, on the best block
+    lossless: bool
+    bits: int | None = None  # None: the tensor has no grid and stays as it is
+    block: int | None = None
+    scale_dtype: DType | None = None
+    offset: int = 0  # bytes into the scales file
+    squared_error: float = 0.0  # sum of (w - code * scale)**2 / sum of w**2
+
+
+class GridIndex(BaseModel):
+    """Everything `find_grids` found, and what it was found in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    tensors: list[GridRecord]
+
+    def lattice_fraction(self) -> float:
+        """Fraction of the 2-D tensors that lie wholly on a lattice."""
+        return sum(record.lossless for record in self.tensors) / max(len(self.tensors), 1)
+
+
+class GridTensor:
+    """A tensor of the checkpoint together with its grid."""
+
+    def __init__(self, base: Tensor, grid: Grid, scales: Floats) -> None:
+        self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
+        self.grid: Grid | None = grid
+        self._base, self._scales = base, scales
+
+    def rows(self, start: int, stop: int) -> Rows:
+        assert self.grid is not None
+        values = self._base.rows(start, stop).values
+        scales = np.asarray(self._scales[start:stop])
+        return Rows(values, encode(values, scales, self.grid.bits), scales)
+
+    def numpy(self) -> Floats:
+        return self._base.numpy()
+
+
+def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """A digest of what the grids depend on: sizes and times of the weight files, the config, the recipe."""
+    digest = hashlib.sha256(recipe.model_dump_json().encode())
+    for path in sorted(checkpoint.path.glob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def find_grids(
+    checkpoint: Checkpoint,
+    folder: Path,
+    recipe: Recipe,
+    progress: Callable[[int], None] = lambda _: None,
+    threads: int | None = None,
+) -> GridIndex:
+    """Search every 2-D tensor for its lattice, quantize the plain ones as `recipe` says, and keep it in `folder`.
+
+    `progress` is told the weights that were searched. Raises InputError, naming the tensor, for weights that are not
+    finite. A folder that holds the grids of the same checkpoint and recipe already is used as it is.
+    """
+    mark = fingerprint(checkpoint, recipe)
+    known = read_index(folder)
+    if known is not None and known.fingerprint == mark:
+        progress(sum(int(np.prod(checkpoint.tensors[record.name].shape)) for record in known.tensors))
+        return known
+    with atomic(folder) as partial:
+        partial.mkdir()
+        for tensor in checkpoint.tensors.values():
+            if len(tensor.shape) != 2:
+                _check_finite(tensor.numpy(), tensor, checkpoint)
+        with (partial / SCALES).open("wb") as file:
+            found = []
+            for tensor in checkpoint.tensors.values():
+                if len(tensor.shape) == 2:
+                    found.append(_find(tensor, file, checkpoint, threads))
+                    progress(tensor.shape[0] * tensor.shape[1])
+            mixed = any(record.lossless for record in found)
+            if not mixed or recipe.requantize_mixed:
+                found = [
+                    record
+                    if record.lossless
+                    else _quantize(checkpoint.tensors[record.name], record, recipe, file, threads)
+                    for record in found
+                ]
+        index = GridIndex(fingerprint=mark, tensors=found)
+        (partial / INDEX).write_text(index.model_dump_json(indent=1), "utf-8")
+    return index
+
+
+def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> None:
+    if not np.isfinite(values).all():
+        kind = "NaN" if np.isnan(values).any() else "infinite"
+        raise InputError(
+            checkpoint.path, f"tensor {tensor.name} has {kind} weights", "repair or retrain the checkpoint"
+        )
+
+
+def _find(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
+    """Search one tensor; its scales go to the end of `file` when all of it lies on the lattice."""
+    block = likely_block(tensor)
+    width = tensor.shape[1]
+    offset = file.tell()
+    # A sample that fits no grid still deserves a number: the fraction at the usual block.
+    tried = block or next((b for b in (32, 16) if width % b == 0), width)
+    on, bits, dtypes = 0, 2, set()
+    for values, scales, on_lattice in search_slices(tensor, tried, threads):
+        _check_finite(values, tensor, checkpoint)
+        on += on_lattice
+        if on_lattice == values.size:
+            bits = max(bits, code_bits(encode(values, scales, BITS)))
+            dtypes.add(narrowest(scales))
+            file.write(scales.data)
+    total = tensor.shape[0] * width
+    if on == total:
+        scale_dtype: DType = dtypes.pop() if len(dtypes) == 1 else "f32"
+        return GridRecord(
+            name=tensor.name,
+            lattice_fraction=1.0,
+            lossless=True,
+            bits=bits,
+            block=tried,
+            scale_dtype=scale_dtype,
+            offset=offset,
+        )
+    file.seek(offset)
+    file.truncate()
+    return GridRecord(name=tensor.name, lattice_fraction=on / total, lossless=False)
+
+
+def _quantize(tensor: Tensor, record: GridRecord, recipe: Recipe, file: BinaryIO, threads: int | None) -> GridRecord:
+    """Round a plain tensor to the recipe's scheme; it stays as it is when there is none or its rows do not divide."""
+    scheme = recipe.scheme(tensor.name)
+    if scheme is None or tensor.shape[1] % scheme.group_size:
+        return record
+    offset, error, energy = file.tell(), 0.0, 0.0
+    for scales, part, whole in ordered(
+        lambda bounds: _fit_slice(tensor, bounds, scheme), slices(tensor, 8 << 20), threads
+    ):
+        file.write(scales.data)
+        error, energy = error + part, energy + whole
+    return record.model_copy(
+        update={
+            "bits": scheme.bits,
+            "block": scheme.group_size,
+            "scale_dtype": "f16",
+            "offset": offset,
+            "squared_error": error / energy if energy else 0.0,
+        }
+    )
+
+
+def _fit_slice(tensor: Tensor, bounds: tuple[int, int], scheme: Scheme) -> tuple[Floats, float, float]:
+    """Scales of a slice of rows, its squared error and its energy."""
+    values = tensor.rows(*bounds).values
+    scales = fit(values, scheme.group_size, scheme.bits)
+    codes = encode(values, scales, scheme.bits)
+    difference = values - codes * np.repeat(scales, scheme.group_size, axis=1)
+    return (
+        scales,
+        float(np.square(difference, dtype=np.float64).sum()),
+        float(np.square(values, dtype=np.float64).sum()),
+    )
+
+
+def read_index(folder: Path) -> GridIndex | None:
+    """The index that `find_grids` left in `folder`, if it is there and whole."""
+    try:
+        return GridIndex.model_validate_json((folder / INDEX).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with the grids that `find_grids` left in `folder` on its 2-D tensors."""
+    index = read_index(folder)
+    if index is None:
+        raise InputError(folder, "there are no grids", "run the export again with --fresh")
+    tensors = dict(checkpoint.tensors)
+    for record in index.tensors:
+        if record.bits is None or record.block is None or record.scale_dtype is None:
+            continue
+        base = tensors[record.name]
+        out, width = base.shape
+        scales = np.memmap(
+            folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(out, width // record.block)
+        )
+        grid = Grid(record.bits, record.block, record.scale_dtype, record.lossless)
+        tensors[record.name] = GridTensor(base, grid, scales)
+    return replace(checkpoint, tensors=tensors)

@@ -1,0 +1,53 @@
+"""What a runtime adapter gives the logits validator, whichever program is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations"]
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The k most likely tokens of each position, for runtimes that give no more."""
+
+    ids: NDArray[np.int32]  # [n, k]
+    logprobs: NDArray[np.float32]  # [n, k], natural logarithms over the whole vocabulary
+
+
+Logits = NDArray[np.float32] | TopLogits  # [n, vocab], or the top of it
+
+
+class Runtime(Protocol):
+    """An artefact loaded by the program that users load it with."""
+
+    @property
+    def name(self) -> str:
+        """The program and its version."""
+        ...
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What it computes in; decides which bound the conversion is held to."""
+        ...
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """Teacher-forced logits, one row for each of `tokens`, from an empty cache."""
+        ...
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely next tokens, one by one, through the runtime's own KV cache."""
+        ...
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The artefact's own tokenizer, without BOS and with special tokens parsed; None if it has none of its own."""
+        ...
+
+    def close(self) -> None:
+        """Free what was loaded."""
+        ...
