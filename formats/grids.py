@@ -22,9 +22,9 @@ from gemexport.formats.lattice import (
     code_bits,
     encode,
     likely_block,
-    ordered,
     search_slices,
 )
+from gemexport.formats.parallel import ordered
 from gemexport.formats.recipe import Recipe, Scheme
 from gemexport.formats.rounding import fit
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices

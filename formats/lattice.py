@@ -8,15 +8,13 @@ No scale is guessed; whichever rule made them, the intersection is where they ar
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
@@ -25,8 +23,6 @@ SAMPLED_ROWS = 64
 _RECIPROCAL = np.array([np.inf] + [1 / code for code in range(1, 9)])  # a multiplication costs a tenth of a division
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
-I = TypeVar("I")
-O = TypeVar("O")
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -37,7 +33,7 @@ def _float(pattern: int) -> float:
 
 
 @jit
-def _edges(bits: int, source: int) -> tuple[float, float]:
+def edges(bits: int, source: int) -> tuple[float, float]:
     """Lowest and highest real number that rounds to the positive float32 `bits` in the source's dtype.
 
     Floats of one sign are ordered as their bit patterns, so the midpoints to a value's neighbours lie half a step of
@@ -68,7 +64,7 @@ def _interval(bits: NDArray[np.uint32], k: int, peak: float, source: int) -> tup
         code = int(np.rint(_float(magnitude) * inverse))
         if code == 0 or (code == 8 and bits[i] == magnitude):  # +8 is not a 4-bit code
             return 1.0, 0.0
-        below, above = _edges(magnitude, source)
+        below, above = edges(magnitude, source)
         low = max(low, below * _RECIPROCAL[code])
         high = min(high, above * _RECIPROCAL[code])
         if low > high:
@@ -93,11 +89,11 @@ def _reproduces(bits: NDArray[np.uint32], scale: float, source: int) -> bool:
         if magnitude == 0:
             continue
         product = np.rint(_float(magnitude) * inverse) * scale
-        below, above = _edges(magnitude, source)
+        below, above = edges(magnitude, source)
         # Ties round to the even pattern, so an odd one does not own its edges.
         step = 0x10000 if source == 0 else (0x2000 if source == 1 else 1)
         odd = (magnitude & step) != 0
-        if product < below or product > above or (odd and (product == below or product == above)):
+        if product < below or product > above or (odd and product in (below, above)):
             return False
     return True
 
@@ -207,16 +203,3 @@ def search_slices(tensor: Tensor, block: int, threads: int | None = None) -> Ite
         return values, *search(values, block, tensor.dtype)
 
     yield from ordered(one, slices(tensor, 8 << 20), threads)
-
-
-def ordered(function: Callable[[I], O], items: Iterable[I], threads: int | None) -> Iterator[O]:
-    """`map` over `threads` threads (all cores by default) that holds no more than one result a thread in waiting."""
-    workers = threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[O]] = []
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()

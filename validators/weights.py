@@ -1,0 +1,166 @@
+"""The weights read back from a written artefact against the source's, tensor by tensor.
+
+A weight is exact when the stored numbers, evaluated without rounding and then rounded to the source's dtype, are the
+source's value. Evaluated without rounding means in float64, which holds every product of a code and a float32 scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.formats.lattice import edges, jit
+from gemexport.formats.parallel import ordered
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, round_to, slices
+
+_SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """One tensor; errors are relative to the largest (`max`) or the root mean square (`rms`) of the source's weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    grid: Grid | None
+    source_grid: Grid | None
+    compared: int
+    exact: int
+    max_relative_error: float
+    rms_relative_error: float
+    scale_rounded: bool  # the source's codes, on scales that differ only by the artefact's rounding of them
+
+    @property
+    def exact_fraction(self) -> float:
+        """Share of the weights that are exact."""
+        return self.exact / max(self.compared, 1)
+
+
+@dataclass(frozen=True)
+class WeightsComparison:
+    """Every tensor of the decoder, and what is only on one side."""
+
+    tensors: tuple[TensorComparison, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    digest: str  # of the values read back: artefacts that hold the same numbers have the same
+
+
+@jit
+def _compare(source: Floats, stored: NDArray[np.float64], dtype: int) -> tuple[int, float, float, float, float]:
+    """Exact weights, largest error, squared error, largest source weight, squared source weights."""
+    exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
+    step = 0x10000 if dtype == 0 else (0x2000 if dtype == 1 else 1)
+    patterns = source.view(np.uint32)
+    for row in range(source.shape[0]):
+        for i in range(source.shape[1]):
+            wanted, found = np.float64(source[row, i]), stored[row, i]
+            peak = max(peak, abs(wanted))
+            energy += wanted * wanted
+            if found == wanted:
+                exact += 1
+                continue
+            magnitude = patterns[row, i] & np.uint32(0x7FFFFFFF)
+            if magnitude != 0 and (found > 0) == (wanted > 0):
+                below, above = edges(magnitude, dtype)
+                size = abs(found)
+                odd = (magnitude & step) != 0
+                if below <= size <= above and not (odd and size in (below, above)):
+                    exact += 1
+                    continue
+            difference = abs(found - wanted)
+            # NaN compares false with everything; it must not pass for a small error.
+            if not difference <= worst:
+                worst = difference
+            error += difference * difference
+    return exact, worst, error, peak, energy
+
+
+def evaluate(rows: Rows) -> NDArray[np.float64]:
+    """What stored rows stand for, without rounding, `[rows, in]`."""
+    if rows.codes is None or rows.scales is None:
+        return rows.values.astype(np.float64)
+    block = rows.codes.shape[1] // rows.scales.shape[1]
+    return rows.codes * np.repeat(rows.scales.astype(np.float64), block, axis=1)
+
+
+def compare(
+    source: Mapping[str, Tensor],
+    artifact: Mapping[str, Tensor],
+    progress: Callable[[int], None] = lambda _: None,
+    threads: int | None = None,
+) -> WeightsComparison:
+    """Compare every tensor of `source` with the one of the same name in `artifact`; `progress` is told weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    compared = []
+    for name, tensor in source.items():
+        if name in artifact and _count(artifact[name]) == _count(tensor):
+            compared.append(_tensor(tensor, artifact[name], digest, threads))
+            progress(compared[-1].compared)
+    return WeightsComparison(
+        tensors=tuple(compared),
+        missing=tuple(sorted(set(source) - {item.name for item in compared})),
+        unexpected=tuple(sorted(set(artifact) - set(source))),
+        digest=digest.hexdigest(),
+    )
+
+
+def _count(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _tensor(source: Tensor, stored: Tensor, digest: hashlib._Hash, threads: int | None) -> TensorComparison:
+    exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
+    same_codes = source.grid is not None and stored.grid is not None
+    for (counted, largest, squared, top, power), same, values in ordered(
+        lambda pair: _slice(pair[0], pair[1], source, stored), _pairs(source, stored), threads
+    ):
+        digest.update(values)
+        exact, worst, error = exact + counted, max(worst, largest), error + squared
+        peak, energy = max(peak, top), energy + power
+        same_codes = same_codes and same
+    return TensorComparison(
+        name=source.name,
+        shape=source.shape,
+        dtype=stored.dtype,
+        grid=stored.grid,
+        source_grid=source.grid,
+        compared=_count(source),
+        exact=exact,
+        max_relative_error=worst / peak if peak else worst,
+        rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
+        scale_rounded=same_codes,
+    )
+
+
+def _pairs(source: Tensor, stored: Tensor) -> Iterator[tuple[Rows, Rows]]:
+    """The same slices of rows of both; what is not 2-D is one row."""
+    if len(source.shape) == 2 and source.shape == stored.shape:
+        for start, stop in slices(source, 4 << 20):
+            yield source.rows(start, stop), stored.rows(start, stop)
+    else:
+        yield Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
+
+
+def _slice(
+    wanted: Rows, found: Rows, source: Tensor, stored: Tensor
+) -> tuple[tuple[int, float, float, float, float], bool, bytes]:
+    values = evaluate(found)
+    numbers = _compare(np.ascontiguousarray(wanted.values), values, _SOURCE[source.dtype])
+    return numbers, _same_codes(wanted, found, stored), values.astype(np.float32).tobytes()
+
+
+def _same_codes(wanted: Rows, found: Rows, stored: Tensor) -> bool:
+    """Whether the artefact has the source's codes on the source's scales as its own scale dtype rounds them."""
+    if wanted.codes is None or found.codes is None or wanted.scales is None or found.scales is None:
+        return False
+    assert stored.grid is not None
+    width = wanted.codes.shape[1]
+    ours = np.repeat(round_to(wanted.scales, stored.grid.scale_dtype), width // wanted.scales.shape[1], axis=1)
+    theirs = np.repeat(found.scales, width // found.scales.shape[1], axis=1)
+    return bool(np.array_equal(wanted.codes, found.codes) and np.array_equal(ours, theirs))
