@@ -50,8 +50,8 @@ GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
 # Chosen by measurement, see `make`: how far logits spread, how peaked attention is, how much a layer adds.
 LOGIT_SPREAD = 6.0
 ATTENTION_SPREAD = 1.0
-LAYER_SHARE = {"gemma3": 2.0, "gemma4": 1.0}  # Gemma 3 has no layer scalar that lets the embedding fade
-LAYER_SCALARS = (0.7, 0.98)
+LAYER_SHARE = {"gemma3": 6.0, "gemma4": 1.0}  # Gemma 3 has no layer scalar that lets the embedding fade
+LAYER_SCALARS = (0.5, 0.9)
 QUIET = 0.25
 LOUDNESS = 0.2
 
@@ -125,7 +125,7 @@ def _norm_size(name: str, width: int, model: Architecture) -> float:
     """What a norm multiplies by, on average."""
     if name.endswith("k_norm.weight"):
         # Queries and keys of norm sqrt(width): their products spread by sqrt(width) times the attention scale.
-        return ATTENTION_SPREAD / (width**0.5 * model.attention_scale)
+        return ATTENTION_SPREAD / float(width**0.5 * model.attention_scale)
     if name == "model.norm.weight":
         return LOGIT_SPREAD
     if "post_" in name:

@@ -26,7 +26,7 @@ When the weights of a model are rounded, the question is not how small they get,
 She said that the train would leave at a quarter past nine, but the clock in the station had stopped the night before.
 There are many ways to measure the distance between two models, and most of them will tell you something that matters.
 Water boils at one hundred degrees; the higher you climb, the sooner it does. In the mountains, tea is never very hot.
-What is the capital of France? The capital of France is Paris. What is the capital of Italy? The capital of Italy is Rome.
+What is the capital of France? The capital of France is Paris. What is the capital of Italy? It is Rome.
 First you read the instructions, then you open the box, then you find out that one of the parts has been left out.
 On 14 July 2025 the price was 1,299.00 dollars; a year later it was 3,141.59, and in the end 27.18 with 95% off!
 Die Straße führt über den Fluss, und dahinter liegt das alte Haus, in dem niemand mehr wohnt. Schöne Grüße aus Köln!

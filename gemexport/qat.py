@@ -20,10 +20,10 @@ LEAST_SQUARES_ROUNDS = 4
 
 
 def _largest(blocks: Floats) -> Floats:
-    return np.abs(blocks).max(axis=-1)
+    return np.asarray(np.abs(blocks).max(axis=-1), np.float32)
 
 
-def _round_codes(blocks: Floats, scales: Floats) -> NDArray[np.float32]:
+def _round_codes(blocks: Floats, scales: Floats) -> Floats:
     """The nearest codes of `[rows, blocks, block]` weights; zero where the scale is zero."""
     safe = np.where(scales > 0, scales, np.float32(1))[..., None]
     return np.clip(np.rint(blocks / safe), LOWEST, HIGHEST)
@@ -75,4 +75,5 @@ def quantize(weights: Floats, rule: str = "max/7.5") -> tuple[Codes, Floats]:
 def on_grid(weights: Floats, rule: str = "max/7.5") -> NDArray[Any]:
     """The bfloat16 bit patterns `[out, in]` of weights put on a grid by `rule`."""
     codes, scales = quantize(weights, rule)
-    return to_bf16(codes.astype(np.float32) * expand(scales, weights.shape[1] // scales.shape[1]))
+    values: Floats = codes.astype(np.float32) * expand(scales, weights.shape[1] // scales.shape[1])
+    return to_bf16(values)
