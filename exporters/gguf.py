@@ -1,0 +1,179 @@
+"""Writes a GGUF file that llama.cpp runs: every tensor streams from the checkpoint, and grids pass through unchanged.
+
+`Q4_0` is the mixed one: a 4-bit or 2-bit grid becomes Q4_0 with the grid's own scales, an 8-bit grid Q8_0, and a tensor
+without a grid keeps the source's dtype. Where a block type cannot hold a grid, the tensor keeps the source's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from gemexport.exporters.gguf_metadata import (
+    ROPE_FREQUENCIES,
+    check,
+    metadata,
+    q_norm_factor,
+    rope_frequencies,
+)
+from gemexport.exporters.gguf_tokenizer import tokenizer
+from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.files import atomic
+from gemexport.formats.gguf import file_names, norm_shift
+from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
+from gemexport.formats.gguf_container import Writer
+from gemexport.formats.parallel import ordered
+from gemexport.formats.tensor import (
+    ITEM_BYTES,
+    DType,
+    Floats,
+    Grid,
+    Rows,
+    Tensor,
+    reblock,
+    round_to,
+    slices,
+    to_bf16,
+)
+
+VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32")
+
+Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
+
+_PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
+
+
+def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], progress: Progress = ignore) -> Export:
+    """Write `checkpoint` to the file `path`; the notes name every tensor that the format could not hold as it is.
+
+    Raises InputError for a decoder or a tokenizer that llama.cpp cannot run, and for a path that cannot be written.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
+    path = Path(path)
+    decoder = checkpoint.architecture
+    check(decoder, checkpoint.path)
+    tokens, notes = tokenizer(checkpoint)
+    values = metadata(decoder, checkpoint.name, variant) | tokens
+    names = file_names(decoder.family, len(decoder.layers))
+    frequencies = rope_frequencies(decoder)
+    shapes = {names[name]: tensor.shape or (1,) for name, tensor in checkpoint.tensors.items()}
+    if frequencies is not None:
+        shapes[ROPE_FREQUENCIES] = frequencies.shape
+    with atomic(path) as partial, Writer(partial, values, shapes) as out:
+        for name, tensor in checkpoint.tensors.items():
+            if len(tensor.shape) == 2:
+                notes += _write_matrix(out, names[name], tensor, variant)
+            else:
+                offset, factor = norm_shift(decoder.family, name, q_norm_factor(decoder))
+                notes += _write_vector(out, names[name], tensor, offset, factor)
+            progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
+        if frequencies is not None:
+            out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
+    return Export(path=path, variant=variant, run=f"llama-server -m {path}", notes=notes, files=[path])
+
+
+def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
+    """A norm or a scalar, always F32, with what llama.cpp expects added and multiplied."""
+    values = tensor.numpy().reshape(tensor.shape or (1,))
+    stored = ((values.astype(np.float64) + offset) * factor).astype(np.float32)
+    out.write(name, Type.F32, stored)
+    back = (stored.astype(np.float64) / factor - offset).astype(np.float32)
+    lost = int((round_to(back, tensor.dtype) != values).sum())
+    return [f"{tensor.name}: {lost} of {values.size} weights are lost in 1 + weight as float32"] if lost else []
+
+
+def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[str]:
+    """A 2-D tensor in the type of the variant, or in the source's dtype when that type cannot hold it."""
+    kind, pack, note = choose(tensor, variant)
+    notes = [f"{tensor.name}: {note}"] if note else []
+    if not _stream(out, name, kind, pack, tensor):
+        # Scales are seen while they stream past: a second try is cheaper than reading every tensor twice.
+        out.restart(name)
+        kind, pack, note = _misfit(tensor, variant)
+        notes = [f"{tensor.name}: {note}"]
+        _stream(out, name, kind, pack, tensor)
+    return notes
+
+
+def _stream(out: Writer, name: str, kind: Type, pack: Pack, tensor: Tensor) -> bool:
+    """Pack and write a tensor slice by slice, in threads; False as soon as a slice does not fit."""
+    for data in ordered(lambda bounds: pack(tensor.rows(*bounds)), slices(tensor)):
+        if data is None:
+            return False
+        out.write(name, kind, data)
+    return True
+
+
+def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
+    """The type for a 2-D tensor in a variant, the function that packs its rows, and a note if there is one to make."""
+    grid, width = tensor.grid, tensor.shape[1]
+    if variant == "F32":
+        return Type.F32, _f32, ""
+    if variant == "BF16":
+        note = "" if tensor.dtype == "bf16" else f"rounded from {tensor.dtype} to bf16"
+        return Type.BF16, _bf16(tensor.dtype), note
+    if width % BLOCK:
+        note = f"rows of {width} weights are no multiple of {BLOCK}; {_stays(tensor)}"
+        return *_plain(tensor), note if grid is not None or variant == "Q8_0" else ""
+    if variant == "Q8_0" and (grid is None or not grid.lossless):
+        return Type.Q8_0, _nearest_q8_0, ""
+    if grid is None:
+        return *_plain(tensor), ""
+    if grid.block % BLOCK:
+        return _misfit(tensor, variant, f"blocks of {grid.block} weights share a scale, GGUF's have {BLOCK}")
+    if variant == "Q8_0" or grid.bits > 4:
+        return Type.Q8_0, _grid(grid, pack_q8_0), ""
+    return Type.Q4_0, _grid(grid, pack_q4_0), ""
+
+
+def _misfit(tensor: Tensor, variant: str, reason: str = "a scale is no f16 number") -> tuple[Type, Pack, str]:
+    """What becomes of a tensor whose grid the block type cannot hold: `Q8_0` rounds, `Q4_0` keeps every value."""
+    if variant == "Q8_0":
+        return Type.Q8_0, _nearest_q8_0, f"{reason}; rounded to Q8_0"
+    return *_plain(tensor), f"{reason}; {_stays(tensor)}"
+
+
+def _stays(tensor: Tensor) -> str:
+    return f"stays {_PLAIN[tensor.dtype].name}, where every value is exact"
+
+
+def _plain(tensor: Tensor) -> tuple[Type, Pack]:
+    packs: dict[DType, Pack] = {"bf16": _bf16("bf16"), "f16": _f16, "f32": _f32}
+    return _PLAIN[tensor.dtype], packs[tensor.dtype]
+
+
+def _grid(grid: Grid, pack: Callable[[NDArray[np.int8], NDArray[np.float16]], NDArray[np.uint8]]) -> Pack:
+    """Pack codes and scales as they are, a wide block's scale repeated for each 32 weights."""
+
+    def rows(part: Rows) -> NDArray[np.uint8] | None:
+        codes, scales = part.grid()
+        repeated = reblock(scales, grid.block, BLOCK)
+        narrow = None if repeated is None else half(repeated)
+        return None if narrow is None else pack(codes, narrow)
+
+    return rows
+
+
+def _bf16(source: DType) -> Pack:
+    # Values that come from bf16 need no rounding: their low half is zero.
+    if source == "bf16":
+        return lambda part: (part.values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return lambda part: to_bf16(part.values)
+
+
+def _f16(part: Rows) -> NDArray[np.float16]:
+    return part.values.astype("<f2")
+
+
+def _f32(part: Rows) -> Floats:
+    return part.values.astype("<f4", copy=False)
+
+
+def _nearest_q8_0(part: Rows) -> NDArray[np.uint8]:
+    return quantize_q8_0(part.values)

@@ -1,0 +1,149 @@
+"""What a GGUF file of a Gemma decoder holds: its tensors under canonical names and with canonical values.
+
+llama.cpp's Gemma 3 multiplies by a norm's weight where the checkpoint means 1 + weight, so files hold the sum: that is
+undone here. The container is `gguf_container`, the byte layouts of blocks are `gguf_blocks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType, Keys
+from gguf.quants import dequantize
+from gguf.tensor_mapping import get_tensor_name_map
+
+from gemexport.formats.errors import InputError
+from gemexport.formats.gguf_blocks import BITS, BLOCK, UNPACK
+from gemexport.formats.gguf_container import Container, Description, read
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, expand, from_bf16
+
+ARCHITECTURES = {"gemma3": MODEL_ARCH.GEMMA3, "gemma4": MODEL_ARCH.GEMMA4}
+NORM_OFFSETS = {"gemma3": 1.0, "gemma4": 0.0}
+
+Q_NORM_FACTOR = "gemexport.q_norm_factor"
+"""Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
+
+_GLOBAL = (
+    "model.embed_tokens",
+    "model.embed_tokens_per_layer",
+    "model.per_layer_model_projection",
+    "model.per_layer_projection_norm",
+    "model.norm",
+    "lm_head",
+)
+_PER_LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "post_feedforward_layernorm",
+    "per_layer_input_gate",
+    "per_layer_projection",
+    "post_per_layer_input_norm",
+    "layer_scalar",
+)
+_FLOATS: dict[GGMLQuantizationType, DType] = {
+    GGMLQuantizationType.F32: "f32",
+    GGMLQuantizationType.F16: "f16",
+    GGMLQuantizationType.BF16: "bf16",
+}
+
+
+def file_names(family: str, layers: int) -> dict[str, str]:
+    """The file's name of every tensor that a decoder of `layers` layers may have, by canonical name."""
+    stems = [*_GLOBAL, *(f"model.layers.{i}.{stem}" for i in range(layers) for stem in _PER_LAYER)]
+    names = get_tensor_name_map(ARCHITECTURES[family], layers)
+    found = {}
+    for stem in stems:
+        name = names.get_name(stem)
+        if name is not None:
+            found[stem if stem.endswith("layer_scalar") else f"{stem}.weight"] = f"{name}.weight"
+    return found
+
+
+def norm_shift(family: str, name: str, q_norm_factor: float = 1.0) -> tuple[float, float]:
+    """`(offset, factor)` of a canonical 1-D tensor: the file holds `(value + offset) * factor`."""
+    offset = NORM_OFFSETS[family] if name.endswith("norm.weight") else 0.0
+    return offset, q_norm_factor if name.endswith("q_norm.weight") else 1.0
+
+
+class StoredTensor:
+    """A tensor of a GGUF file under its canonical name; `rows` evaluates the stored numbers without rounding."""
+
+    def __init__(
+        self, container: Container, stored: Description, name: str, offset: float = 0.0, factor: float = 1.0
+    ) -> None:
+        self.name = name
+        self.shape = stored.shape
+        self.type = stored.type
+        self.dtype: DType = _FLOATS.get(stored.type, "f32")
+        self.grid = Grid(BITS[stored.type], BLOCK, "f16", lossless=True) if stored.type in BITS else None
+        self._container = container
+        self._stored = stored
+        self._offset = offset
+        self._factor = factor
+
+    def rows(self, start: int, stop: int) -> Rows:
+        data = self._container.rows(self._stored, start, stop)
+        if self.type in UNPACK:
+            codes, scales = UNPACK[self.type](data)
+            return Rows(codes * expand(scales, BLOCK), codes, scales)
+        if self.type == GGMLQuantizationType.BF16:
+            return Rows(from_bf16(data.view("<u2")))
+        if self.type in _FLOATS:
+            stored = data.view("<f4" if self.type == GGMLQuantizationType.F32 else "<f2")
+            return Rows(stored.astype(np.float32))
+        return Rows(np.asarray(dequantize(data, self.type), dtype=np.float32))
+
+    def numpy(self) -> Floats:
+        count = self._stored.nbytes // self._stored.row_bytes
+        values = self.rows(0, count).values.reshape(self.shape)
+        if self._offset == 0.0 and self._factor == 1.0:
+            return values
+        undone = values.astype(np.float64) / self._factor - self._offset
+        return undone.astype(np.float32)
+
+
+def tensors(path: Path) -> Mapping[str, Tensor]:
+    """The decoder's tensors in the GGUF file at `path`, mapped, by canonical name.
+
+    Raises InputError for a broken file, for one of another architecture, and for types that gguf cannot evaluate.
+    """
+    container = read(Path(path))
+    family = str(container.metadata.get(Keys.General.ARCHITECTURE))
+    if family not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise InputError(path, f"the architecture {family!r} is not known", f"give a GGUF file of {known}")
+    layers = container.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family))
+    if not isinstance(layers, int) or not 0 < layers <= 4096:
+        raise InputError(path, f"says that it has {layers} layers", "download or export the file again")
+    factor = float(container.metadata.get(Q_NORM_FACTOR, 1.0))
+    found: dict[str, Tensor] = {}
+    for name, stored_name in file_names(family, layers).items():
+        stored = container.tensors.get(stored_name)
+        if stored is not None:
+            _check_type(container, stored)
+            offset, multiplied = norm_shift(family, name, factor)
+            found[name] = StoredTensor(container, stored, name, offset, multiplied)
+    return found
+
+
+def _check_type(container: Container, stored: Description) -> None:
+    """Raise InputError when `gguf` cannot evaluate the tensor's type."""
+    if stored.type in _FLOATS or stored.type in UNPACK:
+        return
+    try:
+        dequantize(container.rows(stored, 0, 1), stored.type)
+    except NotImplementedError as error:
+        problem = f"tensor {stored.name} is stored as {stored.type.name}, which cannot be evaluated here"
+        raise InputError(container.path, problem, "convert it to another type with llama-quantize") from error
