@@ -1,0 +1,135 @@
+"""What an .mlpackage on disk holds: the decoder's tensors under their canonical names, with their grids, mapped.
+
+Core ML's names allow letters, digits and underscores only, so `model.layers.0.mlp.up_proj.weight` is stored as
+`model_layers_0_mlp_up_proj_weight`; that, with the endings that coremltools gives to converted constants, is undone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gemexport.formats.coreml_arrays import Array, ShiftScale
+from gemexport.formats.coreml_blob import TYPES
+from gemexport.formats.coreml_package import Package, Value, constant, open_package
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor
+
+NORM_OFFSET = "gemexport.norm_offset"  # metadata: what was added to the weights of the norms
+_LAYER = (
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "pre_feedforward_layernorm.weight",
+    "post_feedforward_layernorm.weight",
+    "per_layer_input_gate.weight",
+    "per_layer_projection.weight",
+    "post_per_layer_input_norm.weight",
+    "layer_scalar",
+)
+_TOP = (
+    "model.embed_tokens.weight",
+    "model.embed_tokens_per_layer.weight",
+    "model.per_layer_model_projection.weight",
+    "model.per_layer_projection_norm.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+)
+_NAMES = {name.replace(".", "_"): name for name in _TOP} | {name.replace(".", "_"): name for name in _LAYER}
+_SPELLING = re.compile(
+    r"^(?:model_)?(?:language_model_)?(?:model_)?(?:layers_(\d+)_)?(.+?)(?:_to_fp16|_to_fp32|_quantized|_palettized)*$"
+)
+
+
+def stored_name(canonical: str) -> str:
+    """The name of a tensor in a program, which may not have dots."""
+    return canonical.replace(".", "_")
+
+
+def canonical_name(stored: str) -> str | None:
+    """The canonical name of a constant of a program, or None if it is none of the decoder's tensors."""
+    match = _SPELLING.match(stored)
+    if match is None:
+        return None
+    layer, tail = match.groups()
+    if layer is not None:
+        return f"model.layers.{layer}.{_NAMES[tail]}" if _NAMES.get(tail) in _LAYER else None
+    return next((_NAMES[name] for name in (tail, f"model_{tail}") if _NAMES.get(name) in _TOP), None)
+
+
+def tensors(path: str | Path) -> dict[str, Tensor]:
+    """The decoder's tensors in the package at `path`, canonical names and values; weights stay unread.
+
+    A linear weight is `[out, in]` as Core ML stores it; tensors that are not the decoder's (tables of RoPE, zero
+    biases, constants with names of another program's making) are left out. Raises InputError for a broken package.
+    """
+    package = open_package(path)
+    offset = float(package.metadata.get(NORM_OFFSET, 0.0))
+    found: dict[str, Tensor] = {}
+    for stored, value in constants(package):
+        name = canonical_name(stored)
+        if name is not None and not isinstance(value, str | list) and value.kind in ("fp16", "fp32"):
+            found[name] = CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
+    return found
+
+
+def constants(package: Package) -> Iterator[tuple[str, Value]]:
+    """Every constant of the main function with its name, quantized ones as arrays that dequantize when read."""
+    known: dict[str, Value] = {}
+    for operation in package.operations:
+        value = constant(package, operation, known)
+        if value is not None:
+            known[operation.outputs[0].name] = value
+            yield operation.outputs[0].name, value
+
+
+class CoreMLTensor:
+    """A constant of a program as a tensor; `norm_offset` was added to it and is taken off again."""
+
+    def __init__(self, name: str, array: Array, norm_offset: float = 0.0) -> None:
+        self.name, self.shape = name, array.shape
+        self.dtype: DType = "f16" if array.kind == "fp16" else "f32"
+        self.grid = _grid(array) if isinstance(array, ShiftScale) else None
+        self._array, self._norm_offset = array, np.float32(norm_offset)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        if self.grid is None or not isinstance(self._array, ShiftScale):
+            return Rows(np.asarray(self._array.rows(start, stop), np.float32))
+        codes = self._codes(self._array, start, stop)
+        scales = np.ascontiguousarray(self._array.scales(start, stop), np.float32)
+        values = codes.astype(np.float32)
+        values.reshape(*scales.shape, -1)[...] *= scales[..., None]
+        return Rows(values, codes, scales)
+
+    def _codes(self, array: ShiftScale, start: int, stop: int) -> Codes:
+        data, offsets = array.data.rows(start, stop), array.offsets(start, stop)
+        if offsets is None or not offsets.any():
+            return np.asarray(data, np.int8)
+        shift = np.repeat(offsets.astype(np.int16), data.shape[1] // offsets.shape[1], axis=1)
+        return (data.astype(np.int16) - shift).astype(np.int8)
+
+    def numpy(self) -> Floats:
+        return np.asarray(self._array.numpy(), np.float32) - self._norm_offset
+
+
+def _grid(array: ShiftScale) -> Grid | None:
+    """The signed symmetric grid of a quantized matrix; None for no matrix, or a zero that is not the codes' middle."""
+    kind = TYPES[array.data.kind]
+    if len(array.shape) != 2 or kind.bits not in (4, 8):
+        return None
+    middle = 0 if array.data.kind.startswith("int") else 1 << (kind.bits - 1)
+    zero = np.zeros(1) if array.offset is None else array.offset.numpy()
+    if not (zero == middle).all():
+        return None
+    block = array.shape[1] // array.scale.shape[1]
+    return Grid(kind.bits, block, "f16" if array.kind == "fp16" else "f32", lossless=True)

@@ -1,0 +1,297 @@
+"""MIL operations that compute: elementwise, reductions, matrices, norms, activations, attention, quantization.
+
+Each says what coremltools' reference of its name says (coremltools.converters.mil.mil.ops.defs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemexport.validators.coreml_registry import Weight, flag, integer, integers, number, op
+
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs, "acos": torch.acos, "asin": torch.asin, "atan": torch.atan, "atanh": torch.atanh,
+    "ceil": torch.ceil, "cos": torch.cos, "cosh": torch.cosh, "erf": torch.erf, "exp": torch.exp,
+    "exp2": torch.exp2, "floor": torch.floor, "logical_not": torch.logical_not, "round": torch.round,
+    "sign": torch.sign, "sin": torch.sin, "sinh": torch.sinh, "sqrt": torch.sqrt, "square": torch.square,
+    "tan": torch.tan, "tanh": torch.tanh, "relu": F.relu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    "silu": F.silu, "softplus": F.softplus, "softsign": F.softsign, "identity": lambda x: x,
+}  # fmt: skip
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "pow": torch.pow, "mod": torch.remainder,
+    "maximum": torch.maximum, "minimum": torch.minimum, "equal": torch.eq, "not_equal": torch.ne,
+    "less": torch.lt, "less_equal": torch.le, "greater": torch.gt, "greater_equal": torch.ge,
+    "logical_and": torch.logical_and, "logical_or": torch.logical_or, "logical_xor": torch.logical_xor,
+    "floor_div": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "real_div": torch.true_divide,
+}  # fmt: skip
+
+
+def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def computed(x: Tensor) -> Tensor:
+        return function(x)
+
+    return computed
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def computed(x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y)
+
+    return computed
+
+
+for _name, _function in _UNARY.items():
+    op(_name)(_unary(_function))
+for _name, _two in _BINARY.items():
+    op(_name)(_binary(_two))
+
+
+@op("rsqrt")
+def rsqrt(x: Tensor, epsilon: Any = 1e-12) -> Tensor:
+    return torch.rsqrt(x + number(epsilon))
+
+
+@op("inverse")
+def inverse(x: Tensor, epsilon: Any = 1e-4) -> Tensor:
+    return 1 / (x + number(epsilon))
+
+
+@op("log")
+def log(x: Tensor, epsilon: Any = 1e-45) -> Tensor:
+    return torch.log(x + number(epsilon))
+
+
+@op("clip")
+def clip(x: Tensor, alpha: Any, beta: Any) -> Tensor:
+    return torch.clamp(x, number(alpha), number(beta))
+
+
+@op("threshold")
+def threshold(x: Tensor, alpha: Any) -> Tensor:
+    return torch.clamp(x, min=number(alpha))
+
+
+@op("cast")
+def cast(x: Tensor, dtype: str) -> Tensor:
+    # Floats stay float32 here: to what a float is rounded, the declared type of the result says.
+    if dtype == "bool":
+        return x != 0
+    return x.float() if dtype.startswith("fp") else torch.trunc(x).to(torch.int64) if x.is_floating_point() else x
+
+
+@op("select")
+def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(cond, a, b)
+
+
+@op("gelu")
+def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
+    if mode == "SIGMOID_APPROXIMATION":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if mode == "TANH_APPROXIMATION" else "none")
+
+
+@op("leaky_relu")
+def leaky_relu(x: Tensor, alpha: Any = 0.01) -> Tensor:
+    return F.leaky_relu(x, number(alpha))
+
+
+@op("elu")
+def elu(x: Tensor, alpha: Any = 1.0) -> Tensor:
+    return F.elu(x, number(alpha))
+
+
+@op("linear_activation")
+def linear_activation(x: Tensor, alpha: Any = 1.0, beta: Any = 0.0) -> Tensor:
+    return x * number(alpha) + number(beta)
+
+
+@op("scaled_tanh")
+def scaled_tanh(x: Tensor, alpha: Any = 1.0, beta: Any = 1.0) -> Tensor:
+    return number(alpha) * torch.tanh(x * number(beta))
+
+
+@op("sigmoid_hard")
+def sigmoid_hard(x: Tensor, alpha: Any = 0.2, beta: Any = 0.5) -> Tensor:
+    return torch.clamp(number(alpha) * x + number(beta), 0, 1)
+
+
+@op("softmax")
+def softmax(x: Tensor, axis: Any = -1) -> Tensor:
+    return torch.softmax(x, integer(axis))
+
+
+def _axes(x: Tensor, axes: Any) -> list[int]:
+    return list(range(x.ndim)) if axes is None else integers(axes)
+
+
+def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, axes=None, keep_dims=False: function(x, _axes(x, axes), flag(keep_dims))
+
+
+def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    for axis in sorted((axis % x.ndim for axis in axes), reverse=True):
+        x = torch.prod(x, axis, keepdim=keep)
+    return x
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
+    "reduce_sum": lambda x, axes, keep: torch.sum(x, axes, keepdim=keep),
+    "reduce_mean": lambda x, axes, keep: torch.mean(x, axes, keepdim=keep),
+    "reduce_max": lambda x, axes, keep: torch.amax(x, axes, keepdim=keep),
+    "reduce_min": lambda x, axes, keep: torch.amin(x, axes, keepdim=keep),
+    "reduce_prod": _product,
+    "reduce_l1_norm": lambda x, axes, keep: torch.sum(x.abs(), axes, keepdim=keep),
+    "reduce_l2_norm": lambda x, axes, keep: torch.sqrt(torch.sum(x * x, axes, keepdim=keep)),
+    "reduce_log_sum": lambda x, axes, keep: torch.log(torch.sum(x, axes, keepdim=keep)),
+    "reduce_log_sum_exp": lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep),
+    "reduce_sum_square": lambda x, axes, keep: torch.sum(x * x, axes, keepdim=keep),
+}
+for _name, _reduce in _REDUCTIONS.items():
+    op(_name)(_reduction(_reduce))
+
+
+@op("reduce_argmax")
+def reduce_argmax(x: Tensor, axis: Any = -1, keep_dims: Any = False, output_dtype: str = "int32") -> Tensor:
+    return torch.argmax(x, integer(axis), keepdim=flag(keep_dims))
+
+
+@op("reduce_argmin")
+def reduce_argmin(x: Tensor, axis: Any = -1, keep_dims: Any = False, output_dtype: str = "int32") -> Tensor:
+    return torch.argmin(x, integer(axis), keepdim=flag(keep_dims))
+
+
+@op("linear", by_rows=("weight",))
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
+    """`x` `[…, in]` times the transpose of `weight` `[out, in]`, plus `bias` `[out]`; a weight in a file by slices."""
+    if isinstance(weight, Weight):
+        if weight.held is None:
+            out, width = weight.shape
+            step = max(1, (16 << 20) // (4 * width))
+            parts = [F.linear(x, weight.rows(i, min(i + step, out))) for i in range(0, out, step)]
+            y = torch.cat(parts, dim=-1)
+            return y if bias is None else y + bias
+        weight = weight.held
+    return F.linear(x, weight, bias)
+
+
+@op("matmul")
+def matmul(x: Tensor, y: Tensor, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
+    x = x.transpose(-1, -2) if flag(transpose_x) else x
+    return torch.matmul(x, y.transpose(-1, -2) if flag(transpose_y) else y)
+
+
+@op("einsum")
+def einsum(values: list[Tensor], equation: str) -> Tensor:
+    return torch.einsum(equation, *values)
+
+
+@op("conv")
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    strides: Any = None,
+    pad_type: str = "valid",
+    pad: Any = None,
+    dilations: Any = None,
+    groups: Any = 1,
+) -> Tensor:
+    """Convolution of `[n, in, *D]` by `[out, in / groups, *K]`; custom padding is before and after each axis."""
+    spatial = x.ndim - 2
+    stride = integers(strides) if strides is not None else [1] * spatial
+    dilation = integers(dilations) if dilations is not None else [1] * spatial
+    before_after = integers(pad) if pad_type == "custom" else [0] * (2 * spatial)
+    if pad_type.startswith("same"):
+        for i in range(spatial):
+            size, reach = x.shape[2 + i], (weight.shape[2 + i] - 1) * dilation[i] + 1
+            total = max(0, (math.ceil(size / stride[i]) - 1) * stride[i] + reach - size)
+            small, large = total // 2, total - total // 2
+            before_after[2 * i : 2 * i + 2] = [large, small] if pad_type == "same_lower" else [small, large]
+    # F.pad names the last axis first.
+    pairs = [before_after[2 * i : 2 * i + 2] for i in reversed(range(spatial))]
+    x = F.pad(x, [size for pair in pairs for size in pair])
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    result: Tensor = convolve(x, weight, bias, stride=stride, dilation=dilation, groups=integer(groups))
+    return result
+
+
+@op("layer_norm")
+def layer_norm(
+    x: Tensor, axes: Any = None, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: Any = 1e-5
+) -> Tensor:
+    over = _axes(x, axes)
+    centred = x - x.mean(over, keepdim=True)
+    y = centred * torch.rsqrt((centred * centred).mean(over, keepdim=True) + number(epsilon))
+    y = y if gamma is None else y * gamma
+    return y if beta is None else y + beta
+
+
+@op("batch_norm")
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: Any = 1e-5,
+) -> Tensor:
+    return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=number(epsilon))
+
+
+@op("instance_norm")
+def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: Any = 1e-5) -> Tensor:
+    return F.instance_norm(x, weight=gamma, bias=beta, eps=number(epsilon))
+
+
+@op("l2_norm")
+def l2_norm(x: Tensor, epsilon: Any = 1e-6) -> Tensor:
+    over = [-3, -2, -1]
+    return x * torch.rsqrt(torch.sum(x * x, over, keepdim=True) + number(epsilon))
+
+
+@op("scaled_dot_product_attention")
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(query key^T / sqrt(E) + mask) value, over the last two axes; a boolean mask says what takes part."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
+    if attn_mask is not None:
+        keep = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if keep else scores + attn_mask
+    return torch.matmul(torch.softmax(scores, -1), value)
+
+
+def _along(parameter: Tensor, x: Tensor, axis: Any) -> Tensor:
+    """A scalar, or a vector along `axis`, shaped to broadcast with `x`."""
+    if parameter.ndim == 0:
+        return parameter
+    shape = [1] * x.ndim
+    shape[integer(axis)] = -1
+    return parameter.reshape(shape)
+
+
+@op("quantize")
+def quantize(
+    input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: Any = None
+) -> Tensor:
+    codes = torch.round(input / _along(scale, input, axis))
+    if zero_point is not None:
+        codes = codes + _along(zero_point.float(), input, axis)
+    low, high = (0, 255) if output_dtype == "uint8" else (-128, 127)
+    return torch.clamp(codes, low, high)
+
+
+@op("dequantize")
+def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: Any = None) -> Tensor:
+    codes = input.float()
+    if zero_point is not None:
+        codes = codes - _along(zero_point.float(), input, axis)
+    return codes * _along(scale, input, axis)
+
+
