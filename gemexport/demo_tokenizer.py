@@ -112,12 +112,12 @@ def silent_ids(tokens: Iterable[str]) -> list[int]:
 
 
 def _merges(tokens: list[str]) -> Iterator[tuple[str, str]]:
-    """Every pair of tokens that makes up a token, in the order of what it makes (SentencePiece's order)."""
+    """Every pair of tokens that makes up a token, in the order of what it makes, the longest left half first."""
     known = {token for token in tokens if not token.startswith("<0x")}
     for token in tokens:
         if token in SPECIAL or token.startswith(("<|", "<0x", "<unused")) or token.endswith("|>"):
             continue
-        for cut in range(1, len(token)):
+        for cut in range(len(token) - 1, 0, -1):
             if token[:cut] in known and token[cut:] in known:
                 yield token[:cut], token[cut:]
 
@@ -125,6 +125,9 @@ def _merges(tokens: list[str]) -> Iterator[tuple[str, str]]:
 def _added(tokens: list[str], family: str) -> list[dict[str, Any]]:
     special = {*SPECIAL[:4], *TURNS[family]}
     plain = {SPECIAL[4], *MARKUP}
+    if family == "gemma3":
+        # Gemma 3 lists its runs as added tokens too, and "▁▁" as one never matches: text has spaces there.
+        plain |= set(_runs())
     return [
         {
             "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,

@@ -7,7 +7,6 @@ so that nothing which finds grids again can rely on one of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ def _largest(blocks: Floats) -> Floats:
 def _round_codes(blocks: Floats, scales: Floats) -> Floats:
     """The nearest codes of `[rows, blocks, block]` weights; zero where the scale is zero."""
     safe = np.where(scales > 0, scales, np.float32(1))[..., None]
-    return np.clip(np.rint(blocks / safe), LOWEST, HIGHEST)
+    return np.asarray(np.clip(np.rint(blocks / safe), LOWEST, HIGHEST), np.float32)
 
 
 def _least_squares(blocks: Floats) -> Floats:
@@ -72,7 +71,7 @@ def quantize(weights: Floats, rule: str = "max/7.5") -> tuple[Codes, Floats]:
     return codes.astype(np.int8).reshape(out, width), scales
 
 
-def on_grid(weights: Floats, rule: str = "max/7.5") -> NDArray[Any]:
+def on_grid(weights: Floats, rule: str = "max/7.5") -> NDArray[np.uint16]:
     """The bfloat16 bit patterns `[out, in]` of weights put on a grid by `rule`."""
     codes, scales = quantize(weights, rule)
     values: Floats = codes.astype(np.float32) * expand(scales, weights.shape[1] // scales.shape[1])
