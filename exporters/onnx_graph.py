@@ -1,0 +1,205 @@
+"""What both ONNX exports build on: a graph under construction, and the file that its weights stream into.
+
+Weights are planned first, as initializers that name a place in one external file, and written last: each tensor is
+read once, a slice of rows at a time, however many layouts of it the graphs hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gemexport.exporters.result import Progress
+from gemexport.formats.tensor import ITEM_BYTES, DType, Rows, Tensor, to_bf16
+
+OPSET = 23  # the first with RMSNormalization; blocked DequantizeLinear came with 21
+IR_VERSION = 11  # the one that came with it
+FLOATS: dict[DType, ir.DataType] = {
+    "bf16": ir.DataType.BFLOAT16,
+    "f16": ir.DataType.FLOAT16,
+    "f32": ir.DataType.FLOAT,
+}
+# Windows maps files at multiples of 64 KiB; small tensors are read, not mapped, and only want alignment.
+SLICE_BYTES = 16 << 20  # of the source, as float32
+MAPPED_BYTES, MAPPED_ALIGNMENT, ALIGNMENT = 1 << 20, 1 << 16, 1 << 6
+
+Convert = Callable[[Rows], NDArray[Any]]
+
+
+def stored_floats(values: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
+    """Float32 values as `dtype` stores them; bf16 as bit patterns."""
+    return to_bf16(values) if dtype == "bf16" else values.astype(np.float16 if dtype == "f16" else np.float32)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the file of external data, and what fills it: an array, or a tensor's rows in some layout."""
+
+    initializer: ir.ExternalTensor
+    columns: bool  # rows of the tensor become columns of the array
+    fill: NDArray[Any] | Convert
+
+
+class WeightsFile:
+    """The external data of one or more graphs: planned first, then written in one pass over the source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], location: str) -> None:
+        self.tensors, self.location = tensors, location
+        self.size = 0
+        self._slots: dict[str, list[Slot]] = {}  # by the tensor they come from
+        self._planned: dict[tuple[str, str], ir.ExternalTensor] = {}
+
+    def plan(
+        self,
+        tensor: str,
+        layout: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        fill: NDArray[Any] | Convert,
+        columns: bool = False,
+    ) -> ir.ExternalTensor:
+        """A place for `tensor` in `layout`; the same place again when it was planned before."""
+        known = self._planned.get((tensor, layout))
+        if known is not None:
+            return known
+        nbytes = -(-int(np.prod(shape, dtype=np.int64)) * dtype.bitwidth // 8)
+        alignment = MAPPED_ALIGNMENT if nbytes >= MAPPED_BYTES else ALIGNMENT
+        offset = -(-self.size // alignment) * alignment
+        self.size = offset + nbytes
+        stored = ir.ExternalTensor(self.location, offset, nbytes, dtype, shape=ir.Shape(shape), name=tensor)
+        self._planned[tensor, layout] = stored
+        self._slots.setdefault(tensor, []).append(Slot(stored, columns, fill))
+        return stored
+
+    def write(self, folder: Path, progress: Progress) -> Path:
+        """Write the file; holds a slice of rows. Raises OSError when the disk is full."""
+        path = folder / self.location
+        with path.open("wb") as file:
+            _reserve(file.fileno(), self.size)
+        data = np.memmap(path, np.uint8, "r+", shape=(self.size,))
+        for tensor, slots in self._slots.items():
+            self._write_tensor(data, tensor, slots, progress)
+        data.flush()
+        return path
+
+    def _write_tensor(self, data: NDArray[np.uint8], name: str, slots: list[Slot], progress: Progress) -> None:
+        targets = []
+        for slot in slots:
+            start, length = int(slot.initializer.offset or 0), int(slot.initializer.length or 0)
+            target = data[start : start + length]
+            if isinstance(slot.fill, np.ndarray):
+                target[:] = np.ascontiguousarray(slot.fill).reshape(-1).view(np.uint8)
+            else:
+                targets.append((target, slot.columns, slot.fill))
+        if not targets:
+            return
+        tensor = self.tensors[name]
+        out, width = tensor.shape
+        # Whole bytes of columns, also with four codes a byte.
+        step = max(SLICE_BYTES // (4 * width) // 8 * 8, 8)
+        for start in range(0, out, step):
+            stop = min(start + step, out)
+            rows = tensor.rows(start, stop)
+            for target, columns, convert in targets:
+                _place(target, convert(rows), columns, start, stop, out)
+            progress((stop - start) * width * ITEM_BYTES[tensor.dtype])
+
+
+def _place(target: NDArray[np.uint8], part: NDArray[Any], columns: bool, start: int, stop: int, total: int) -> None:
+    """Put converted rows `start` to `stop` of `total` where they belong in the bytes of the whole."""
+    part = np.ascontiguousarray(part)
+    if not columns:
+        each = part.nbytes // (stop - start)
+        target[start * each : stop * each] = part.reshape(-1).view(np.uint8)
+        return
+    whole = target.view(part.dtype).reshape(part.shape[0], -1)
+    width = whole.shape[1]
+    # With several codes a byte, a slice of `out` is fewer columns than it has rows.
+    whole[:, start * width // total : stop * width // total] = part
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give a file its size and its blocks, so that a full disk is an error here and not a fault in a mapping."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    zeros = bytes(1 << 20)
+    for start in range(0, size, len(zeros)):
+        os.write(file, zeros[: min(len(zeros), size - start)])
+
+
+class GraphBuilder:
+    """A graph under construction: operators in order, constants and weights as initializers, all with steady names."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self._counts: dict[str, int] = {}
+
+    def op(
+        self, kind: str, inputs: Iterable[ir.Value | None], domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> Any:
+        """An operator's output; a tuple of them when it has several."""
+        number = self._counts[kind] = self._counts.get(kind, -1) + 1
+        name = f"/{kind}_{number}"
+        values = [ir.Value(name=f"{name}/output_{i}") for i in range(outputs)]
+        self.nodes.append(ir.node(kind, list(inputs), attributes, domain=domain, outputs=values, name=name))
+        return values[0] if outputs == 1 else tuple(values)
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """An input of the graph."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value an output of the graph."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self.outputs.append(value)
+
+    def constant(self, value: Any, dtype: Any) -> ir.Value:
+        """A constant inside the graph; one initializer for equal ones."""
+        array = np.asarray(value, dtype)
+        text = "_".join(map(str, array.reshape(-1).tolist()))
+        name = f"/constants/{array.dtype}{'x'.join(map(str, array.shape))}/{text}"
+        return self.initializer(name, ir.Tensor(array, name=name))
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """A named initializer; the one of that name when there is one."""
+        if name not in self.initializers:
+            self.initializers[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.initializers[name]
+
+    def external(
+        self, name: str, stored: ir.ExternalTensor, shape: Sequence[int] | None = None, **metadata: str
+    ) -> ir.Value:
+        """An initializer whose data lie at a planned place, in another shape if one is given."""
+        shape = stored.shape if shape is None else ir.Shape(shape)
+        place = ir.ExternalTensor(
+            stored.location, stored.offset, stored.length, stored.dtype, shape=shape, name=name, metadata_props=metadata
+        )
+        return self.initializer(name, place)
+
+    def save(self, path: Path, producer: str) -> None:
+        """Write the graph, without its external data."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, **{node.domain: 1 for node in self.nodes if node.domain}},
+            name=self.name,
+        )
+        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name=producer), path)

@@ -1,0 +1,178 @@
+"""The decoder in ONNX Runtime's own operators: packed weights stay packed, and attention keeps its cache itself.
+
+Sizes are free (batch, length, past), inputs and outputs are named as onnxruntime-genai wants them, and everything is
+computed in f32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from gemexport.exporters.onnx_common import StandardOperations
+from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, WeightsFile, stored_floats
+from gemexport.formats.architecture import Architecture, Layer, Rope
+from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES
+from gemexport.formats.onnx_blocks import pack
+from gemexport.formats.tensor import Grid, Rows, Tensor, reblock
+
+MICROSOFT = "com.microsoft"
+BLOCKS = (128, 64, 32, 16)  # what MatMulNBits has kernels for, and GatherBlockQuantized accepts
+
+
+def block_of(grid: Grid) -> int | None:
+    """The largest block of ONNX Runtime's operators that holds the grid's scales, repeated; None when none does."""
+    return next((block for block in BLOCKS if grid.block % block == 0), None)
+
+
+class OnnxRuntimeBackend(StandardOperations):
+    """`decoder.Backend` in the operators of com.microsoft; weights with a grid packed where `quantized`."""
+
+    def __init__(self, a: Architecture, graph: GraphBuilder, weights: WeightsFile, quantized: bool) -> None:
+        super().__init__(graph, weights)
+        self.a, self.quantized = a, quantized
+        self.ids = graph.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        mask = graph.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+        self.positions = graph.input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        one = graph.constant([1], np.int64)
+        seen = graph.op("Sub", [graph.op("ReduceSum", [mask, one], keepdims=0), one])
+        self.last = self.cast(seen, ir.DataType.INT32)
+        total = graph.op("Gather", [graph.op("Shape", [mask]), graph.constant(1, np.int64)], axis=0)
+        self.total = self.cast(total, ir.DataType.INT32)
+        self.order = self._order()
+        self._angles: dict[tuple[Rope, int], tuple[ir.Value, ir.Value]] = {}
+        self._new: dict[int, tuple[ir.Value, ir.Value]] = {}
+        self._cache: dict[int, tuple[ir.Value, ir.Value]] = {}
+
+    def embedding(self, weight: str, scale: float) -> ir.Value:
+        tensor = self.weights.tensors[weight]
+        block = self._block(tensor)
+        if block is None:
+            rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0))
+        else:
+            assert tensor.grid is not None
+            codes, scales = self._packed(tensor, block, weight)
+            rows = self.graph.op(
+                "GatherBlockQuantized",
+                [codes, self.ids, scales],
+                MICROSOFT,
+                bits=tensor.grid.bits,
+                block_size=block,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        return self.scale(rows, scale)
+
+    def linear(self, x: ir.Value, weight: str) -> ir.Value:
+        tensor = self.weights.tensors[weight]
+        block = self._block(tensor)
+        if block is None:
+            return self.graph.op("FusedMatMul", [x, self.to_float(self._plain(tensor))], MICROSOFT, transB=1)
+        assert tensor.grid is not None
+        out, width = tensor.shape
+        # The embedding's bytes serve as the tied head under another shape.
+        shape = [out, width // block, block * tensor.grid.bits // 8]
+        codes, scales = self._packed(tensor, block, HEAD if weight == EMBEDDING else weight, shape)
+        sizes = {"N": out, "K": width, "bits": tensor.grid.bits, "block_size": block}
+        return self.graph.op("MatMulNBits", [x, codes, scales], MICROSOFT, **sizes, accuracy_level=1)
+
+    def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
+        cos, sin = self._rotation(layer)
+        heads = self.graph.op("RotaryEmbedding", [self.merge(x), self.order, cos, sin], MICROSOFT)
+        return self.reshape(heads, [0, 0, -1, layer.head_dim])
+
+    def _order(self) -> ir.Value:
+        """0, 1, 2 … in the shape of the positions: which row of the cosines belongs to each."""
+        g = self.graph
+        steps = g.op("Range", [g.constant(0, np.int64), g.op("Size", [self.positions]), g.constant(1, np.int64)])
+        return g.op("Reshape", [steps, g.op("Shape", [self.positions])])
+
+    def _rotation(self, layer: Layer) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines `[batch * n, head_dim / 2]` of these positions alone: a table of all would be large."""
+        key = (layer.rope, layer.head_dim)
+        if key not in self._angles:
+            frequencies = layer.rope.inv_freq(layer.head_dim).astype(np.float32)[None, :]
+            name = f"/rope_{len(self._angles)}/inv_freq"
+            row = self.graph.initializer(name, ir.Tensor(frequencies, name=name))
+            angles = self.mul(self.cast(self.reshape(self.positions, [-1, 1]), ir.DataType.FLOAT), row)
+            self._angles[key] = self.graph.op("Cos", [angles]), self.graph.op("Sin", [angles])
+        return self._angles[key]
+
+    def remember(self, k: ir.Value, v: ir.Value, layer: Layer) -> None:
+        self._new[layer.index] = self.merge(k), self.merge(v)
+
+    def attention(self, q: ir.Value, layer: Layer, scale: float, softcap: float | None) -> ir.Value:
+        owns = layer.kv_source == layer.index
+        query = self.merge(q)
+        attributes = {
+            "num_heads": self.a.heads,
+            "kv_num_heads": layer.kv_heads,
+            "scale": scale,
+            "softcap": softcap or 0.0,
+            "local_window_size": self.a.sliding_window if layer.sliding else -1,
+        }
+        if owns:
+            k, v = self._new[layer.index]
+            past = self._past(layer)
+        else:
+            # No new keys or values: this layer only reads what its donor has cached.
+            k = v = self._nothing(query, layer.kv_heads * layer.head_dim)
+            past = self._cache[layer.kv_source]
+        inputs = [query, k, v, *past, self.last, self.total]
+        if not owns:
+            read = self.graph.op("GroupQueryAttention", inputs, MICROSOFT, **attributes)
+        else:
+            read, *present = self.graph.op("GroupQueryAttention", inputs, MICROSOFT, outputs=3, **attributes)
+            self._cache[layer.index] = present[0], present[1]
+            self._present(layer)
+        return self.split(read, self.a.heads)
+
+    def _past(self, layer: Layer) -> tuple[ir.Value, ir.Value]:
+        shape = ["batch_size", layer.kv_heads, "past_sequence_length", layer.head_dim]
+        names = (f"past_key_values.{layer.index}.{kind}" for kind in ("key", "value"))
+        key, value = (self.graph.input(name, ir.DataType.FLOAT, shape) for name in names)
+        return key, value
+
+    def _present(self, layer: Layer) -> None:
+        shape = ["batch_size", layer.kv_heads, "total_sequence_length", layer.head_dim]
+        for kind, value in zip(("key", "value"), self._cache[layer.index], strict=True):
+            self.graph.output(value, f"present.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
+
+    def _nothing(self, like: ir.Value, width: int) -> ir.Value:
+        """No rows of `width`: `[batch, 0, width]`."""
+        starts, ends, axes = (self.graph.constant(pair, np.int64) for pair in ([0, 0], [0, width], [1, 2]))
+        return self.graph.op("Slice", [like, starts, ends, axes])
+
+    def _block(self, tensor: Tensor) -> int | None:
+        return block_of(tensor.grid) if self.quantized and tensor.grid is not None else None
+
+    def _plain(self, tensor: Tensor) -> ir.Value:
+        """A weight without a grid, in the dtype it came in."""
+
+        def convert(rows: Rows) -> np.ndarray:
+            return stored_floats(rows.values, tensor.dtype)
+
+        stored = self.weights.plan(tensor.name, "plain", FLOATS[tensor.dtype], tensor.shape, convert)
+        return self.graph.external(tensor.name, stored)
+
+    def _packed(
+        self, tensor: Tensor, block: int, name: str, shape: list[int] | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Codes, under `name` and in `shape`, and scales as f32, of a weight with a grid."""
+        grid = tensor.grid
+        assert grid is not None
+        bits, source_block, dtype = grid.bits, grid.block, grid.scale_dtype
+        out, width = tensor.shape
+
+        def codes(rows: Rows) -> np.ndarray:
+            return pack(rows.grid()[0], bits)
+
+        def scales(rows: Rows) -> np.ndarray:
+            blocks = reblock(rows.grid()[1], source_block, block)
+            assert blocks is not None
+            return stored_floats(blocks, dtype)
+
+        packed = self.weights.plan(tensor.name, "codes", ir.DataType.UINT8, [out, width * bits // 8], codes)
+        factors = self.weights.plan(tensor.name, "scales", FLOATS[dtype], [out, width // block], scales)
+        stored = self.graph.external(f"{tensor.name}{SCALES}", factors)
+        return self.graph.external(name, packed, shape), self.to_float(stored)
