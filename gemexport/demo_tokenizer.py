@@ -7,6 +7,7 @@ that makes up a token as a merge (as tokenizers that come from SentencePiece hav
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ TURNS = {"gemma3": ("<start_of_turn>", "<end_of_turn>"), "gemma4": ("<|turn>", "
 MARKUP = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
 RUNS = [("\n", 1, 8), ("▁", 2, 8)]
 LONGEST_PIECE = 16
+LEAST_ROOM = 200  # twice the printable ASCII characters, which are always in
 
 # Pieces of text to count pairs in. The languages are those of which a tokenizer that is off by a byte makes a mess.
 CORPUS = """\
@@ -71,14 +73,18 @@ def _learn(size: int) -> tuple[list[str], list[str]]:
     """Merged pieces in the order they were learned, and single characters, about `size` together."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+    # The trainer breaks ties between rare characters by chance, so the alphabet is chosen here.
+    count = Counter(CORPUS.replace(" ", "▁"))
+    alphabet = {chr(code) for code in range(33, 127)}
+    alphabet |= set(sorted(count, key=lambda character: (-count[character], character))[: size // 2 - len(alphabet)])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     # Pieces are learned within words, as SentencePiece does; only runs cross that border, and those come by hand.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁{2,}|\n+|▁?[^▁\n]+|▁"), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        limit_alphabet=size // 2,
-        initial_alphabet=[chr(code) for code in range(33, 127)],
+        limit_alphabet=len(alphabet),
+        initial_alphabet=sorted(alphabet),
         min_frequency=1,
         max_token_length=LONGEST_PIECE,
         show_progress=False,
@@ -94,8 +100,8 @@ def vocabulary(size: int, family: str) -> list[str]:
     fixed = [*SPECIAL, *TURNS[family], *(MARKUP if family == "gemma4" else [])]
     fixed += [*_runs(), *(f"<0x{byte:02X}>" for byte in range(256))]
     room = size - len(fixed)
-    if room < 64:
-        raise ValueError(f"a vocabulary of {size} tokens leaves no room for text; use at least {len(fixed) + 64}")
+    if room < LEAST_ROOM:
+        raise ValueError(f"a vocabulary of {size} tokens has no room for text; use at least {len(fixed) + LEAST_ROOM}")
     merged, characters = _learn(room)
     tokens = [*fixed, *merged, *characters][:size]
     return [*tokens, *(f"<unused{i}>" for i in range(size - len(tokens)))]
