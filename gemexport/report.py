@@ -7,6 +7,7 @@ which unit. Everything is frozen, and apart from seconds and memory the same run
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,6 +116,7 @@ class TensorReport(_Model):
     exact_fraction: float
     max_relative_error: float
     rms_relative_error: float | None = None
+    scale_rounded: bool = False
 
 
 class WeightsReport(_Model):
@@ -167,7 +169,7 @@ class LogitsReport(_Model):
 
     `conversion` is against the reference holding the weights read back from the artefact, `loss` against the
     reference holding the source's; `noise_floor` is PyTorch's own bf16 against its f32 on the same tokens.
-    `top_k` is set where the runtime tells only its k likeliest tokens: they count, and one bucket for the rest.
+    `top_k` is set where the runtime tells only its k likeliest tokens; the rest are one bucket.
     """
 
     runtime: str
@@ -205,7 +207,8 @@ class Bound(_Model):
 
     def __str__(self) -> str:
         broken = "" if self.held else "not "
-        return f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
+        text = f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
+        return re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
 
 
 class ArtifactReport(_Model):
@@ -281,9 +284,7 @@ def read_report(path: Path) -> Report:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            path, f"cannot be read ({error})", "give the report.json of a gemexport run"
-        ) from error
+        raise InputError(path, f"cannot be read ({error})", "give the report.json of a gemexport run") from error
     try:
         return Report.model_validate_json(text, extra="ignore")
     except ValidationError as error:
