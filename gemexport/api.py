@@ -1,0 +1,61 @@
+"""The Python interface: `export` and `validate`, the same runs that the command line makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.recipe import Recipe
+from gemexport.report import ArtifactReport, Report
+
+
+def export(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    formats: list[str] | None = None,
+    variants: dict[str, tuple[str, ...]] | None = None,
+    recipe: str | Recipe = "default",
+    jobs: int | None = None,
+    memory: int | None = None,
+    tokens: int = 512,
+    validate: bool = True,
+    fresh: bool = False,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Report:
+    """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
+
+    `memory` is in bytes, `tokens` how many the logits are compared on, `variants` and `options` go by format. Writes
+    into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when the
+    request or the checkpoint is at fault; an artefact that fails is in the report, not raised.
+    """
+    from gemexport.run import request, run
+
+    asked = request(
+        model, out, formats, None, variants, recipe, jobs, memory,
+        tokens=tokens, validate=validate, fresh=fresh, options=options or {},
+    )  # fmt: skip
+    return run(asked)
+
+
+def validate(
+    model: str | Path,
+    artifact: str | Path,
+    *,
+    recipe: str | Recipe = "default",
+    tokens: int = 512,
+    memory: int | None = None,
+) -> ArtifactReport:
+    """Judge an artefact, whoever made it, against the checkpoint it was made from.
+
+    Raises InputError when one of them cannot be read.
+    """
+    from gemexport.registry import recognise
+    from gemexport.run import request
+    from gemexport.run import validate as judge
+
+    path = Path(artifact)
+    target = recognise(path)
+    asked = request(model, None, [], recipe=recipe, memory=memory, tokens=tokens)
+    return judge(Path(model), path, target, replace(asked, variants={}))

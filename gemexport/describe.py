@@ -1,0 +1,178 @@
+"""What a checkpoint, an artefact or a plan looks like in words: `inspect`, `plan`, and the verdict on one artefact."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.errors import InputError
+from gemexport.formats.lattice import likely_block
+from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
+from gemexport.registry import recognise
+from gemexport.render import number, quantity, share, size
+from gemexport.report import ArtifactReport
+from gemexport.run import Request, graph, steps
+from gemexport.workspace import WORK
+
+
+def inspect_path(path: Path, as_json: bool) -> None:
+    """Print what a checkpoint or an artefact holds."""
+    console = Console(highlight=False)
+    facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if key != "grids":
+            console.print(f"[bold]{key:<14}[/bold]{value}", soft_wrap=True)
+    table = Table("grid", "tensors", "weights", box=None, pad_edge=False, header_style="bold")
+    for row in facts["grids"]:
+        table.add_row(row["grid"], str(row["tensors"]), quantity(row["weights"]))
+    console.print()
+    console.print(table)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is what `all` takes: a folder of plain weights."""
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    text = config.read_text("utf-8", errors="replace")
+    return '"quantization' not in text and not any(path.glob("*.onnx"))
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    """A checkpoint's decoder and, from a sample of rows of each tensor, the grids its weights seem to lie on."""
+    checkpoint = open_checkpoint(path)
+    decoder = checkpoint.architecture
+    sliding = sum(layer.sliding for layer in decoder.layers)
+    shared = sum(not layer.owns_cache for layer in decoder.layers)
+    heads = sorted({layer.head_dim for layer in decoder.layers})
+    grids = {}
+    for name, tensor in checkpoint.tensors.items():
+        block = likely_block(tensor) if len(tensor.shape) == 2 else None
+        width = tensor.shape[-1] if tensor.shape else 1
+        grids[name] = f"int4, {_block(block, width)} (sampled)" if block else tensor.dtype
+    return {
+        "model": checkpoint.name,
+        "architecture": decoder.family,
+        "parameters": quantity(decoder.parameters()),
+        "bytes": size(checkpoint.nbytes()),
+        "layers": f"{len(decoder.layers)} ({sliding} sliding, {shared} share keys and values)",
+        "hidden size": decoder.hidden_size,
+        "head sizes": ", ".join(map(str, heads)),
+        "vocabulary": decoder.vocab_size,
+        "left out": f"{len(checkpoint.left_out)} tensors that the text decoder does not have",
+        "grids": _summary(checkpoint.tensors, grids),
+    }
+
+
+def _artifact_facts(path: Path) -> dict[str, Any]:
+    """An artefact's tensors and the grids that they are stored on."""
+    target = recognise(path)
+    if missing := [package for package in target.missing() if package != target.runtime]:
+        raise InputError(path, f"is {target.title}, which needs {', '.join(missing)}", target.install_hint())
+    tensors = target.reader().tensors(path)
+    grids = {name: _stored(tensor) for name, tensor in tensors.items()}
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {
+        "artefact": path.name,
+        "format": target.title,
+        "parameters": quantity(sum(math.prod(tensor.shape) for tensor in tensors.values())),
+        "bytes": size(sum(file.stat().st_size for file in files)),
+        "grids": _summary(tensors, grids),
+    }
+
+
+def _stored(tensor: Tensor) -> str:
+    grid: Grid | None = tensor.grid
+    if grid is None:
+        return tensor.dtype
+    return f"int{grid.bits}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales"
+
+
+def _block(block: int, width: int) -> str:
+    return "one scale a row" if block == width else f"blocks of {block}"
+
+
+def _summary(tensors: Mapping[str, Tensor], grids: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Tensors and weights by grid, the most weights first."""
+    count: Counter[str] = Counter(grids.values())
+    weights: Counter[str] = Counter()
+    for name, grid in grids.items():
+        weights[grid] += math.prod(tensors[name].shape)
+    return [{"grid": grid, "tensors": count[grid], "weights": total} for grid, total in weights.most_common()]
+
+
+def print_plan(asked: Request, as_json: bool) -> None:
+    """Print the DAG of a request with sizes and memory estimates; nothing is run or written."""
+    checkpoint = open_checkpoint(asked.model)
+    wanted = steps(asked, checkpoint)
+    nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
+    expected = {f"export {step.key}": _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    rows = [
+        {
+            "step": node.name,
+            "after": list(node.needs),
+            "memory_bytes": node.memory,
+            "output_bytes": expected.get(node.name, 0),
+        }
+        for node in nodes
+    ]
+    if as_json:
+        print(json.dumps({"jobs": asked.jobs, "memory_bytes": asked.memory, "steps": rows}, indent=2))
+        return
+    console = Console(highlight=False)
+    table = Table("step", "after", "memory", "writes about", box=None, pad_edge=False, header_style="bold")
+    for node in nodes:
+        written = expected.get(node.name)
+        table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
+    console.print(table)
+    console.print(f"\n{asked.jobs} at a time, within {size(asked.memory)}; artefacts go to {asked.out}", soft_wrap=True)
+    without = [step.key for step in wanted if step.target.missing()]
+    if without:
+        console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
+
+
+def _expected_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
+    """What the weights of a variant come to: 4 bit and a 16-bit scale for 32 weights, or a plain dtype."""
+    plain = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}.get(variant.lower())
+    total = 0.0
+    for tensor in tensors.values():
+        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) != 2 else 18 / 32
+        total += math.prod(tensor.shape) * (plain or own)
+    return int(total)
+
+
+def print_verdict(report: ArtifactReport) -> None:
+    """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
+    console = Console(highlight=False)
+    style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
+    console.print(f"[{style}]{report.status}[/]  {report.format} {report.path}", soft_wrap=True)
+    if report.reason:
+        console.print(report.reason, style=style, soft_wrap=True)
+    if report.weights:
+        exact = share(report.weights.exact_fraction)
+        console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")
+    if report.tokenizer:
+        console.print(f"tokenizer   {report.tokenizer.equal} of {report.tokenizer.texts} texts equal")
+    for logits in (report.logits, *report.more_logits):
+        for question, figures in (("conversion", logits.conversion), ("loss", logits.loss)) if logits else ():
+            if figures and logits:
+                console.print(
+                    f"{question:<12}KLD {number(figures.kld_mean)} nats (max {number(figures.kld_max)}), "
+                    f"same top-1 {share(figures.top1_agreement)}, over {logits.tokens} tokens in {logits.runtime}, "
+                    f"{logits.arithmetic}",
+                    soft_wrap=True,
+                )
+    for bound in report.bounds:
+        mark, style = ("held", "") if bound.held else ("BROKEN", "red")
+        console.print(f"  {mark:<7} {bound}", soft_wrap=True, style=style)

@@ -1,0 +1,264 @@
+"""The steps of a run, each a function that a process of its own calls with plain values."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemexport.exporters.result import Export
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.grids import GridIndex, attach, find_grids
+from gemexport.formats.recipe import Recipe
+from gemexport.formats.tensor import Tensor
+from gemexport.registry import TARGETS, Target
+from gemexport.report import (
+    Divergence,
+    GreedyReport,
+    GridReport,
+    LogitsReport,
+    TensorReport,
+    TokenizerDifference,
+    TokenizerReport,
+    WeightsReport,
+)
+from gemexport.validators import divergence, prompts, tokenizer, weights
+from gemexport.validators.reference_store import ReferenceStore
+from gemexport.validators.runtime import Logits, Runtime, TopLogits
+
+Progress = Callable[[int], None]
+GREEDY_TOKENS = 32
+GREEDY_PROMPT = 48
+# Logits of two right implementations in f32 differ by some 1e-4 (docs/bounds.md); a choice between tokens closer than
+# this is a tie, not a disagreement.
+TIE_NATS = 1e-3
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The model, and where a run keeps what is not an artefact."""
+
+    model: Path
+    work: Path
+    tokens: int
+
+    @property
+    def grids(self) -> Path:
+        """Folder of the scales that the lattice search found."""
+        return self.work / "grids"
+
+    def open(self) -> Checkpoint:
+        """The checkpoint with its grids."""
+        return attach(open_checkpoint(self.model), self.grids)
+
+    def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
+        """The token sequences that every model is judged on."""
+        encode = tokenizer.load(checkpoint.path / "tokenizer.json")
+        return prompts.sequences([encode(text) for text in prompts.prompts()], checkpoint.architecture, self.tokens)
+
+    def store(self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> ReferenceStore:
+        """The reference's logits with these tensors, known by their digest."""
+        return ReferenceStore(self.work / "reference" / digest, lambda: _reference(checkpoint, tensors))
+
+
+def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
+    """Find the grid of every tensor; progress in weights."""
+    return find_grids(open_checkpoint(place.model), place.grids, recipe, progress)
+
+
+def export(
+    place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
+) -> Export:
+    """Write one artefact; progress in bytes of the source."""
+    result: Export = (
+        TARGETS[target].exporter().export(place.open(), path, variant=variant, progress=progress, **options)
+    )
+    return result
+
+
+def reference(place: Workplace, floor: bool, progress: Progress) -> Divergence | None:
+    """Logits of the source's weights in f32, and, if `floor`, how far PyTorch's own bf16 is from them; in tokens."""
+    checkpoint = open_checkpoint(place.model)
+    tensors = dict(checkpoint.tensors)
+    sequences = place.sequences(checkpoint)
+    store = place.store("source", checkpoint, tensors)
+    for sequence in sequences:
+        store.logits(sequence)
+        progress(len(sequence))
+    store.close()
+    if not floor:
+        return None
+    rounded = _reference(checkpoint, tensors, "bf16")
+    total = divergence.Divergence()
+    for sequence in sequences:
+        total.add(store.logits(sequence), rounded.logits(sequence), sequence)
+        progress(len(sequence))
+    return _figures(total)
+
+
+def _reference(checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32") -> Runtime:
+    module = import_module("gemexport.validators.reference")
+    runtime: Runtime = module.reference(checkpoint.text_config, tensors, _threads(), dtype=dtype)
+    return runtime
+
+
+def _threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+
+
+def check_weights(place: Workplace, target: str, path: Path, progress: Progress) -> tuple[WeightsReport, str]:
+    """The weights of an artefact against the source's, and the digest of the values read back; in weights."""
+    stored = TARGETS[target].reader().tensors(path)
+    found = weights.compare(place.open().tensors, stored, progress)
+    tensors = tuple(_tensor_report(item) for item in found.tensors)
+    compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)
+    report = WeightsReport(
+        compared=compared,
+        exact=exact,
+        exact_fraction=exact / max(compared, 1),
+        max_relative_error=max((item.max_relative_error for item in tensors), default=0.0),
+        missing=found.missing,
+        unexpected=found.unexpected,
+        tensors=tensors,
+    )
+    return report, found.digest
+
+
+def _tensor_report(item: weights.TensorComparison) -> TensorReport:
+    return TensorReport(
+        name=item.name,
+        shape=item.shape,
+        dtype=item.dtype,
+        grid=GridReport(**asdict(item.grid)) if item.grid else None,
+        source_grid=GridReport(**asdict(item.source_grid)) if item.source_grid else None,
+        compared=item.compared,
+        exact=item.exact,
+        exact_fraction=item.exact_fraction,
+        max_relative_error=item.max_relative_error,
+        rms_relative_error=item.rms_relative_error,
+        scale_rounded=item.scale_rounded,
+    )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the validator of one artefact measured."""
+
+    weights: WeightsReport
+    tokenizer: TokenizerReport | None = None
+    logits: LogitsReport | None = None
+    more_logits: tuple[LogitsReport, ...] = ()
+
+
+def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
+    """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
+    report, digest = check_weights(place, target, path, progress)
+    if not run_logits or report.missing:
+        return Validation(report)
+    checkpoint = place.open()
+    trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
+    try:
+        first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
+    finally:
+        trial.close()
+    return Validation(report, trial.tokenizer, first, tuple(more))
+
+
+class _Trial:
+    """One artefact in its runtime."""
+
+    def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
+        self._checkpoint, self._target, self._path = checkpoint, target, path
+        self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
+        self._sequences = place.sequences(checkpoint)
+        stored = dict(target.reader().tensors(path))
+        read_back = {name: stored[name] for name in checkpoint.tensors}
+        self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self._source = place.store("source", checkpoint, dict(checkpoint.tensors))
+        self._read_back = place.store(digest, checkpoint, read_back)
+
+    def _load(self, arithmetic: str | None) -> Runtime:
+        context = max(map(len, self._sequences)) + GREEDY_TOKENS
+        options = {} if arithmetic is None else {"arithmetic": arithmetic}
+        runtime: Runtime = self._target.adapter().load(self._path, threads=_threads(), context=context, **options)
+        return runtime
+
+    def _compare_tokenizer(self, runtime: Runtime) -> TokenizerReport | None:
+        """The artefact's own tokenizer on the hard texts and the prompts; None when the format has none."""
+        texts = [*prompts.HARD_TEXTS, *prompts.prompts()]
+        if runtime.tokenize(texts[0]) is None:
+            return None
+        expected = tokenizer.load(self._checkpoint.path / "tokenizer.json")
+        found = tokenizer.compare(expected, lambda text: runtime.tokenize(text) or [], texts)
+        differences = tuple(TokenizerDifference(**asdict(item)) for item in found.differences)
+        return TokenizerReport(texts=found.texts, equal=found.equal, name=runtime.name, differences=differences)
+
+    def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
+        """Run every sequence, then compare with both references.
+
+        The runtime is closed before a reference is loaded: a machine that can hold one model can do this.
+        """
+        runtime = self._load(arithmetic)
+        if self.tokenizer is None:
+            self.tokenizer = self._compare_tokenizer(runtime)
+        outputs = []
+        for i, sequence in enumerate(self._sequences):
+            outputs.append(self._keep(i, runtime.logits(sequence)))
+            progress(self._share(sequence))
+        prompt = self._sequences[0][:GREEDY_PROMPT]
+        continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+        runtime.close()
+        conversion, loss = divergence.Divergence(), divergence.Divergence()
+        for sequence, output in zip(self._sequences, outputs, strict=True):
+            conversion.add(self._read_back.logits(sequence), output, sequence)
+            loss.add(self._source.logits(sequence), output, sequence)
+        return LogitsReport(
+            runtime=runtime.name,
+            arithmetic=runtime.arithmetic,
+            tokens=conversion.positions,
+            top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
+            conversion=_figures(conversion),
+            loss=_figures(loss),
+            greedy=self._greedy(prompt, continuation),
+        )
+
+    def _share(self, sequence: list[int]) -> int:
+        """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""
+        return self._checkpoint.architecture.parameters() * len(sequence) // sum(map(len, self._sequences))
+
+    def _keep(self, index: int, output: Logits) -> Logits:
+        """Whole distributions go to the disk, from where they are mapped: they are as large as a model."""
+        if isinstance(output, TopLogits):
+            return output
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        path = self._scratch / f"{index}.npy"
+        np.save(path, output)
+        mapped: Logits = np.load(path, mmap_mode="r")
+        return mapped
+
+    def _greedy(self, prompt: list[int], continuation: list[int]) -> GreedyReport:
+        """How many of the runtime's tokens the reference would have chosen after the same ones before."""
+        judged = self._read_back.logits([*prompt, *continuation])[len(prompt) - 1 : -1]
+        chosen = judged[np.arange(len(continuation)), continuation]
+        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= TIE_NATS).sum()))
+
+    def close(self) -> None:
+        """Free the references and the scratch files."""
+        self._source.close()
+        self._read_back.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _figures(total: divergence.Divergence) -> Divergence:
+    return Divergence(
+        kld_mean=total.kld_mean,
+        kld_max=total.kld_max,
+        top1_agreement=total.top1_agreement,
+        perplexity_ratio=total.perplexity_ratio,
+    )

@@ -1,0 +1,130 @@
+"""The formats: which modules write, read and run each, and where its artefacts lie. A new format is one entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from gemexport.formats.errors import InputError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format."""
+
+    name: str
+    title: str
+    variants: tuple[str, ...]  # written by default
+    known_variants: tuple[str, ...]
+    pattern: str  # of an artefact's path under the output folder
+    module: str  # of gemexport.exporters and gemexport.formats
+    runtime: str  # of gemexport.validators
+    extra: str  # what to install
+    packages: tuple[str, ...]  # import names that the extra brings
+    arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
+    exact_arithmetic: bool = True  # False: the runtime rounds activations, and the noise floor is its yardstick
+
+    def path(self, out: Path, model: str, variant: str) -> Path:
+        """Where the artefact of this variant lies."""
+        return out / self.pattern.format(name=model, variant=variant)
+
+    def exporter(self) -> ModuleType:
+        """The module with `export`."""
+        return import_module(f"gemexport.exporters.{self.module}")
+
+    def reader(self) -> ModuleType:
+        """The module with `tensors`."""
+        return import_module(f"gemexport.formats.{self.module}")
+
+    def adapter(self) -> ModuleType:
+        """The module with `load`."""
+        return import_module(f"gemexport.validators.{self.runtime}")
+
+    def missing(self) -> list[str]:
+        """Packages of the extra that are not installed."""
+        return [package for package in self.packages if not _installed(package)]
+
+    def install_hint(self) -> str:
+        """The command that installs what is missing."""
+        return f"pip install 'gemexport[{self.extra},reference]'"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32"), "gguf/{name}-{variant}.gguf",
+            "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"), exact_arithmetic=False,
+        ),
+        Target(
+            "mlx", "MLX", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",
+            "mlx", "mlx", "mlx", ("mlx", "mlx_lm"),
+        ),
+        Target(
+            "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "f32"), "onnx/{variant}",
+            "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"),
+        ),
+        Target(
+            "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
+            "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=("f32", "f16"),
+        ),
+        Target(
+            "compressed-tensors", "compressed-tensors", ("w4a16",), ("w4a16", "bf16"), "compressed-tensors/{variant}",
+            "compressed_tensors", "compressed_tensors", "compressed-tensors", ("compressed_tensors", "transformers"),
+        ),
+    )
+}  # fmt: skip
+
+
+def target(name: str) -> Target:
+    """The target called `name`; InputError when there is none."""
+    try:
+        return TARGETS[name]
+    except KeyError:
+        raise InputError(name, "is not a format", f"use some of {', '.join(TARGETS)}") from None
+
+
+def split_formats(text: str | None) -> list[str]:
+    """Names out of a comma-separated option, checked, in the registry's order."""
+    if not text:
+        return []
+    asked = [target(part.strip()).name for part in text.split(",") if part.strip()]
+    return [name for name in TARGETS if name in asked]
+
+
+def recognise(path: Path) -> Target:
+    """The format of an artefact on disk, by what lies there; InputError when it is none that is known."""
+    if not path.exists():
+        raise InputError(path, "there is no such file or folder", "give the path of an artefact")
+    if path.suffix == ".gguf":
+        return TARGETS["gguf"]
+    if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
+        return TARGETS["coreml"]
+    if path.is_dir() and any(path.glob("*.onnx")):
+        return TARGETS["onnx"]
+    config = path / "config.json"
+    if config.is_file():
+        text = config.read_text("utf-8", errors="replace")
+        if '"quantization_config"' in text and "compressed-tensors" in text:
+            return TARGETS["compressed-tensors"]
+        if '"quantization"' in text or _is_mlx(path):
+            return TARGETS["mlx"]
+        return TARGETS["compressed-tensors"]
+    known = "a .gguf file, an MLX, ONNX or compressed-tensors folder, or an .mlpackage"
+    raise InputError(path, "is no artefact of a format that is known", f"give {known}")
+
+
+def _is_mlx(folder: Path) -> bool:
+    """Whether the weights say that MLX wrote them."""
+    from gemexport.formats.safetensors import read_metadata
+
+    return any(read_metadata(file).get("format") == "mlx" for file in sorted(folder.glob("*.safetensors"))[:1])

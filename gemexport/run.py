@@ -1,0 +1,338 @@
+"""A run: the DAG read -> grids -> export and reference -> validate -> report, and the report out of its outcomes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gemexport.exporters.result import Export
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.errors import InputError
+from gemexport.formats.grids import GridIndex
+from gemexport.formats.recipe import Recipe, load_recipe
+from gemexport.nodes import Validation, Workplace
+from gemexport.registry import TARGETS, Target
+from gemexport.render import write_reports
+from gemexport.report import (
+    ArtifactReport,
+    Divergence,
+    ExportStats,
+    GridReport,
+    LatticeReport,
+    LatticeTensor,
+    ModelReport,
+    Report,
+    artifact_sha256,
+    describe_files,
+    package_versions,
+    verdict,
+)
+from gemexport.scheduler import Events, Node, Scheduler, available_memory, succeeded
+from gemexport.verdict import bounds
+from gemexport.worker import Call, Outcome
+from gemexport.workspace import claim
+
+DEFAULT_TOKENS = 512
+# Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
+EXPORT_BYTES = 600 << 20
+RUNTIME_BYTES = 900 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for."""
+
+    model: Path
+    out: Path
+    variants: dict[str, tuple[str, ...]]  # by format
+    recipe: Recipe
+    jobs: int
+    memory: int
+    tokens: int = DEFAULT_TOKENS
+    validate: bool = True
+    fresh: bool = False
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
+    asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
+
+
+def request(
+    model: str | Path,
+    out: str | Path | None = None,
+    formats: list[str] | None = None,
+    skip: list[str] | None = None,
+    variants: dict[str, tuple[str, ...]] | None = None,
+    recipe: str | Recipe = "default",
+    jobs: int | None = None,
+    memory: int | None = None,
+    **settings: Any,
+) -> Request:
+    """A request with what was not said filled in; InputError for what cannot be done."""
+    path = Path(model)
+    chosen = {name: TARGETS[name].variants for name in formats or TARGETS if name not in (skip or [])}
+    for name, asked in (variants or {}).items():
+        unknown = [variant for variant in asked if variant not in TARGETS[name].known_variants]
+        if unknown:
+            known = ", ".join(TARGETS[name].known_variants)
+            raise InputError(name, f"there is no variant {unknown[0]}", f"use some of {known}")
+        chosen[name] = asked
+    return Request(
+        model=path,
+        out=Path(out) if out else Path(f"{path.resolve().name}-gemexport"),
+        variants=chosen,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        jobs=jobs or os.cpu_count() or 1,
+        memory=memory or int(available_memory() * 0.8),
+        asked_for=frozenset(formats or ()),
+        **settings,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artefact of a request."""
+
+    target: Target
+    variant: str
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """Its name in the DAG."""
+        return f"{self.target.name}:{self.variant}"
+
+
+def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
+    """The artefacts of a request, in the registry's order."""
+    return [
+        Step(TARGETS[name], variant, TARGETS[name].path(asked.out, checkpoint.name, variant))
+        for name, variants in asked.variants.items()
+        for variant in variants
+    ]
+
+
+def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
+    """The DAG of a request."""
+    place = Workplace(asked.model, work, asked.tokens)
+    weights = checkpoint.architecture.parameters()
+    nodes = [
+        Node(
+            "grids", Call("gemexport.nodes:grids", {"place": place, "recipe": asked.recipe}), (), EXPORT_BYTES, weights
+        )
+    ]
+    for step in wanted:
+        arguments = {
+            "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
+            "options": asked.options.get(step.target.name, {}),
+        }  # fmt: skip
+        call = Call("gemexport.nodes:export", arguments)
+        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.nbytes()))
+    if asked.validate and wanted:
+        nodes += validators(asked, checkpoint, place, wanted)
+    return nodes
+
+
+def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted: list[Step]) -> list[Node]:
+    """The reference and the validators: those of artefacts that lie there, or wait for their export."""
+    weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
+    affordable = room <= asked.memory
+    floor = any(not step.target.exact_arithmetic for step in wanted)
+    nodes = []
+    if affordable:
+        call = Call("gemexport.nodes:reference", {"place": place, "floor": floor})
+        nodes.append(Node("reference", call, (), room, asked.tokens * (2 if floor else 1)))
+    for step in wanted:
+        needs = (f"export {step.key}", *(("reference",) if affordable else ()))
+        call = Call(
+            "gemexport.nodes:validate",
+            {"place": place, "target": step.target.name, "path": step.path, "run_logits": affordable},
+        )
+        total = weights * (1 + len(step.target.arithmetics))
+        memory = room if affordable else EXPORT_BYTES
+        nodes.append(Node(f"validate {step.key}", call, needs, memory, total))
+    return nodes
+
+
+def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:
+    """Anonymous bytes that a logits validator takes: a model in f32, logits of a sequence on both sides, libraries."""
+    from gemexport.validators.prompts import sequence_length
+
+    decoder = checkpoint.architecture
+    return decoder.parameters() * 4 + 2 * sequence_length(decoder, tokens) * decoder.vocab_size * 4 + RUNTIME_BYTES
+
+
+def run(asked: Request, events: Events | None = None) -> Report:
+    """Run a request: write its artefacts, the reports and `SHA256SUMS`.
+
+    Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(asked.model)
+    wanted, unavailable = _available(asked, steps(asked, checkpoint))
+    with _undone_on_error(asked.out):
+        work = claim(asked.out, checkpoint, asked.fresh)
+        scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events())
+        outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
+        if outcomes["grids"].error:
+            raise outcomes["grids"].error
+        if not succeeded(outcomes["grids"]):
+            raise RuntimeError(f"the search for grids failed: {outcomes['grids'].failure}; see {work / 'logs'}")
+        artifacts = [_artifact(asked, step, outcomes) for step in wanted] + unavailable
+        errors = [outcome.error for outcome in outcomes.values() if outcome.error]
+        if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
+            raise errors[0]
+    for scratch in ("reference", "logits"):
+        shutil.rmtree(work / scratch, ignore_errors=True)
+    report = Report(
+        model=_model(asked, checkpoint, outcomes["grids"]),
+        recipe=asked.recipe.name,
+        versions=package_versions(),
+        artifacts=tuple(artifacts),
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
+    )
+    write_reports(report, asked.out)
+    return report
+
+
+def validate(
+    model: Path, artifact: Path, target: Target, asked: Request, events: Events | None = None
+) -> ArtifactReport:
+    """Judge one artefact, whoever made it."""
+    checkpoint = open_checkpoint(model)
+    artifact = artifact.absolute()
+    asked = replace(asked, out=artifact.parent)
+    with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
+        work = Path(folder)
+        place = Workplace(model, work, asked.tokens)
+        step = Step(target, artifact.stem, artifact)
+        nodes = graph(asked, checkpoint, work, []) + [
+            Node(node.name, node.call, tuple("grids" if need.startswith("export") else need for need in node.needs),
+                 node.memory, node.total)
+            for node in validators(asked, checkpoint, place, [step])
+        ]  # fmt: skip
+        outcomes = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events()).run(nodes)
+    for outcome in outcomes.values():
+        if outcome.error:
+            raise outcome.error
+    return _artifact(asked, step, outcomes)
+
+
+@contextmanager
+def _undone_on_error(out: Path) -> Iterator[None]:
+    """Remove the output folder again when the block fails, if it was made in it."""
+    existed = out.exists()
+    first_made = next((parent for parent in [*reversed(out.parents), out] if not parent.exists()), None)
+    try:
+        yield
+    except BaseException:
+        if not existed and first_made is not None:
+            shutil.rmtree(first_made, ignore_errors=True)
+        raise
+
+
+def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[ArtifactReport]]:
+    """The steps whose packages are installed, and reports for the others; InputError for one that was asked for."""
+    possible, left_out = [], []
+    for step in wanted:
+        missing = step.target.missing()
+        if not missing:
+            possible.append(step)
+            continue
+        problem = f"needs {', '.join(missing)}, which is not installed"
+        if step.target.name in asked.asked_for:
+            raise InputError(step.target.name, problem, step.target.install_hint())
+        left_out.append(
+            ArtifactReport(format=step.target.name, variant=step.variant, status="skipped",
+                           reason=f"{problem}; {step.target.install_hint()}")
+        )  # fmt: skip
+    return possible, left_out
+
+
+def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
+    """The report of one artefact out of its nodes' outcomes."""
+    exported = outcomes.get(f"export {step.key}", Outcome())
+    judged = outcomes.get(f"validate {step.key}", Outcome())
+    floor: Divergence | None = outcomes.get("reference", Outcome()).value
+    base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
+    failed = next((item for item in (exported, judged) if not succeeded(item)), None)
+    if step.path.exists() and succeeded(exported):
+        files = describe_files(asked.out, step.path)
+        base |= {
+            "path": step.path.relative_to(asked.out).as_posix(),
+            "bytes": sum(file.bytes for file in files),
+            "sha256": artifact_sha256(files),
+            "files": files,
+        }
+    if isinstance(exported.value, Export):
+        base |= {
+            "run": exported.value.run,
+            "notes": tuple(exported.value.notes),
+            "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
+        }
+    seconds = exported.seconds + judged.seconds
+    if failed is not None:
+        reason = str(failed.error) if failed.error else failed.failure
+        return ArtifactReport(**base, status="error", reason=reason, seconds=seconds)
+    if not isinstance(judged.value, Validation):
+        return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
+    found = judged.value
+    held = bounds(found, floor, asked.recipe)
+    status, reason = verdict(held)
+    if found.logits is None and status == "pass":
+        reason = "logits were not compared: the model does not fit into --memory"
+    logits = found.logits.model_copy(update={"noise_floor": floor, "seconds": judged.seconds}) if found.logits else None
+    return ArtifactReport(
+        **base,
+        status=status,
+        reason=reason,
+        weights=found.weights,
+        tokenizer=found.tokenizer,
+        logits=logits,
+        more_logits=found.more_logits,
+        bounds=held,
+        seconds=seconds,
+    )
+
+
+def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelReport:
+    decoder = checkpoint.architecture
+    return ModelReport(
+        name=checkpoint.name,
+        architecture=decoder.family,
+        parameters=decoder.parameters(),
+        bytes=checkpoint.nbytes(),
+        source=str(asked.model),
+        left_out=checkpoint.left_out,
+        lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
+    )
+
+
+def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> LatticeReport:
+    """What the lattice search found, as the report tells it."""
+    tensors, weights, on_grid = [], 0, 0.0
+    for record in index.tensors:
+        tensor = checkpoint.tensors[record.name]
+        count = tensor.shape[0] * tensor.shape[1]
+        weights, on_grid = weights + count, on_grid + count * record.lattice_fraction
+        grid = None
+        if record.bits and record.block and record.scale_dtype:
+            grid = GridReport(
+                bits=record.bits, block=record.block, scale_dtype=record.scale_dtype, lossless=record.lossless
+            )
+        tensors.append(
+            LatticeTensor(
+                name=record.name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                grid=grid,
+                grid_fraction=record.lattice_fraction,
+            )
+        )
+    return LatticeReport(weights=weights, on_grid=round(on_grid), seconds=seconds, tensors=tuple(tensors))

@@ -1,0 +1,166 @@
+"""Runs a DAG of calls in processes of their own, side by side as far as cores and memory allow."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from gemexport.worker import Call, Outcome
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step: a call, the nodes whose results it waits for, and what it takes."""
+
+    name: str
+    call: Call
+    needs: tuple[str, ...] = ()
+    memory: int = 0  # anonymous bytes, estimated
+    total: int = 0  # units of progress
+
+
+@dataclass
+class Events:
+    """What the caller hears while the DAG runs."""
+
+    started: Callable[[Node], None] = lambda node: None
+    advanced: Callable[[Node, int], None] = lambda node, amount: None
+    ended: Callable[[Node, Outcome], None] = lambda node, outcome: None
+
+
+@dataclass
+class _Running:
+    node: Node
+    process: subprocess.Popen[bytes]
+    connection: Connection[Any, Any]
+    log: Path
+    outcome: Outcome | None = None
+
+
+@dataclass
+class Scheduler:
+    """Runs nodes as soon as what they need is there, `jobs` at a time, their estimates within `memory` bytes.
+
+    A node whose estimate alone is over the limit runs by itself. When a node fails, those that need it are left out;
+    all others run on.
+    """
+
+    jobs: int
+    memory: int
+    logs: Path
+    events: Events = field(default_factory=Events)
+
+    def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
+        """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        waiting, running, outcomes = list(nodes), {}, {}  # type: list[Node], dict[int, _Running], dict[str, Outcome]
+        try:
+            while waiting or running:
+                self._drop_hopeless(waiting, outcomes)
+                for node in self._startable(waiting, running, outcomes):
+                    waiting.remove(node)
+                    started = self._start(node)
+                    running[started.connection.fileno()] = started
+                if not running:
+                    continue
+                for ready in wait([item.connection for item in running.values()]):
+                    assert isinstance(ready, Connection)
+                    item = running[ready.fileno()]
+                    outcome = self._receive(item)
+                    if outcome is not None:
+                        del running[ready.fileno()]
+                        ready.close()
+                        item.process.wait()
+                        outcomes[item.node.name] = outcome
+                        self.events.ended(item.node, outcome)
+        finally:
+            for item in running.values():
+                item.process.kill()
+                item.process.wait()
+        return outcomes
+
+    def _drop_hopeless(self, waiting: list[Node], outcomes: dict[str, Outcome]) -> None:
+        """Give an outcome to nodes of which a need has failed, over and over until none is left."""
+        for node in list(waiting):
+            failed = [need for need in node.needs if need in outcomes and not succeeded(outcomes[need])]
+            if failed:
+                waiting.remove(node)
+                outcomes[node.name] = Outcome(failure=f"{failed[0]} did not succeed")
+                self.events.ended(node, outcomes[node.name])
+                self._drop_hopeless(waiting, outcomes)
+                return
+
+    def _startable(self, waiting: list[Node], running: dict[int, _Running], outcomes: dict[str, Outcome]) -> list[Node]:
+        used = sum(item.node.memory for item in running.values())
+        count, chosen = len(running), []
+        for node in waiting:
+            if not all(need in outcomes for need in node.needs):
+                continue
+            alone = count == 0
+            if count < self.jobs and (alone or used + node.memory <= self.memory):
+                chosen.append(node)
+                count, used = count + 1, used + node.memory
+        return chosen
+
+    def _start(self, node: Node) -> _Running:
+        ours, theirs = socket.socketpair()
+        log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
+            "PYTHONUNBUFFERED": "1",
+        }
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gemexport.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        theirs.close()
+        connection: Connection[Any, Any] = Connection(ours.detach())
+        connection.send(node.call)
+        self.events.started(node)
+        return _Running(node, process, connection, log)
+
+    def _receive(self, item: _Running) -> Outcome | None:
+        """One message of a running node; its outcome when that was the last."""
+        try:
+            message = item.connection.recv()
+        except (EOFError, ConnectionResetError, pickle.UnpicklingError):
+            item.process.wait()
+            return Outcome(failure=f"the process ended with status {item.process.returncode}; see {item.log}")
+        if isinstance(message, Outcome):
+            return message
+        self.events.advanced(item.node, message)
+        return None
+
+
+def succeeded(outcome: Outcome) -> bool:
+    """Whether a node has a value to go on with."""
+    return outcome.error is None and outcome.failure is None
+
+
+def available_memory() -> int:
+    """Bytes that the system can give without swapping; half of a guess of 8 GB where it does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return pages * size // 2
+    return 4 << 30

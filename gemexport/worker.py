@@ -1,0 +1,124 @@
+"""A process for one node of the DAG: `python -m gemexport.worker FD` takes a call from the socket FD and answers there.
+
+A process of its own means that a runtime that crashes takes nothing else along, that its memory can be told, and that
+what a library prints goes into the node's log. It is a fresh interpreter, not a fork or multiprocessing's spawn, which
+would import the caller's script again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.errors import InputError
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function by its dotted name (`module:function`) and what it is called with."""
+
+    function: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a node ended: its value, or what went wrong."""
+
+    value: Any = None
+    error: InputError | None = None  # the user's to mend
+    failure: str | None = None  # ours: one line; the traceback is in the log
+    seconds: float = 0.0
+    peak_bytes: int | None = None  # anonymous memory
+
+
+class MemoryWatch:
+    """Samples this process's anonymous memory (RssAnon: what mapped files take is the system's to drop)."""
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.peak: int | None = None
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            now = anonymous_bytes()
+            if now is None:
+                return
+            self.peak = max(self.peak or 0, now)
+
+
+def anonymous_bytes() -> int | None:
+    """RssAnon of this process in bytes; None where the system does not tell (macOS)."""
+    try:
+        status = Path("/proc/self/status").read_text("ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def run(call: Call, report: Callable[[int], None]) -> Outcome:
+    """Make the call; what it raises becomes part of the outcome."""
+    started = time.monotonic()
+    value, error, failure = None, None, None
+    with MemoryWatch() as memory:
+        try:
+            module, name = call.function.split(":")
+            value = getattr(import_module(module), name)(**call.arguments, progress=report)
+        except InputError as caught:
+            error = caught
+        except Exception as caught:
+            traceback.print_exc()
+            failure = f"{type(caught).__name__}: {caught}".splitlines()[0]
+    return Outcome(value, error, failure, time.monotonic() - started, memory.peak)
+
+
+def main() -> None:
+    """Serve one call, then leave without the libraries' own endings, of which some hang or crash."""
+    faulthandler.enable()
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    call = connection.recv()
+    pending, last = 0, 0.0
+
+    def report(amount: int) -> None:
+        nonlocal pending, last
+        pending += amount
+        if time.monotonic() - last > 0.05:
+            connection.send(pending)
+            pending, last = 0, time.monotonic()
+
+    outcome = run(call, report)
+    connection.send(pending)
+    connection.send(outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # Run as a module this file is `__main__`, and its classes would be pickled under that name.
+    from gemexport.worker import main as serve
+
+    serve()
