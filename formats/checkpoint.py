@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from gemexport.formats.architecture import Architecture, architecture, text_config
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedTensor, read_folder
@@ -131,7 +133,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_tokenizer(path: Path) -> dict[str, Any]:
     """tokenizer.json as a dictionary; InputError when it is not one."""
     try:
-        tokenizer = json.loads(path.read_text("utf-8"))
+        # 33 MB of JSON: pydantic's parser takes half as long as Python's.
+        tokenizer = from_json(path.read_bytes())
         tokenizer["model"]["vocab"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(path, "is not a tokenizer of the tokenizers library", "save the tokenizer again") from error
