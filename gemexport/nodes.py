@@ -82,8 +82,11 @@ def export(
     return result
 
 
-def reference(place: Workplace, floor: bool, progress: Progress) -> Divergence | None:
-    """Logits of the source's weights in f32, and, if `floor`, how far PyTorch's own bf16 is from them; in tokens."""
+def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
+    """Logits of the source's weights in f32, and how far the same weights are from them in other arithmetics.
+
+    Progress in tokens, once for f32 and once for each of `noises`.
+    """
     checkpoint = open_checkpoint(place.model)
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
@@ -92,14 +95,16 @@ def reference(place: Workplace, floor: bool, progress: Progress) -> Divergence |
         store.logits(sequence)
         progress(len(sequence))
     store.close()
-    if not floor:
-        return None
-    rounded = _reference(checkpoint, tensors, "bf16")
-    total = divergence.Divergence()
-    for sequence in sequences:
-        total.add(store.logits(sequence), rounded.logits(sequence), sequence)
-        progress(len(sequence))
-    return _figures(total)
+    floors = {}
+    for arithmetic in noises:
+        noisy = _reference(checkpoint, tensors, arithmetic)
+        total = divergence.Divergence()
+        for sequence in sequences:
+            total.add(store.logits(sequence), noisy.logits(sequence), sequence)
+            progress(len(sequence))
+        noisy.close()
+        floors[arithmetic] = _figures(total)
+    return floors
 
 
 def _reference(checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32") -> Runtime:

@@ -26,7 +26,7 @@ class Target:
     extra: str  # what to install
     packages: tuple[str, ...]  # import names that the extra brings
     arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
-    exact_arithmetic: bool = True  # False: the runtime rounds activations, and the noise floor is its yardstick
+    noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
 
     def path(self, out: Path, model: str, variant: str) -> Path:
         """Where the artefact of this variant lies."""
@@ -63,7 +63,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32"), "gguf/{name}-{variant}.gguf",
-            "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"), exact_arithmetic=False,
+            "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"), noises=("bf16", "int8-activations"),
         ),
         Target(
             "mlx", "MLX", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",

@@ -142,11 +142,11 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted:
     """The reference and the validators: those of artefacts that lie there, or wait for their export."""
     weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
     affordable = room <= asked.memory
-    floor = any(not step.target.exact_arithmetic for step in wanted)
+    noises = tuple(sorted({noise for step in wanted for noise in step.target.noises}))
     nodes = []
     if affordable:
-        call = Call("gemexport.nodes:reference", {"place": place, "floor": floor})
-        nodes.append(Node("reference", call, (), room, asked.tokens * (2 if floor else 1)))
+        call = Call("gemexport.nodes:reference", {"place": place, "noises": noises})
+        nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises))))
     for step in wanted:
         needs = (f"export {step.key}", *(("reference",) if affordable else ()))
         call = Call(
@@ -259,7 +259,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     """The report of one artefact out of its nodes' outcomes."""
     exported = outcomes.get(f"export {step.key}", Outcome())
     judged = outcomes.get(f"validate {step.key}", Outcome())
-    floor: Divergence | None = outcomes.get("reference", Outcome()).value
+    floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
     failed = next((item for item in (exported, judged) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
@@ -283,11 +283,11 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if not isinstance(judged.value, Validation):
         return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
-    held = bounds(found, floor, asked.recipe)
+    held = bounds(found, floors, asked.recipe)
     status, reason = verdict(held)
     if found.logits is None and status == "pass":
         reason = "logits were not compared: the model does not fit into --memory"
-    logits = found.logits.model_copy(update={"noise_floor": floor, "seconds": judged.seconds}) if found.logits else None
+    logits = found.logits.model_copy(update={"noise_floor": floors.get("bf16"), "seconds": judged.seconds}) if found.logits else None
     return ArtifactReport(
         **base,
         status=status,

@@ -17,9 +17,13 @@ import transformers
 
 from gemexport.formats.tensor import Floats, Tensor, slices
 
-Arithmetic = Literal["f32", "bf16"]
+Arithmetic = Literal["f32", "bf16", "int8-activations"]
 
-DTYPES: dict[Arithmetic, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Arithmetic, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8-activations": torch.float32,
+}
 
 # What a config says about how weights were stored: the weights given here are plain numbers already.
 STORAGE_KEYS = ("quantization_config", "quantization", "dtype", "torch_dtype")
@@ -35,8 +39,9 @@ def reference(
     """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
 
     `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
-    (`gemma3_text`, `gemma4_text`). `dtype` "bf16" computes in bfloat16 instead, as the checkpoint is served:
-    its distance from "f32" is PyTorch's own noise. Memory: one copy of the weights, 4 or 2 bytes each.
+    (`gemma3_text`, `gemma4_text`). Two ways to compute exist to be measured against "f32": "bf16", as the
+    checkpoint is served, and "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8
+    bits in blocks of 32. Memory: one copy of the weights, 4 or 2 bytes each.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
@@ -58,7 +63,21 @@ def reference(
     wrong = {complaint: sorted(map(str, report[complaint])) for complaint in complaints}
     if any(wrong.values()):
         raise ValueError(f"the tensors do not make up a {config.model_type}: {wrong}")
+    if dtype == "int8-activations":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, inputs: (_round_to_int8(inputs[0]), *inputs[1:]))
     return Reference(model, dtype, threads or os.cpu_count() or 1)
+
+
+def _round_to_int8(x: torch.Tensor, block: int = 32) -> torch.Tensor:
+    """`x` `[…, in]` rounded to 8-bit codes on one f16 scale a block, ggml's Q8_0 (ggml-common.h, block_q8_0)."""
+    if x.shape[-1] % block:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+    codes = torch.where(scale > 0, blocks / scale, 0).round().clamp(-128, 127)
+    return (codes * scale).reshape(x.shape)
 
 
 class Reference:
