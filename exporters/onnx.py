@@ -14,14 +14,16 @@ import onnx_ir as ir
 
 from gemexport.exporters import decoder
 from gemexport.exporters.genai_config import genai_config
-from gemexport.exporters.onnx_graph import GraphBuilder, WeightsFile
-from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend
+from gemexport.exporters.onnx_graph import GraphBuilder, Weights
+from gemexport.exporters.onnx_npu import NpuBackend
+from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 
 VARIANTS = ("int4", "npu", "f32")
 PRODUCER = "gemexport"
+CONTEXT, PREFILL = 2048, 128
 
 
 def export(
@@ -29,32 +31,70 @@ def export(
     path: Path,
     *,
     variant: str = VARIANTS[0],
+    context: int = CONTEXT,
+    prefill: int = PREFILL,
     progress: Progress = ignore,
 ) -> Export:
     """Write `checkpoint`, with its grids, to the folder `path`; it appears when it is whole.
 
-    Raises InputError when the folder cannot be written or the disk is full.
+    `context` and `prefill`, in positions, are the fixed sizes of `npu`: what its caches hold, and how many tokens
+    its prompt graph takes at once. Raises InputError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
     with atomic(path) as partial:
         partial.mkdir()
-        notes = _write_runtime(checkpoint, partial, variant, progress)
+        if variant == "npu":
+            _write_npu(checkpoint, partial, min(context, checkpoint.architecture.max_positions), prefill, progress)
+            run, notes = f"python -c 'import onnxruntime; onnxruntime.InferenceSession(\"{path}/decode.onnx\")'", []
+        else:
+            notes = _write_runtime(checkpoint, partial, variant == "int4", progress)
+            run = (
+                f'python -c \'import onnxruntime_genai as og; m = og.Model("{path}"); t = og.Tokenizer(m); '
+                "p = og.GeneratorParams(m); p.set_search_options(max_length=64); g = og.Generator(m, p); "
+                'g.append_tokens(t.encode("<bos>The capital of France is")); '
+                "[g.generate_next_token() for _ in range(40) if not g.is_done()]; print(t.decode(g.get_sequence(0)))'"
+            )
         for file in checkpoint.tokenizer_files():
             shutil.copyfile(file, partial / file.name)
-    return Export(path=path, variant=variant, run="", notes=notes, files=sorted(path.iterdir()))
+    return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 
 
-def _write_runtime(checkpoint: Checkpoint, folder: Path, variant: str, progress: Progress) -> list[str]:
+def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> list[str]:
     """One graph with free sizes, and the configuration of onnxruntime-genai."""
     a = checkpoint.architecture
-    weights = WeightsFile(checkpoint.tensors, "model.onnx.data")
+    weights = Weights(checkpoint.tensors)
     graph = GraphBuilder(checkpoint.name)
-    backend = OnnxRuntimeBackend(a, graph, weights, quantized=variant == "int4")
+    backend = OnnxRuntimeBackend(a, graph, weights, quantized)
     logits = decoder.logits(a, backend)
-    shape = ["batch_size", "sequence_length", a.vocab_size]
-    graph.output(logits, "logits", ir.DataType.FLOAT, shape)
+    graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", a.vocab_size])
     weights.write(folder, progress)
     graph.save(folder / "model.onnx", PRODUCER)
     text = json.dumps(genai_config(a, "model.onnx"), indent=2, sort_keys=True)
     (folder / "genai_config.json").write_text(f"{text}\n", "utf-8")
-    return []
+    held = [t for t in checkpoint.tensors.values() if quantized and t.grid is not None]
+    return [
+        f"{t.name} stays {t.dtype}: ONNX Runtime has no block for {t.grid.bits}-bit blocks of {t.grid.block}"
+        for t in held
+        if t.grid is not None and block_of(t.grid) is None
+    ]
+
+
+def _write_npu(checkpoint: Checkpoint, folder: Path, context: int, prefill: int, progress: Progress) -> None:
+    """The lookup, and the decoder for a prompt's chunk and for one token, over the same weights."""
+    a = checkpoint.architecture
+    weights = Weights(checkpoint.tensors)
+    lookup = GraphBuilder(f"{checkpoint.name} embeddings")
+    x, tokens = decoder.embed(a, NpuBackend(a, lookup, weights, prefill, context))
+    lookup.output(x, "inputs_embeds", ir.DataType.FLOAT, [1, "sequence_length", a.hidden_size])
+    if tokens is not None and a.per_layer is not None:
+        width = len(a.layers) * a.per_layer.dim
+        lookup.output(tokens, "per_layer_inputs", ir.DataType.FLOAT, [1, "sequence_length", width])
+    graphs = {"embeddings": lookup}
+    for name, length in (("prefill", prefill), ("decode", 1)):
+        graph = graphs[name] = GraphBuilder(f"{checkpoint.name} {name}")
+        backend = NpuBackend(a, graph, weights, length, context)
+        logits = decoder.head(a, backend, decoder.layers(a, backend, *backend.embedded()))
+        graph.output(logits, "logits", ir.DataType.FLOAT, [1, length, a.vocab_size])
+    weights.write(folder, progress)
+    for name, graph in graphs.items():
+        graph.save(folder / f"{name}.onnx", PRODUCER)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from gemexport.exporters.onnx_graph import GraphBuilder, WeightsFile
+from gemexport.exporters.onnx_graph import GraphBuilder, Weights
 
 
 class StandardOperations:
     """The operations that the ONNX standard spells the same for every runtime, on values `[batch, n, …]` in f32."""
 
-    def __init__(self, graph: GraphBuilder, weights: WeightsFile) -> None:
-        self.graph, self.weights = graph, weights
+    def __init__(self, graph: GraphBuilder, weights: Weights, file: str) -> None:
+        self.graph, self.weights, self.file = graph, weights, file
 
     def rms_norm(self, x: ir.Value, weight: str | None, eps: float, offset: float) -> ir.Value:
         g = self.graph
@@ -34,7 +34,7 @@ class StandardOperations:
 
     def constant(self, weight: str) -> ir.Value:
         values = self.weights.tensors[weight].numpy()
-        stored = self.weights.plan(weight, "plain", ir.DataType.FLOAT, values.shape, values)
+        stored = self.weights.plan(weight, "plain", ir.DataType.FLOAT, values.shape, values, file=self.file)
         return self.graph.external(weight, stored)
 
     def gelu(self, x: ir.Value) -> ir.Value:

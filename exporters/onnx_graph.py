@@ -47,12 +47,12 @@ class Slot:
     fill: NDArray[Any] | Convert
 
 
-class WeightsFile:
+class Weights:
     """The external data of one or more graphs: planned first, then written in one pass over the source."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], location: str) -> None:
-        self.tensors, self.location = tensors, location
-        self.size = 0
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.sizes: dict[str, int] = {}  # bytes by file name
         self._slots: dict[str, list[Slot]] = {}  # by the tensor they come from
         self._planned: dict[tuple[str, str], ir.ExternalTensor] = {}
 
@@ -63,37 +63,42 @@ class WeightsFile:
         dtype: ir.DataType,
         shape: Sequence[int],
         fill: NDArray[Any] | Convert,
+        *,
+        file: str,
         columns: bool = False,
     ) -> ir.ExternalTensor:
-        """A place for `tensor` in `layout`; the same place again when it was planned before."""
+        """A place in `file` for `tensor` in `layout`; the same place again when it was planned before."""
         known = self._planned.get((tensor, layout))
         if known is not None:
             return known
         nbytes = -(-int(np.prod(shape, dtype=np.int64)) * dtype.bitwidth // 8)
         alignment = MAPPED_ALIGNMENT if nbytes >= MAPPED_BYTES else ALIGNMENT
-        offset = -(-self.size // alignment) * alignment
-        self.size = offset + nbytes
-        stored = ir.ExternalTensor(self.location, offset, nbytes, dtype, shape=ir.Shape(shape), name=tensor)
+        offset = -(-self.sizes.get(file, 0) // alignment) * alignment
+        self.sizes[file] = offset + nbytes
+        stored = ir.ExternalTensor(file, offset, nbytes, dtype, shape=ir.Shape(shape), name=tensor)
         self._planned[tensor, layout] = stored
         self._slots.setdefault(tensor, []).append(Slot(stored, columns, fill))
         return stored
 
-    def write(self, folder: Path, progress: Progress) -> Path:
-        """Write the file; holds a slice of rows. Raises OSError when the disk is full."""
-        path = folder / self.location
-        with path.open("wb") as file:
-            _reserve(file.fileno(), self.size)
-        data = np.memmap(path, np.uint8, "r+", shape=(self.size,))
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Write the files; holds a slice of rows. Raises OSError when the disk is full."""
+        data = {}
+        for name, size in self.sizes.items():
+            with (folder / name).open("wb") as file:
+                _reserve(file.fileno(), size)
+            data[name] = np.memmap(folder / name, np.uint8, "r+", shape=(size,))
         for tensor, slots in self._slots.items():
             self._write_tensor(data, tensor, slots, progress)
-        data.flush()
-        return path
+        for whole in data.values():
+            whole.flush()
 
-    def _write_tensor(self, data: NDArray[np.uint8], name: str, slots: list[Slot], progress: Progress) -> None:
+    def _write_tensor(
+        self, data: Mapping[str, NDArray[np.uint8]], name: str, slots: list[Slot], progress: Progress
+    ) -> None:
         targets = []
         for slot in slots:
             start, length = int(slot.initializer.offset or 0), int(slot.initializer.length or 0)
-            target = data[start : start + length]
+            target = data[str(slot.initializer.location)][start : start + length]
             if isinstance(slot.fill, np.ndarray):
                 target[:] = np.ascontiguousarray(slot.fill).reshape(-1).view(np.uint8)
             else:
@@ -145,6 +150,7 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._counts: dict[str, int] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], int] = {}
 
     def op(
         self, kind: str, inputs: Iterable[ir.Value | None], domain: str = "", outputs: int = 1, **attributes: Any
@@ -170,8 +176,9 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any) -> ir.Value:
         """A constant inside the graph; one initializer for equal ones."""
         array = np.asarray(value, dtype)
-        text = "_".join(map(str, array.reshape(-1).tolist()))
-        name = f"/constants/{array.dtype}{'x'.join(map(str, array.shape))}/{text}"
+        key = (array.dtype.name, array.shape, array.tobytes())
+        number = self._constants.setdefault(key, len(self._constants))
+        name = f"/constants/{number}"
         return self.initializer(name, ir.Tensor(array, name=name))
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -183,12 +190,22 @@ class GraphBuilder:
         return self.initializers[name]
 
     def external(
-        self, name: str, stored: ir.ExternalTensor, shape: Sequence[int] | None = None, **metadata: str
+        self,
+        name: str,
+        stored: ir.ExternalTensor,
+        shape: Sequence[int] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> ir.Value:
         """An initializer whose data lie at a planned place, in another shape if one is given."""
         shape = stored.shape if shape is None else ir.Shape(shape)
         place = ir.ExternalTensor(
-            stored.location, stored.offset, stored.length, stored.dtype, shape=shape, name=name, metadata_props=metadata
+            stored.location,
+            stored.offset,
+            stored.length,
+            stored.dtype,
+            shape=shape,
+            name=name,
+            metadata_props=dict(metadata or {}),
         )
         return self.initializer(name, place)
 

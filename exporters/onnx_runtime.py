@@ -10,13 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from gemexport.exporters.onnx_common import StandardOperations
-from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, WeightsFile, stored_floats
+from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, Weights, stored_floats
 from gemexport.formats.architecture import Architecture, Layer, Rope
 from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES
 from gemexport.formats.onnx_blocks import pack
 from gemexport.formats.tensor import Grid, Rows, Tensor, reblock
 
 MICROSOFT = "com.microsoft"
+WEIGHTS = "model.onnx.data"
 BLOCKS = (128, 64, 32, 16)  # what MatMulNBits has kernels for, and GatherBlockQuantized accepts
 
 
@@ -28,8 +29,8 @@ def block_of(grid: Grid) -> int | None:
 class OnnxRuntimeBackend(StandardOperations):
     """`decoder.Backend` in the operators of com.microsoft; weights with a grid packed where `quantized`."""
 
-    def __init__(self, a: Architecture, graph: GraphBuilder, weights: WeightsFile, quantized: bool) -> None:
-        super().__init__(graph, weights)
+    def __init__(self, a: Architecture, graph: GraphBuilder, weights: Weights, quantized: bool) -> None:
+        super().__init__(graph, weights, WEIGHTS)
         self.a, self.quantized = a, quantized
         self.ids = graph.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
         mask = graph.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
@@ -152,7 +153,7 @@ class OnnxRuntimeBackend(StandardOperations):
         def convert(rows: Rows) -> np.ndarray:
             return stored_floats(rows.values, tensor.dtype)
 
-        stored = self.weights.plan(tensor.name, "plain", FLOATS[tensor.dtype], tensor.shape, convert)
+        stored = self.weights.plan(tensor.name, "plain", FLOATS[tensor.dtype], tensor.shape, convert, file=WEIGHTS)
         return self.graph.external(tensor.name, stored)
 
     def _packed(
@@ -172,7 +173,9 @@ class OnnxRuntimeBackend(StandardOperations):
             assert blocks is not None
             return stored_floats(blocks, dtype)
 
-        packed = self.weights.plan(tensor.name, "codes", ir.DataType.UINT8, [out, width * bits // 8], codes)
-        factors = self.weights.plan(tensor.name, "scales", FLOATS[dtype], [out, width // block], scales)
+        packed = self.weights.plan(
+            tensor.name, "codes", ir.DataType.UINT8, [out, width * bits // 8], codes, file=WEIGHTS
+        )
+        factors = self.weights.plan(tensor.name, "scales", FLOATS[dtype], [out, width // block], scales, file=WEIGHTS)
         stored = self.graph.external(f"{tensor.name}{SCALES}", factors)
         return self.graph.external(name, packed, shape), self.to_float(stored)

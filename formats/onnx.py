@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx_blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
-from gemexport.formats.tensor import Floats, Tensor
+from gemexport.formats.tensor import Floats, Rows, Tensor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GRAPHS = ("model.onnx", "embeddings.onnx", "prefill.onnx", "decode.onnx")
 # On an initializer whose grid no operator names: a packed table that standard operators look rows up in.
 BITS = "gemexport.bits"
+COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
 SCALES = ".scales"  # what the scales of a weight are called, after its own name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -38,7 +39,7 @@ Use = tuple["ir.Node", int]  # an operator and which of its inputs
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """The weights of a model by canonical name, mapped: of an .onnx file, or of the `GRAPHS` in a folder.
 
-    A tied head with a copy of its own is lm_head.weight. Raises InputError for a file that is not whole, external
+    Raises InputError for a file that is not whole, external
     data that are missing, too short or outside the folder, and graphs of one folder that disagree on a weight.
     """
     path = Path(path)
@@ -47,14 +48,36 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
         raise InputError(path, "there is no ONNX model", f"give an .onnx file, or a folder with {' or '.join(GRAPHS)}")
     found: dict[str, Tensor] = {}
     places: dict[str, Place] = {}
+    copies: dict[str, str] = {}
     for file in files:
-        for tensor, place in _weights(file):
+        for tensor, place, original in _weights(file):
+            if original is not None:
+                copies[tensor.name] = original
             if places.setdefault(tensor.name, place) != place:
                 raise InputError(file, f"{tensor.name} is another one than in the graph beside it", BROKEN)
             found.setdefault(tensor.name, tensor)
     if places.get(HEAD) is not None and places[HEAD] == places.get(EMBEDDING):
         del found[HEAD]  # the embedding's own bytes, under the shape that the other operator wants
+    for name, original in copies.items():
+        found[original] = CopiedTensor(found[original], found.pop(name), path)
     return found
+
+
+class CopiedTensor:
+    """A tensor that an artefact holds twice; reading rows that differ raises InputError."""
+
+    def __init__(self, first: Tensor, second: Tensor, path: Path) -> None:
+        self.first, self.second, self.path = first, second, path
+        self.name, self.shape, self.dtype, self.grid = first.name, first.shape, first.dtype, first.grid
+
+    def rows(self, start: int, stop: int) -> Rows:
+        rows = self.first.rows(start, stop)
+        if not np.array_equal(rows.values, self.second.rows(start, stop).values):
+            raise InputError(self.path, f"{self.second.name} is not {self.name}, which it is tied to", BROKEN)
+        return rows
+
+    def numpy(self) -> Floats:
+        return self.rows(0, self.shape[0]).values
 
 
 def canonical_name(name: str) -> str | None:
@@ -68,8 +91,8 @@ def canonical_name(name: str) -> str | None:
     return name if re.match(r"(model|lm_head)\..*(weight|layer_scalar)$", name) else None
 
 
-def _weights(file: Path) -> Iterator[tuple[Tensor, Place]]:
-    """Each weight of one graph, and where its data lie."""
+def _weights(file: Path) -> Iterator[tuple[Tensor, Place, str | None]]:
+    """Each weight of one graph, where its data lie, and the name of the weight that it copies."""
     import onnx_ir as ir
 
     try:
@@ -81,7 +104,8 @@ def _weights(file: Path) -> Iterator[tuple[Tensor, Place]]:
         tensor = name and _weight(name, value, graph, file)
         if tensor:
             external = isinstance(value.const_value, ir.ExternalTensor)
-            yield tensor, (str(value.const_value.location), value.const_value.offset or 0) if external else None
+            place = (str(value.const_value.location), value.const_value.offset or 0) if external else None
+            yield tensor, place, value.const_value.metadata_props.get(COPY)
 
 
 def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor | None:

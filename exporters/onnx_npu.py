@@ -1,0 +1,222 @@
+"""The decoder for NPU compilers: operators of the ONNX standard alone, every size fixed, nothing that depends on data.
+
+A cache holds the last `length` positions, the newest at its end: each run shifts new keys and values in from the
+right, so nothing is written at a place that has to be computed. A position below zero is padding, left of the prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gemexport.exporters.onnx_common import StandardOperations
+from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
+from gemexport.formats.architecture import Architecture, Layer, Rope
+from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES
+from gemexport.formats.onnx_blocks import pack, pack_signed
+from gemexport.formats.tensor import Grid, Rows, Tensor
+
+MASKED = -30_000.0  # far below any score, and within f16, which NPUs compute in
+TABLES, WEIGHTS = "embeddings.onnx.data", "decoder.onnx.data"
+INT: dict[int, ir.DataType] = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+class NpuBackend(StandardOperations):
+    """`decoder.Backend`, `length` positions at a time in a context of `context`; inputs appear as they are needed."""
+
+    def __init__(self, a: Architecture, graph: GraphBuilder, weights: Weights, length: int, context: int) -> None:
+        super().__init__(graph, weights, WEIGHTS)
+        self.a, self.length, self.context = a, length, context
+        self._positions: ir.Value | None = None
+        self._cache: dict[int, tuple[ir.Value, ir.Value]] = {}
+        self._rotations: dict[tuple[Rope, int], tuple[ir.Value, ir.Value]] = {}
+        self._biases: dict[bool, ir.Value] = {}
+
+    # What is looked up: a graph of its own, that may stay on the CPU beside a table too large for an NPU.
+
+    def embedding(self, weight: str, scale: float) -> ir.Value:
+        tensor = self.weights.tensors[weight]
+        if not self.graph.inputs:
+            self.graph.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
+        if tensor.grid is None:
+            dtype = FLOATS[tensor.dtype]
+            table = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
+            return self.scale(self.to_float(self._lookup(self.graph.external(weight, table))), scale)
+        width, bits, block = tensor.shape[1], tensor.grid.bits, tensor.grid.block
+        codes, scales = self._table(tensor, tensor.grid)
+        codes = self.reshape(self._unpacked(self._lookup(codes), bits), [0, 0, width // block, block])
+        scales = self.reshape(self.to_float(self._lookup(scales)), [0, 0, width // block, 1])
+        return self.scale(self.reshape(self.mul(codes, scales), [0, 0, width]), scale)
+
+    def _table(self, tensor: Tensor, grid: Grid) -> tuple[ir.Value, ir.Value]:
+        """Packed rows and their scales, in the scales' own dtype."""
+        (rows, width), bits, dtype = tensor.shape, grid.bits, grid.scale_dtype
+
+        def codes(part: Rows) -> NDArray[Any]:
+            return pack(part.grid()[0], bits)
+
+        def scales(part: Rows) -> NDArray[Any]:
+            return stored_floats(part.grid()[1], dtype)
+
+        plan, name = self.weights.plan, tensor.name
+        packed = plan(name, "rows", ir.DataType.UINT8, [rows, width * bits // 8], codes, file=TABLES)
+        factors = plan(name, "row scales", FLOATS[dtype], [rows, width // grid.block], scales, file=TABLES)
+        table = self.graph.external(name, packed, metadata={BITS: str(bits)})
+        return table, self.graph.external(f"{name}{SCALES}", factors)
+
+    def _lookup(self, table: ir.Value) -> ir.Value:
+        rows = self.graph.op("Gather", [table, self.graph.inputs[0]], axis=0)
+        rows.dtype = table.dtype
+        return rows
+
+    def _unpacked(self, packed: ir.Value, bits: int) -> ir.Value:
+        """Codes as f32 `[1, n, in]` out of bytes `[1, n, in * bits / 8]`, the first in the lowest bits."""
+        g, fields = self.graph, []
+        for place in range(8 // bits):
+            field = packed
+            if place:
+                shift = g.constant(place * bits, np.uint8)
+                field = g.op("BitShift", [field, shift], direction="RIGHT")
+            mask = g.constant((1 << bits) - 1, np.uint8)
+            fields.append(g.op("Unsqueeze", [g.op("BitwiseAnd", [field, mask]), g.constant([3], np.int64)]))
+        together = fields[0] if len(fields) == 1 else g.op("Concat", fields, axis=3)
+        codes = self.cast(self.merge(together), ir.DataType.FLOAT)
+        return g.op("Sub", [codes, self.number(float(1 << (bits - 1)))])
+
+    # The decoder.
+
+    def embedded(self) -> tuple[ir.Value, ir.Value | None]:
+        """What `decoder.embed` gives, as inputs."""
+        x = self.graph.input("inputs_embeds", ir.DataType.FLOAT, [1, self.length, self.a.hidden_size])
+        if self.a.per_layer is None:
+            return x, None
+        shape = [1, self.length, len(self.a.layers) * self.a.per_layer.dim]
+        return x, self.graph.input("per_layer_inputs", ir.DataType.FLOAT, shape)
+
+    def linear(self, x: ir.Value, weight: str) -> ir.Value:
+        tensor = self.weights.tensors[weight]
+        if tensor.grid is not None:
+            values = self._dequantized(tensor, tensor.grid)
+        else:
+            dtype, shape, turned = FLOATS[tensor.dtype], tensor.shape[::-1], plain(tensor, turn=True)
+            stored = self.weights.plan(weight, "columns", dtype, shape, turned, file=WEIGHTS, columns=True)
+            values = self.to_float(self._weight(weight, stored))
+        return self.graph.op("MatMul", [x, values])
+
+    def _weight(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
+        """A weight of a linear; a tied head has a copy of its own: the lookup needs rows, and MatMul columns."""
+        if name == EMBEDDING:
+            return self.graph.external(HEAD, stored, metadata={COPY: EMBEDDING})
+        return self.graph.external(name, stored)
+
+    def _dequantized(self, tensor: Tensor, grid: Grid) -> ir.Value:
+        """A weight `[in, out]` out of its codes, with a scale a block of `in`, or a column where a row has but one."""
+        out, width = tensor.shape
+        # A tensor is packed as one run, so its rows have to fill bytes; opset 23 has no 2-bit type.
+        bits = 4 if grid.bits <= 4 and out % 2 == 0 else 8
+
+        def codes(part: Rows) -> NDArray[Any]:
+            return pack_signed(np.ascontiguousarray(part.grid()[0].T), bits)
+
+        plan, name = self.weights.plan, tensor.name
+        packed = plan(name, "columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
+        attributes = {"axis": 0, "block_size": grid.block} if grid.block < width else {"axis": 1}
+        shape = [width // grid.block, out] if grid.block < width else [out]
+        scales = plan(
+            name, "column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T, file=WEIGHTS, columns=True
+        )
+        weight = self._weight(name, packed)
+        return self.graph.op(
+            "DequantizeLinear", [weight, self.graph.external(f"{weight.name}{SCALES}", scales)], **attributes
+        )
+
+    def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
+        g = self.graph
+        cos, sin = self._rotation(layer)
+        half = layer.head_dim // 2
+        a, b = g.op("Split", [x, g.constant([half, half], np.int64)], outputs=2, axis=-1)
+        first = g.op("Sub", [self.mul(a, cos), self.mul(b, sin)])
+        return g.op("Concat", [first, self.add(self.mul(b, cos), self.mul(a, sin))], axis=-1)
+
+    def _rotation(self, layer: Layer) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines `[1, n, 1, head_dim / 2]` out of tables: f16 could not compute the angles."""
+        key = (layer.rope, layer.head_dim)
+        if key not in self._rotations:
+            g, number = self.graph, len(self._rotations)
+            # In f32 as the reference has them: a rounding of the frequency grows with the position.
+            frequencies = layer.rope.inv_freq(layer.head_dim).astype(np.float32)
+            angles = np.arange(self.context, dtype=np.float32)[:, None] * frequencies
+            here = g.op("Max", [self.positions(), g.constant(0, np.int32)])
+            found = []
+            for kind, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+                name = f"/rope_{number}/{kind}"
+                stored = self.weights.plan(name, "plain", ir.DataType.FLOAT, values.shape, values, file=WEIGHTS)
+                rows = g.op("Gather", [g.external(name, stored), here], axis=0)
+                found.append(g.op("Unsqueeze", [rows, g.constant([2], np.int64)]))
+            self._rotations[key] = found[0], found[1]
+        return self._rotations[key]
+
+    def positions(self) -> ir.Value:
+        """Positions `[1, n]`, consecutive; below zero where there is padding."""
+        if self._positions is None:
+            self._positions = self.graph.input("position_ids", ir.DataType.INT32, [1, self.length])
+        return self._positions
+
+    def cache_length(self, layer: Layer) -> int:
+        """How many positions a layer's cache holds: no more than it can see."""
+        return min(self.a.sliding_window, self.context) if layer.sliding else self.context
+
+    def remember(self, k: ir.Value, v: ir.Value, layer: Layer) -> None:
+        g = self.graph
+        shape = [1, layer.kv_heads, self.cache_length(layer), layer.head_dim]
+        kept = []
+        for kind, new in (("key", k), ("value", v)):
+            past = g.input(f"past_key_values.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
+            whole = g.op("Concat", [past, g.op("Transpose", [new], perm=[0, 2, 1, 3])], axis=2)
+            ends = (g.constant([at], np.int64) for at in (self.length, self.length + shape[2], 2))
+            g.output(g.op("Slice", [whole, *ends]), f"present.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
+            kept.append(whole)
+        self._cache[layer.index] = kept[0], kept[1]
+
+    def attention(self, q: ir.Value, layer: Layer, scale: float, softcap: float | None) -> ir.Value:
+        g, n = self.graph, self.length
+        keys, values = self._cache[layer.kv_source]
+        groups = self.a.heads // layer.kv_heads
+        seen = self.cache_length(layer) + n
+        # The heads of a group ask the same keys: as one longer query they need no copies of them.
+        asked = self.scale(g.op("Transpose", [q], perm=[0, 2, 1, 3]), scale)
+        asked = self.reshape(asked, [1, layer.kv_heads, groups * n, layer.head_dim])
+        scores = g.op("MatMul", [asked, g.op("Transpose", [keys], perm=[0, 1, 3, 2])])
+        scores = scores if softcap is None else self.softcap(scores, softcap)
+        scores = self.add(self.reshape(scores, [layer.kv_heads, groups, n, seen]), self._bias(layer))
+        shares = self.reshape(g.op("Softmax", [scores], axis=-1), [1, layer.kv_heads, groups * n, seen])
+        read = self.reshape(g.op("MatMul", [shares, values]), [1, self.a.heads, n, layer.head_dim])
+        return g.op("Transpose", [read], perm=[0, 2, 1, 3])
+
+    def _bias(self, layer: Layer) -> ir.Value:
+        """`[n, length + n]`: 0 where a query sees a key, MASKED elsewhere; both positions follow from the last one."""
+        if layer.sliding not in self._biases:
+            g, seen = self.graph, self.cache_length(layer) + self.length
+            last = g.op("Gather", [self.positions(), g.constant([self.length - 1], np.int64)], axis=1)
+            keys = g.op("Add", [last, g.constant(np.arange(1 - seen, 1)[None, :], np.int32)])
+            zero = g.constant(0, np.int32)
+            ago = g.op("Sub", [self.reshape(self.positions(), [self.length, 1]), keys])
+            sees = g.op("And", [g.op("GreaterOrEqual", [keys, zero]), g.op("GreaterOrEqual", [ago, zero])])
+            if layer.sliding:
+                near = g.op("Less", [ago, g.constant(self.a.sliding_window, np.int32)])
+                sees = g.op("And", [sees, near])
+            self._biases[layer.sliding] = g.op("Where", [sees, self.number(0.0), self.number(MASKED)])
+        return self._biases[layer.sliding]
+
+
+def plain(tensor: Tensor, turn: bool = False) -> Convert:
+    """How rows of a tensor without a grid are stored: in its own dtype, as columns if turned."""
+
+    def convert(rows: Rows) -> NDArray[Any]:
+        stored = stored_floats(rows.values, tensor.dtype)
+        return stored.T if turn else stored
+
+    return convert

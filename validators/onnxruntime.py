@@ -1,0 +1,207 @@
+"""ONNX artefacts in ONNX Runtime on the CPU: one graph with free sizes, or the three of fixed size made for an NPU.
+
+The last tokens of every sequence go one at a time, so that what decoding does is judged along with what a prompt does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from gemexport.formats.errors import InputError
+from gemexport.validators.runtime import Arithmetic, Logits
+
+CHUNK = 256  # tokens of a prompt at once where sizes are free
+SINGLE = 8  # tokens at the end of a sequence that go one at a time
+NPU_GRAPHS = ("embeddings", "prefill", "decode")
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+Cache = dict[str, NDArray[Any]]
+
+
+def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
+    """The artefact in the folder `path`, or the .onnx file `path`.
+
+    Raises InputError when ONNX Runtime cannot load it, or when it holds fewer than `context` positions.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and all((path / f"{name}.onnx").is_file() for name in NPU_GRAPHS):
+        return NpuModel(folder, threads, context)
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(path, "there is no model.onnx", "give an .onnx file or the folder of one")
+    return OnnxModel(file, threads)
+
+
+def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Without VNNI the 8-bit kernels saturate; and fused DequantizeLinear would quantize activations to 8 bit.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(file, f"ONNX Runtime does not load it ({reason})", "export it again") from error
+
+
+def _arithmetic(files: Sequence[Path]) -> Arithmetic:
+    """What the graphs compute in, by their operators."""
+    import onnx_ir as ir
+
+    found: set[Arithmetic] = set()
+    for file in files:
+        graph = ir.load(file).graph
+        for node in graph:
+            level = node.attributes.get("accuracy_level")
+            if level is not None and level.as_int() == 4:
+                found.add("int8-activations")
+        if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
+            found.add("f16")
+    return "int8-activations" if "int8-activations" in found else "f16" if found else "f32"
+
+
+class _Model(ABC):
+    """What both kinds have in common."""
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self.name = f"ONNX Runtime {onnxruntime.__version__}"
+        self.arithmetic = _arithmetic(files)
+        tokenizer = folder / "tokenizer.json"
+        self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """Logits `[n, vocabulary]`, from an empty cache."""
+        return np.concatenate(list(self._feed(self._empty(), tokens, SINGLE)))
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely next tokens, one by one."""
+        cache = self._empty()
+        for row in self._feed(cache, tokens, 0):
+            last = row[-1]
+        found: list[int] = []
+        while len(found) < count:
+            found.append(int(last.argmax()))
+            if len(found) < count:
+                last = self._run(cache, found[-1:], len(tokens) + len(found) - 1)[-1]
+        return found
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Ids by the folder's tokenizer.json; None when it has none."""
+        if self._tokenizer is None:
+            return None
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _feed(self, cache: Cache, tokens: Sequence[int], single: int) -> Iterator[NDArray[np.float32]]:
+        """Logits of the tokens in pieces, the last `single` one at a time; `cache` is changed."""
+        end = max(len(tokens) - single, 0)
+        start = 0
+        while start < end:
+            # Where a chunk has a fixed size the odd one comes first, so that its padding lies before the prompt.
+            stop = min(start + self._chunk(end - start), end)
+            yield self._run(cache, tokens[start:stop], start)
+            start = stop
+        for at in range(end, len(tokens)):
+            yield self._run(cache, tokens[at : at + 1], at)
+
+    @abstractmethod
+    def _chunk(self, left: int) -> int:
+        """How many of the `left` tokens go next."""
+
+    @abstractmethod
+    def _empty(self) -> Cache:
+        """A cache that nothing is in yet."""
+
+    @abstractmethod
+    def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Logits `[n, vocabulary]` of tokens at positions from `start` on; puts what they leave into `cache`."""
+
+
+class OnnxModel(_Model):
+    """One graph: input_ids, attention_mask, position_ids and past_key_values in; logits and present out."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        super().__init__(file.parent, [file])
+        self.session = _session(file, threads)
+        self.inputs = {item.name: item for item in self.session.get_inputs()}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+
+    def close(self) -> None:
+        del self.session
+
+    def _chunk(self, left: int) -> int:
+        return min(left, CHUNK)
+
+    def _empty(self) -> Cache:
+        return {
+            name: np.zeros((1, item.shape[1], 0, item.shape[3]), NUMPY_TYPES[item.type])
+            for name, item in self.inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        stop = start + len(tokens)
+        fed = {
+            "input_ids": np.asarray(tokens, np.int64)[None],
+            "attention_mask": np.ones((1, stop), np.int64),
+            "position_ids": np.arange(start, stop, dtype=np.int64)[None],
+        }
+        found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
+        return _sort(cache, self.outputs, found)[0]
+
+
+class NpuModel(_Model):
+    """Three graphs: the lookup of any length, the decoder for a chunk of a prompt, and the decoder for one token."""
+
+    def __init__(self, folder: Path, threads: int, context: int) -> None:
+        files = {name: folder / f"{name}.onnx" for name in NPU_GRAPHS}
+        super().__init__(folder, list(files.values()))
+        self.files, self.threads = files, threads
+        self.sessions = {name: _session(files[name], threads) for name in ("embeddings", "prefill")}
+        inputs = {item.name: item for item in self.sessions["prefill"].get_inputs()}
+        self.length = int(inputs["position_ids"].shape[1])
+        self.caches = {name: tuple(item.shape) for name, item in inputs.items() if name.startswith("past_")}
+        self.context = max((shape[2] for shape in self.caches.values()), default=0)
+        if self.context < context:
+            remedy = f"export it again with a context of {context}"
+            raise InputError(folder, f"its caches hold {self.context} positions", remedy)
+
+    def close(self) -> None:
+        self.sessions.clear()
+
+    def _chunk(self, left: int) -> int:
+        return left % self.length or self.length
+
+    def _empty(self) -> Cache:
+        return {name: np.zeros(shape, np.float32) for name, shape in self.caches.items()}
+
+    def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        name, length = ("decode", 1) if len(tokens) == 1 and start else ("prefill", self.length)
+        if name not in self.sessions:
+            self.sessions[name] = _session(self.files[name], self.threads)
+        padding = length - len(tokens)
+        ids = np.asarray([0] * padding + list(tokens), np.int64)[None]
+        looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})
+        names = [item.name for item in self.sessions["embeddings"].get_outputs()]
+        positions = np.arange(start - padding, start + len(tokens), dtype=np.int32)[None]
+        session = self.sessions[name]
+        fed = dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache
+        outputs = [item.name for item in session.get_outputs()]
+        return _sort(cache, outputs, session.run(None, fed))[0, padding:]
+
+
+def _sort(cache: Cache, names: Sequence[str], found: Sequence[Any]) -> NDArray[np.float32]:
+    """The logits among a graph's outputs; what it remembers goes into `cache`."""
+    outputs = dict(zip(names, found, strict=True))
+    cache |= {n.replace("present", "past_key_values"): outputs[n] for n in names if n.startswith("present")}
+    return np.asarray(outputs["logits"], np.float32)
