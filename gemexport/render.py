@@ -58,7 +58,8 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
     paths = [_under(out, artifact.path) for artifact in report.artifacts]
     used = sum(widths) + 2 * len(widths)
     beside = used + max((cell_len(path) for path in paths), default=0) <= console.width
-    console.print(_line(headings, widths, "bold", "bold") + (Text("  path", "bold") if beside else ""))
+    title = _line(headings, widths, "bold", "bold") + (Text("  path", "bold") if beside else "")
+    console.print(title, soft_wrap=True)
     for artifact, row, path in zip(report.artifacts, rows, paths, strict=True):
         line = _line(row, widths, "", _STYLES[artifact.status])
         below = [Text(f"  {artifact.run}", "dim")] if artifact.run else []
@@ -185,6 +186,11 @@ class HeatMap:
 
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     columns: int
+
+    @property
+    def label_width(self) -> int:
+        """Pixels that the longest kind takes in the map's monospaced letters."""
+        return 8 + math.ceil(6.4 * max((len(kind) for kind, _ in self.rows), default=5))
 
 
 def heat_map(tensors: Iterable[TensorReport]) -> HeatMap:

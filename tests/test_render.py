@@ -80,8 +80,12 @@ def weights(fraction: float = 1.0, layers: int = 18) -> WeightsReport:
     compared, exact = sum(t.compared for t in tensors), sum(t.exact for t in tensors)
     worst = max(t.max_relative_error for t in tensors)
     return WeightsReport(
-        compared=compared, exact=exact, exact_fraction=exact / compared, max_relative_error=worst, tensors=tuple(tensors)
-    )  # fmt: skip
+        compared=compared,
+        exact=exact,
+        exact_fraction=exact / compared,
+        max_relative_error=worst,
+        tensors=tuple(tensors),
+    )
 
 
 def logits(runtime: str, arithmetic: str, conversion: float, loss: float, **more: object) -> LogitsReport:
@@ -189,3 +193,183 @@ def sample_report(layers: int = 18) -> Report:
         seconds=251.3,
         peak_rss_bytes=3_400_000_000,
     )
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return sample_report()
+
+
+@pytest.fixture(scope="module")
+def page(report: Report) -> str:
+    return render.render_html(report)
+
+
+class _Page(HTMLParser):
+    """Checks that elements nest, and collects the tags with their attributes."""
+
+    VOID = frozenset({"meta", "link", "input", "br", "path", "circle", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def parsed(page: str) -> _Page:
+    result = _Page()
+    result.feed(page)
+    result.close()
+    return result
+
+
+def test_page_nests_and_needs_no_network(page: str) -> None:
+    found = parsed(page)
+    assert found.open == []
+    links = [attrs.get(key) for _, attrs in found.tags for key in ("src", "href") if key in attrs]
+    assert links
+    assert all(link is not None and link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert {tag for tag, _ in found.tags}.isdisjoint({"iframe", "object", "img"})
+
+
+def test_every_link_in_the_page_has_a_target_and_no_id_occurs_twice(page: str) -> None:
+    tags = parsed(page).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a"} <= set(ids)
+
+
+def test_page_holds_every_tensor_bound_file_and_reason(report: Report, page: str) -> None:
+    assert page.count('<th scope="row" class="text">model.layers.17.mlp.down_proj.weight</th>') == 6
+    for artifact in report.artifacts:
+        assert f'id="{render.anchor(artifact)}"' in page
+        assert all(file.sha256 in page for file in artifact.files)
+        assert all(bound.metric in page for bound in artifact.bounds)
+    assert "No module named &#39;compressed_tensors&#39;" in page
+    assert 'id="onnx-npu" open' in page
+    assert 'id="mlx-4bit">' in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_names_from_outside_cannot_become_markup(report: Report) -> None:
+    evil = '<script>alert("1")</script>`|*'
+    model = report.model.model_copy(update={"name": evil})
+    bad = report.artifacts[0].model_copy(update={"reason": evil, "notes": (evil,), "run": evil, "path": evil})
+    changed = report.model_copy(update={"model": model, "artifacts": (bad,)})
+    assert "<script>alert" not in render.render_html(changed)
+    markdown = render.render_markdown(changed)
+    outside_code = [line for line in markdown.splitlines() if not line.startswith("    ")]
+    assert "<script>" not in "\n".join(outside_code)
+    assert r"\`\|\*" in markdown
+
+
+def test_rendering_twice_gives_the_same_bytes(report: Report) -> None:
+    assert render.render_html(report) == render.render_html(sample_report())
+    assert render.render_markdown(report) == render.render_markdown(sample_report())
+
+
+def test_an_empty_report_renders() -> None:
+    model = ModelReport(name="m", architecture="gemma3", parameters=1, bytes=2, source="m")
+    nothing = Report(model=model, versions={})
+    assert parsed(render.render_html(nothing)).open == []
+    assert "| format |" in render.render_markdown(nothing)
+
+
+def test_measurements_that_are_not_numbers_are_shown_as_such(report: Report) -> None:
+    broken = logits("MIL evaluator", "f16", float("nan"), float("inf"))
+    changed = report.artifacts[0].model_copy(update={"logits": broken})
+    single = report.model_copy(update={"artifacts": (changed,)})
+    page = render.render_html(single)
+    assert ">NaN<" in page
+    assert ">inf<" in page
+    assert parsed(page).open == []
+
+
+def test_markdown_table_has_a_row_for_each_artefact(report: Report) -> None:
+    lines = render.render_markdown(report).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| format"))
+    rows = [line for line in lines[head + 2 :] if line.startswith("|")]
+    assert len(rows) == len(report.artifacts)
+    # A bar that is not escaped would end a cell.
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9}
+    assert lines[head + 2 + len(rows)] == ""
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_terminal_never_cuts_what_is_to_be_copied(report: Report, width: int) -> None:
+    stream = io.StringIO()
+    render.print_table(report, Console(file=stream, width=width), Path("out"))
+    lines = stream.getvalue().splitlines()
+    for artifact in report.artifacts:
+        assert artifact.run is None or f"  {artifact.run}" in lines
+        assert artifact.path is None or any(line.endswith(f"  out/{artifact.path}") for line in lines)
+    assert lines[0].split()[:3] == ["format", "size", "exact"]
+    starts = {line.index(artifact.status) for artifact in report.artifacts for line in lines
+              if line.startswith(f"{artifact.format} {artifact.variant} ")}  # fmt: skip
+    assert starts == {lines[0].index("verdict")}
+
+
+def test_written_reports_agree_and_sums_name_every_file(report: Report, tmp_path: Path) -> None:
+    render.write_reports(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "report.md", "SHA256SUMS"}
+    assert json.loads((tmp_path / "report.json").read_text())["artifacts"][0]["format"] == "gguf"
+    sums = dict(reversed(line.split("  ", 1)) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
+    assert sums == {file.path: file.sha256 for artifact in report.artifacts for file in artifact.files}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(1.0, "100 %"), (0.0, "0 %"), (0.999999999, "99.9999999 %"), (0.963, "96.30 %"), (1e-7, "0.00001 %"), (None, "–")],
+)  # fmt: skip
+def test_a_share_never_rounds_to_everything_or_nothing(fraction: float | None, text: str) -> None:
+    assert render.share(fraction) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0034, "0.0034"), (2.13e-9, "2.1e-9"), (0.0, "0"), (3e12, "3e12"), (None, "–")]
+)
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert render.number(value) == text
+
+
+def test_sizes_and_times() -> None:
+    assert [render.size(n) for n in (999, 1000, 999_960, 536_196_352, 9_300_000_000)] == [
+        "999 B", "1.0 kB", "1.0 MB", "536.2 MB", "9.3 GB",
+    ]  # fmt: skip
+    assert [render.seconds(t) for t in (0.416, 12.34, 247.0)] == ["0.42 s", "12.3 s", "4 min 07 s"]
+    assert render.quantity(268_098_176) == "268.1 M"
+
+
+def test_axis_is_logarithmic_and_takes_everything() -> None:
+    assert [render.on_axis(kld, 100) for kld in (0.0, 1e-12, 1e-9, 1e-4, 10.0, float("inf"))] == [
+        0.0, 0.0, 0.0, 50.0, 100.0, 100.0,
+    ]  # fmt: skip
+    assert render.on_axis(float("nan"), 100) is None
+    assert render.on_axis(None, 100) is None
+
+
+def test_heat_map_puts_layers_in_columns_and_kinds_in_rows() -> None:
+    tensors = [
+        tensor("model.embed_tokens", (8, 4), 1.0),
+        tensor("model.layers.0.mlp.up_proj", (8, 4), 1.0),
+        tensor("model.layers.3.mlp.up_proj", (8, 4), 0.5),
+    ]
+    found = render.heat_map(tensors)
+    assert found.columns == 4
+    assert [(kind, [(cell.column, cell.level) for cell in cells]) for kind, cells in found.rows] == [
+        ("embed_tokens", [(0, 0)]),
+        ("mlp.up_proj", [(0, 0), (3, 4)]),
+    ]
