@@ -10,7 +10,6 @@ than a byte are packed lowest bits first.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -146,28 +145,43 @@ class Entry:
         return -(-self.count * TYPES[self.kind].bits // 8)
 
 
-class BlobWriter:
-    """Writes a weight file whose entries are known before any data is: offsets first, rows later, in any interleaving.
+class BlobLayout:
+    """Where each blob of a weight file will lie, known before any data is."""
 
-    Data of one entry is appended in order. Raises ValueError for data that does not fill its entry.
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.offsets: dict[str, int] = {}  # entry name -> offset of its metadata
+        self._end = _HEADER.size
+
+    def add(self, entry: Entry) -> None:
+        """Give `entry` the next place; ValueError if its name is taken."""
+        if entry.name in self.entries:
+            raise ValueError(f"two blobs are called {entry.name}")
+        self.entries[entry.name] = entry
+        self.offsets[entry.name] = self._end
+        self._end = -(-(self._end + _METADATA.size + entry.nbytes) // ALIGNMENT) * ALIGNMENT
+
+
+class BlobWriter:
+    """Writes the weight file of a layout, the blobs' rows in any interleaving; data of one blob is appended in order.
+
+    Raises ValueError for data that does not fill its entry.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        self.offsets: dict[str, int] = {}  # entry name -> offset of its metadata
-        self._entries = {entry.name: entry for entry in entries}
-        if len(self._entries) != len(entries):
-            raise ValueError("two blobs have the same name")
+    def __init__(self, path: Path, layout: BlobLayout) -> None:
+        self._entries, self._offsets = layout.entries, layout.offsets
         self._written = dict.fromkeys(self._entries, 0)
         self._file = path.open("wb")
-        self._file.write(_HEADER.pack(len(entries), VERSION))
-        position = _HEADER.size
-        for entry in entries:
-            kind, data = TYPES[entry.kind], position + _METADATA.size
+        self._file.write(_HEADER.pack(len(self._entries), VERSION))
+        for name, entry in self._entries.items():
+            kind, offset = TYPES[entry.kind], self._offsets[name]
             padding = entry.nbytes * 8 - entry.count * kind.bits
-            self._file.seek(position)
-            self._file.write(_METADATA.pack(SENTINEL, kind.code, entry.nbytes, data, padding))
-            self.offsets[entry.name] = position
-            position = -(-(data + entry.nbytes) // ALIGNMENT) * ALIGNMENT
+            self._file.seek(offset)
+            self._file.write(_METADATA.pack(SENTINEL, kind.code, entry.nbytes, offset + _METADATA.size, padding))
+
+    def empty(self, name: str) -> bool:
+        """Whether nothing was written to the entry yet."""
+        return self._written[name] == 0
 
     def write(self, name: str, elements: NDArray) -> None:
         """Append elements (codes of less than a byte as integers) to the entry `name`."""
@@ -180,7 +194,7 @@ class BlobWriter:
             raw = np.ascontiguousarray(elements, dtype=kind.dtype).reshape(-1).view(np.uint8)
         if done + elements.size > entry.count or done * kind.bits % 8:
             raise ValueError(f"{name}: {elements.size} elements after {done} of {entry.count} do not fit")
-        self._file.seek(self.offsets[name] + _METADATA.size + done * kind.bits // 8)
+        self._file.seek(self._offsets[name] + _METADATA.size + done * kind.bits // 8)
         self._file.write(raw.data)
         self._written[name] = done + elements.size
 

@@ -60,7 +60,7 @@ def explained(error: OSError, path: Path) -> Exception:
     """An InputError for the system errors that a user can mend (full disk, permissions), else `error` itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(path, "the disk is full", "free some space, or choose another folder with -o")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
         reason = os.strerror(error.errno).lower()
         return InputError(path, f"cannot be written ({reason})", "choose another folder with -o")
     return error

@@ -49,7 +49,7 @@ def _best_scale(block: Floats, bits: int) -> float:
     if peak == 0:
         return 0.0
     best, explained = 0.0, -1.0
-    for start in (low, low - 0.5, low + 0.5, high, high - 0.5, high + 0.5):
+    for start in (float(low), low - 0.5, low + 0.5, float(high), high - 0.5, high + 0.5):
         scale, _ = _project(block, peak / start, low, high)
         rounded = _to_f16(scale)
         if rounded == 0:

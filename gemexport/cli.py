@@ -271,10 +271,10 @@ def parse_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an InputError becomes one line and exit status 2."""
     try:
-        app()
+        app(arguments)
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,204 @@
+"""Whatever is wrong with a request or a checkpoint: exit status 2, one line that names it, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemexport import demo
+from gemexport.cli import main
+from gemexport.formats.safetensors import INDEX_NAME
+
+
+@pytest.fixture
+def model(tiny_gemma4: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_gemma4, tmp_path / "model"))
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a command prints before it ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("gemexport: ")]
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert captured.out == ""
+    return lines[0]
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_header(model: Path, change: Callable[[dict[str, dict[str, list[int]]]], None]) -> None:
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def poison(model: Path, name: str, value: float) -> None:
+    """Write one bf16 value into a tensor."""
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start = 8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]
+    data[start : start + 2] = (np.array([value], np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+    path.write_bytes(data)
+
+
+def truncate(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 100_000)
+
+
+def overlap(model: Path) -> None:
+    def change(header: dict[str, dict[str, list[int]]]) -> None:
+        first, second = [name for name in header if name != "__metadata__"][:2]
+        size = header[second]["data_offsets"][1] - header[second]["data_offsets"][0]
+        start = header[first]["data_offsets"][0]
+        header[second]["data_offsets"] = [start, start + size]
+
+    edit_header(model, change)
+
+
+def exceed(model: Path) -> None:
+    def change(header: dict[str, dict[str, list[int]]]) -> None:
+        last = list(header)[-1]
+        header[last]["data_offsets"][1] += 1 << 40
+
+    edit_header(model, change)
+
+
+def point_outside(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": "../outside.safetensors"}}))
+
+
+def lose_shard(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (model / INDEX_NAME).write_text(json.dumps(index))
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda model: (model / "config.json").unlink(), "there is no config.json"),
+    "config is no JSON": (lambda model: (model / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "truncated": (truncate, "model.safetensors: is not a whole safetensors file"),
+    "overlapping offsets": (overlap, "model.safetensors: is not a whole safetensors file"),
+    "offsets past the end": (exceed, "model.safetensors: is not a whole safetensors file"),
+    "missing shard": (lose_shard, "names the shard model-00001-of-00002.safetensors, which is missing"),
+    "shard outside": (point_outside, "names a shard outside the folder"),
+    "NaN": (lambda model: poison(model, QUERY, float("nan")), f"tensor {QUERY} has NaN weights"),
+    "infinite": (lambda model: poison(model, NORM, float("inf")), f"tensor {NORM} has infinite weights"),
+    "wrong shape": (lambda model: edit_config(model, intermediate_size=128), "has the shape"),
+    "unknown architecture": (lambda model: edit_config(model, model_type="llama"), "the architecture 'llama'"),
+    "quantized already": (
+        lambda model: edit_config(model, quantization_config={"quant_method": "gptq"}),
+        "the weights are quantized already (gptq)",
+    ),
+    "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "there is no tokenizer.json"),
+    "broken tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text("[]"),
+        "tokenizer.json: is not a tokenizer",
+    ),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "there is no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, problem = DAMAGES[damage]
+    change(model)
+    out = tmp_path / "deep" / "out"
+    assert problem in complaint(capsys, "all", model, "-o", out, "--only", "gguf")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["all", "nowhere"], "nowhere: there is no such folder"),
+        (["all", "MODEL", "--only", "gguf,tflite"], "tflite: is not a format"),
+        (["all", "MODEL", "--memory", "lots"], "--memory lots: is not a size"),
+        (["all", "MODEL", "--recipe", "magic"], "magic: is neither a recipe nor a file"),
+        (["gguf", "MODEL", "--variant", "Q9"], "gguf: there is no variant Q9"),
+        (["validate", "MODEL", "nothing.gguf"], "nothing.gguf: there is no such file"),
+        (["validate", "MODEL", "."], "is no artefact of a format that is known"),
+        (["inspect", "nothing"], "nothing: there is no such file"),
+    ],
+)
+def test_impossible_request(
+    arguments: list[str],
+    problem: str,
+    tiny_gemma4: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(tiny_gemma4) if argument == "MODEL" else argument for argument in arguments]
+    assert problem in complaint(capsys, *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_of_another_model(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = demo.make(tmp_path / "other", family="gemma3", size="tiny")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["gguf", str(tiny_gemma4), "-o", str(out), "--no-validate"])
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert "holds the artefacts of another model (tiny-gemma4)" in complaint(capsys, "gguf", other, "-o", out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_output_folder_with_something_else_in_it(
+    tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "is not empty and not an output folder" in complaint(capsys, "all", tiny_gemma4, "-o", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_output_that_cannot_be_written(
+    place: str, tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    line = complaint(capsys, "all", tiny_gemma4, "-o", tmp_path / place)
+    assert "cannot be written" in line
+    assert "choose another folder with -o" in line
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 kB, where the system lets us mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_full_disk(tiny_gemma4: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(capsys, "all", tiny_gemma4, "-o", small_disk / "out", "--only", "gguf,mlx", "--no-validate")
+    assert "the disk is full; free some space" in line
+    assert not list(small_disk.iterdir())
