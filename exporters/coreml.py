@@ -1,0 +1,125 @@
+"""Writes a checkpoint as a Core ML program (iOS 18, macOS 15): stateful KV cache, int4 blocks, on any machine.
+
+Nothing is traced: the decoder's description is spelled in MIL, and weights stream from the source into the package.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gemexport.exporters.coreml_weights import Sources
+from gemexport.exporters.decoder import logits
+from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.coreml import NORM_OFFSET
+from gemexport.formats.coreml_package import coremltools
+from gemexport.formats.errors import InputError
+from gemexport.formats.files import atomic
+
+VARIANTS = ("int4", "f16", "f32")
+CONTEXT = 4096
+# The names that Hugging Face's swift-transformers looks for.
+SLIDING_WINDOW = "co.huggingface.exporters.sliding_window"
+
+
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    progress: Progress = ignore,
+    context: int | None = None,
+) -> Export:
+    """Write `checkpoint` (with grids attached) to the package `path`, and its tokenizer beside it.
+
+    `int4` keeps the grids and computes in float16 with float32 where that would overflow; `f16` and `f32` store plain
+    weights and compute in these. `context` is how many tokens the KV cache holds (4096, or the model's own if fewer).
+    Raises InputError for an unknown variant, a context that the model lacks, or numbers that float16 cannot hold.
+    """
+    if variant not in VARIANTS:
+        raise InputError(path, f"there is no Core ML variant {variant!r}", f"choose one of {', '.join(VARIANTS)}")
+    longest = checkpoint.architecture.max_positions
+    context = min(CONTEXT, longest) if context is None else context
+    if not 0 < context <= longest:
+        raise InputError(checkpoint.path, f"a context of {context} tokens does not fit", f"give 1 to {longest}")
+    sources = Sources(variant, str(checkpoint.path), progress)
+    coremltools()
+    from gemexport.exporters.coreml_package import write_package
+
+    program = _program(checkpoint, sources, context)
+    with atomic(Path(path)) as folder:
+        folder.mkdir()
+        write_package(folder, program, _metadata(checkpoint, variant), sources.write)
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    run = f'python -m gemexport.validators.coreml {path} "The capital of France is"'
+    return Export(Path(path), variant, run, sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+
+
+def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:
+    """The decoder as a MIL program, its weights placeholders that `sources` will fill."""
+    import coremltools as ct
+    import numpy as np
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import Function, Program, types
+
+    from gemexport.exporters import coreml_backend as backend
+
+    architecture = checkpoint.architecture
+    n, end = ct.RangeDim(1, context, 1, "n"), ct.RangeDim(1, context, 1, "end")
+    inputs = {backend.INPUT_IDS: mb.placeholder((1, n.symbol), types.int32)}
+    described = [ct.TensorType(backend.INPUT_IDS, (1, n), np.int32)]
+    masks = {backend.SLIDING_MASK if layer.sliding else backend.FULL_MASK for layer in architecture.layers}
+    for name in sorted(masks):
+        inputs[name] = mb.placeholder((1, 1, n.symbol, end.symbol), types.fp16)
+        described.append(ct.TensorType(name, (1, 1, n, end), np.float16))
+    for cache in backend.caches(architecture, context):
+        inputs[cache.key] = mb.state_tensor_placeholder(cache.shape, types.fp16)
+        inputs[cache.value] = mb.state_tensor_placeholder(cache.shape, types.fp16)
+    with _fresh_names(mb), Function(inputs, ct.target.iOS18) as function:
+        result = logits(architecture, backend.MILBackend(checkpoint, function.inputs, sources, context))
+        # The output's name is the operation's.
+        function.set_outputs([mb.identity(x=result, name=backend.LOGITS)])
+    function.set_input_types(tuple(described))
+    program = Program()
+    program.add_function("main", function)
+    return program
+
+
+@contextmanager
+def _fresh_names(builder: Any) -> Iterator[None]:
+    """Let coremltools number its implicit constants from nought, so that a second export gives the same bytes."""
+    before = dict(builder.name_count)
+    builder.name_count.clear()
+    try:
+        yield
+    finally:
+        builder.name_count.update(before)
+
+
+def _metadata(checkpoint: Checkpoint, variant: str) -> dict[str, str]:
+    metadata = {
+        "gemexport.version": version("gemexport"),
+        "gemexport.source": checkpoint.name,
+        "gemexport.variant": variant,
+        NORM_OFFSET: str(checkpoint.architecture.norm_offset),
+        "com.github.apple.coremltools.version": coremltools().__version__,
+    }
+    if any(layer.sliding for layer in checkpoint.architecture.layers):
+        metadata[SLIDING_WINDOW] = str(checkpoint.architecture.sliding_window)
+    return metadata
+
+
+def _tokenizer(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Copy the tokenizer's files beside the package, where apps look for them."""
+    copies = []
+    for source in checkpoint.tokenizer_files():
+        target = folder / source.name
+        with atomic(target) as partial:
+            shutil.copyfile(source, partial)
+        copies.append(target)
+    return copies
