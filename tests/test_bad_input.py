@@ -191,7 +191,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 400 kB, where the system lets us mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("this user cannot mount a tmpfs")
     yield place

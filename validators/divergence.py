@@ -95,8 +95,8 @@ class Divergence:
             self.positions += 1
             self.kld_sum += kld
             self.rows.append(kld)
-            # A NaN must reach the verdict: max() would drop it.
-            self.kld_max = kld if not kld <= self.kld_max else self.kld_max
+            # A NaN must reach the verdict; max() may drop it.
+            self.kld_max = float(np.maximum(self.kld_max, kld))
             self.agreed += same
             if not np.isnan(excess):
                 self.predicted += 1

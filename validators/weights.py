@@ -74,8 +74,8 @@ def _compare(source: Floats, stored: NDArray[np.float64], dtype: int) -> tuple[i
                     exact += 1
                     continue
             difference = abs(found - wanted)
-            # NaN compares false with everything; it must not pass for a small error.
-            if not difference <= worst:
+            # A NaN must reach the report, and stay there: nothing compares greater than it.
+            if difference > worst or np.isnan(difference):
                 worst = difference
             error += difference * difference
     return exact, worst, error, peak, energy
@@ -121,7 +121,7 @@ def _tensor(source: Tensor, stored: Tensor, digest: hashlib._Hash, threads: int 
         lambda pair: _slice(pair[0], pair[1], source, stored), _pairs(source, stored), threads
     ):
         digest.update(values)
-        exact, worst, error = exact + counted, max(worst, largest), error + squared
+        exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
         peak, energy = max(peak, top), energy + power
         same_codes = same_codes and same
     return TensorComparison(
