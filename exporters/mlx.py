@@ -1,0 +1,191 @@
+"""MLX: a folder that `mlx_lm.load` and `mlx_lm.generate` take as it is.
+
+Codes and scales pass through unchanged; a grid that MLX cannot hold leaves its tensor unquantized, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.exporters.mlx_config import text_config
+from gemexport.exporters.result import Export, ignore
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.files import atomic
+from gemexport.formats.mlx import SYMMETRIC_BITS, group_for, pack, zero_code
+from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
+from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Tensor, from_bf16, reblock, round_to, slices, to_bf16
+
+VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
+PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
+
+
+@dataclass
+class _Plan:
+    """What becomes of each tensor: the group it is packed in, or plain numbers."""
+
+    dtype: DType  # of scales, biases and everything that is not quantized
+    groups: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    scales: DType | None = None,
+    progress: Callable[[int], None] = ignore,
+) -> Export:
+    """Write `checkpoint` to the folder `path` for mlx-lm.
+
+    `4bit` packs every tensor that has a grid with the grid's own bits (so 2 and 8 as well); `bf16` and `f32` hold
+    plain numbers. `scales` is the dtype of scales, biases and unquantized tensors, which is what mlx-lm computes in;
+    docs/mlx-scales.md has the measurements behind the default.
+
+    Raises InputError for a decoder that mlx-lm has no way to say.
+    """
+    plan = _plan(checkpoint, variant, scales)
+    config = text_config(checkpoint)
+    if plan.groups:
+        config["quantization"] = _quantization(checkpoint, plan)
+    with atomic(Path(path)) as folder:
+        _write_weights(checkpoint, folder, plan, progress)
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", "utf-8")
+        for file in checkpoint.tokenizer_files():
+            shutil.copyfile(file, folder / file.name)
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    run = f"mlx_lm.generate --model {path} --prompt 'The capital of France is'"
+    return Export(Path(path), variant, run, plan.notes, files)
+
+
+def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> _Plan:
+    if variant in PLAIN:
+        return _Plan(PLAIN[variant])
+    plan = _Plan(scales or _default_dtype(checkpoint))
+    for name, tensor in checkpoint.tensors.items():
+        grid = tensor.grid
+        if grid is None:
+            continue
+        group = group_for(grid.block, tensor.shape[1])
+        if group is None or grid.bits not in SYMMETRIC_BITS:
+            plan.notes.append(
+                f"{name} stays {plan.dtype}: MLX has no group for {grid.bits}-bit blocks of {grid.block}"
+            )
+        else:
+            plan.groups[name] = group
+    return plan
+
+
+def _default_dtype(checkpoint: Checkpoint) -> DType:
+    """The narrowest dtype that holds every scale and every unquantized tensor unchanged."""
+    stored = {tensor.grid.scale_dtype if tensor.grid else tensor.dtype for tensor in checkpoint.tensors.values()}
+    return stored.pop() if len(stored) == 1 else "f32"
+
+
+def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
+    """config.json's `quantization`: the commonest bits and group, and by name each module that differs."""
+    chosen = {name: (group, _bits(checkpoint.tensors[name])) for name, group in plan.groups.items()}
+    (group, bits), _ = Counter(chosen.values()).most_common(1)[0]
+    modules: dict[str, Any] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) != 2 or chosen.get(name) == (group, bits):
+            continue
+        own = chosen.get(name)
+        modules[_module(name)] = {"group_size": own[0], "bits": own[1], "mode": "affine"} if own else False
+    return {"group_size": group, "bits": bits, "mode": "affine", **modules}
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _bits(tensor: Tensor) -> int:
+    assert tensor.grid is not None
+    return tensor.grid.bits
+
+
+def _write_weights(
+    checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]
+) -> None:
+    entries = [entry for tensor in checkpoint.tensors.values() for entry in _entries(tensor, plan)]
+    with ShardedWriter(folder, entries, {"format": "mlx"}) as out:
+        for name, tensor in checkpoint.tensors.items():
+            if name in plan.groups:
+                _write_packed(out, folder, tensor, plan, progress)
+            else:
+                _write_plain(out, tensor, plan, progress)
+
+
+def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
+    dtype = DTYPE_NAMES[plan.dtype]
+    group = plan.groups.get(tensor.name)
+    if group is None:
+        yield Entry(tensor.name, dtype, tensor.shape)
+        return
+    (out, width), module = tensor.shape, _module(tensor.name)
+    yield Entry(tensor.name, "U32", (out, width * _bits(tensor) // 32))
+    yield Entry(f"{module}.scales", dtype, (out, width // group))
+    yield Entry(f"{module}.biases", dtype, (out, width // group))
+
+
+def _write_packed(
+    out: ShardedWriter, folder: Path, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]
+) -> None:
+    """Words slice by slice; the scales wait in a file, since they come after the last of the words."""
+    grid, module = tensor.grid, _module(tensor.name)
+    assert grid is not None
+    rounded = 0
+    with TemporaryFile(dir=folder) as waiting:
+        for start, stop in slices(tensor):
+            codes, scales = tensor.rows(start, stop).grid()
+            out.write(tensor.name, pack(codes, grid.bits))
+            grouped = reblock(scales, grid.block, plan.groups[tensor.name])
+            assert grouped is not None
+            rounded += int(np.count_nonzero(round_to(grouped, plan.dtype) != grouped))
+            waiting.write(_stored(grouped, plan.dtype).tobytes())
+            progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+        for scales in _chunks(waiting, plan.dtype):
+            out.write(f"{module}.scales", _stored(scales, plan.dtype))
+        for scales in _chunks(waiting, plan.dtype):
+            out.write(f"{module}.biases", _stored(-zero_code(grid.bits) * scales, plan.dtype))
+    if rounded:
+        plan.notes.append(f"{tensor.name}: {rounded} scales are not {plan.dtype} numbers and were rounded")
+
+
+def _write_plain(out: ShardedWriter, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]) -> None:
+    rounded = 0
+    if len(tensor.shape) == 2:
+        parts = (tensor.rows(start, stop).values for start, stop in slices(tensor))
+    else:
+        parts = iter([tensor.numpy()])
+    for values in parts:
+        if plan.dtype not in (tensor.dtype, "f32"):
+            rounded += int(np.count_nonzero(round_to(values, plan.dtype) != values))
+        out.write(tensor.name, _stored(values, plan.dtype))
+        progress(values.size * ITEM_BYTES[tensor.dtype])
+    if rounded:
+        plan.notes.append(f"{tensor.name}: {rounded} weights are not {plan.dtype} numbers and were rounded")
+
+
+def _stored(values: Floats, dtype: DType) -> NDArray[Any]:
+    """Float32 values in the bytes of `dtype`."""
+    return to_bf16(values) if dtype == "bf16" else values.astype(NUMPY_DTYPES[DTYPE_NAMES[dtype]], copy=False)
+
+
+def _chunks(file: BinaryIO, dtype: DType, count: int = 1 << 20) -> Iterator[Floats]:
+    """The numbers of a file from its start, some at a time, as float32."""
+    file.seek(0)
+    while data := file.read(count * ITEM_BYTES[dtype]):
+        stored = np.frombuffer(data, NUMPY_DTYPES[DTYPE_NAMES[dtype]])
+        yield from_bf16(stored) if dtype == "bf16" else stored.astype(np.float32)

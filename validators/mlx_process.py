@@ -1,0 +1,145 @@
+"""The process that holds mlx-lm for validators/mlx: `python -m gemexport.validators.mlx_process FOLDER`.
+
+Requests are JSON lines `[method, arguments…]` on stdin, answers JSON lines on stdout, logits follow theirs as raw
+float32. It ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# From so many positions on, unpacking a matrix pays: MLX's quantized product on x86-64 does a billion
+# multiplications a second, whatever the number of cores.
+UNPACK_FROM = 8
+UNPACKED_WEIGHTS = 1 << 24  # of a matrix at a time: 64 MB
+
+
+def lend_blas() -> None:
+    """Let MLX compute matrix products with PyTorch's BLAS; nothing happens where that cannot be done.
+
+    MLX's wheel for Linux brings the reference BLAS, a twentieth as fast. Symbols that are global already when its
+    library is loaded come first, as with LD_PRELOAD, and `sgemm_` is the one it calls. All of PyTorch becomes global
+    with it, which some libraries do not stand: one reason why this is a process of its own.
+    """
+    torch = find_spec("torch")
+    if not sys.platform.startswith("linux") or torch is None or not torch.submodule_search_locations:
+        return
+    library = Path(next(iter(torch.submodule_search_locations))) / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+class Model:
+    """An MLX folder as mlx-lm loads it, set to float32."""
+
+    def __init__(self, folder: str) -> None:
+        import mlx.core as mx
+        import mlx_lm
+
+        mx.set_default_device(mx.cpu)
+        # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
+        mx.disable_compile()
+        if not mx.metal.is_available():
+            mx.quantized_matmul = _unpacking(mx, mx.quantized_matmul)
+        loaded, self._tokenizer = mlx_lm.load(folder)[:2]
+        # A multimodal model's decoder is a model of its own.
+        self._decoder = getattr(loaded, "language_model", loaded)
+        self._decoder.set_dtype(mx.float32)
+        mx.eval(self._decoder.parameters())
+        self._mx = mx
+        self.name = f"mlx-lm {mlx_lm.__version__} (MLX {mx.__version__}, CPU, set to f32)"
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Teacher-forced logits `[len(tokens), vocab]`."""
+        return np.array(self._run(tokens, None))
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` most likely next tokens."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = make_prompt_cache(self._decoder)
+        continuation: list[int] = []
+        while len(continuation) < count:
+            continuation.append(int(self._run(tokens, cache)[-1].argmax()))
+            tokens = continuation[-1:]
+        return continuation
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without BOS."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _run(self, tokens: list[int], cache: Any) -> Any:
+        ids = self._mx.array([tokens])
+        logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
+        self._mx.eval(logits)
+        return logits
+
+    def _embedded(self, ids: Any) -> dict[str, Any]:
+        """For Gemma 3: embeddings that make up for mlx-lm's embedding scale, which it rounds to bf16 in f32 as well."""
+        if self._decoder.model_type != "gemma3_text":
+            return {}
+        scale = self._decoder.args.hidden_size**0.5
+        rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
+        return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
+
+
+def _unpacking(mx: Any, quantized_matmul: Any) -> Any:
+    """`mx.quantized_matmul` by `mx.dequantize` and `mx.matmul` for many positions: the same numbers, sooner."""
+
+    def product(x: Any, w: Any, *, scales: Any, biases: Any, transpose: bool, **layout: Any) -> Any:
+        if x.size // x.shape[-1] < UNPACK_FROM:
+            return quantized_matmul(x, w, scales=scales, biases=biases, transpose=transpose, **layout)
+        step = max(1, UNPACKED_WEIGHTS // x.shape[-1])
+        parts = []
+        for start in range(0, w.shape[0], step):
+            own = slice(start, start + step)
+            matrix = mx.dequantize(w[own], scales=scales[own], biases=biases[own], **layout)
+            parts.append(x @ mx.swapaxes(matrix, -1, -2))
+            mx.eval(parts[-1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    return product
+
+
+def serve(folder: str, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Load, say the name or what went wrong, and answer until there are no more requests."""
+    try:
+        model = Model(folder)
+    except Exception as error:  # whatever a foreign folder makes mlx-lm raise, the validator puts it in one line
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        answers.write(json.dumps({"error": reason}).encode() + b"\n")
+        answers.flush()
+        return
+    answers.write(json.dumps({"name": model.name}).encode() + b"\n")
+    answers.flush()
+    for line in requests:
+        method, *arguments = json.loads(line)
+        value = getattr(model, method)(*arguments)
+        if isinstance(value, np.ndarray):
+            answers.write(json.dumps({"value": value.shape}).encode() + b"\n")
+            answers.write(np.ascontiguousarray(value, dtype=np.float32).data)
+        else:
+            answers.write(json.dumps({"value": value}).encode() + b"\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Keep stdout for answers, whatever a library prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    lend_blas()
+    serve(sys.argv[1], sys.stdin.buffer, answers)
+    answers.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
