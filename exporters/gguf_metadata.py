@@ -34,14 +34,15 @@ def check(decoder: Architecture, path: Path) -> None:
     owners = [layer.index for layer in decoder.layers if layer.owns_cache]
     shared = [layer for layer in decoder.layers if not layer.owns_cache]
     ropes = {sliding: {layer.rope for layer in decoder.layers if layer.sliding == sliding} for sliding in (True, False)}
-    whole = all(_rotates_whole(layer) for layer in decoder.layers if layer.sliding or decoder.family == "gemma3")
+    in_part = [layer for layer in decoder.layers if layer.rope.rotary_dims != layer.head_dim]
     tables = decoder.per_layer
     problems = {
         "its attention scores are soft-capped": decoder.attention_softcap is not None,
         "it has fewer than two layers that compute keys and values": decoder.family == "gemma4" and len(owners) < 2,
         "layers of one attention type differ in their RoPE": any(len(rope) > 1 for rope in ropes.values()),
         "the RoPE of its sliding layers is scaled": any(rope.factor != 1.0 for rope in ropes[True]),
-        "a head is rotated only in part": not whole,
+        # Proportional RoPE is what the full layers of Gemma 4 have; see rope_frequencies.
+        "a head is rotated only in part": any(layer.sliding or decoder.family == "gemma3" for layer in in_part),
         # gemma4.cpp takes the last two layers before the shared ones: first a sliding one, then a full one.
         "its shared layers do not read the last two layers before them": any(
             layer.kv_source != len(owners) - (2 if layer.sliding else 1) for layer in shared
@@ -53,10 +54,6 @@ def check(decoder: Architecture, path: Path) -> None:
         if present:
             problem = f"llama.cpp cannot run this decoder: {problem}"
             raise InputError(path / "config.json", problem, "leave GGUF out (--skip gguf)")
-
-
-def _rotates_whole(layer: Layer) -> bool:
-    return layer.rope.rotary_dims == layer.head_dim
 
 
 def q_norm_factor(decoder: Architecture) -> float:

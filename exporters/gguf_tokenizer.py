@@ -158,7 +158,7 @@ def _special(
     """Ids of the special tokens, and what is put before a text."""
     decoder = checkpoint.architecture
     ids = {text: index for index, text in enumerate(vocabulary.texts)}
-    named = {kind: ids.get(_content(settings.get(f"{kind}_token"))) for kind in ("bos", "eos", "unk", "pad")}
+    named = {kind: ids.get(_content(settings.get(f"{kind}_token")) or "") for kind in ("bos", "eos", "unk", "pad")}
     generation = _read_json(checkpoint.path / "generation_config.json").get("eos_token_id")
     stops = [*([generation] if isinstance(generation, int) else generation or []), *decoder.eos_token_ids]
     eos = named["eos"] if named["eos"] is not None else next(iter(stops), None)

@@ -127,7 +127,9 @@ def tensors(path: Path) -> Mapping[str, Tensor]:
     layers = container.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family))
     if not isinstance(layers, int) or not 0 < layers <= 4096:
         raise InputError(path, f"says that it has {layers} layers", "download or export the file again")
-    factor = float(container.metadata.get(Q_NORM_FACTOR, 1.0))
+    factor = container.metadata.get(Q_NORM_FACTOR, 1.0)
+    if not isinstance(factor, float) or not 0 < factor < np.inf:
+        raise InputError(path, f"{Q_NORM_FACTOR} is {factor}", "download or export the file again")
     found: dict[str, Tensor] = {}
     for name, stored_name in file_names(family, layers).items():
         stored = container.tensors.get(stored_name)

@@ -243,13 +243,13 @@ def read(path: Path) -> Container:
     for _ in range(value_count):
         key = cursor.text()
         metadata[key] = cursor.value()
-    tensors = _descriptions(cursor, tensor_count, int(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
+    tensors = _descriptions(cursor, tensor_count, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
     return Container(path, metadata, tensors, data)
 
 
-def _descriptions(cursor: _Cursor, count: int, alignment: int) -> dict[str, Description]:
+def _descriptions(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Description]:
     """The tensor table at the cursor, its offsets made absolute and checked against the file."""
-    if alignment <= 0 or alignment & (alignment - 1):
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.fail(f"an alignment of {alignment}")
     entries = [_entry(cursor) for _ in range(count)] if count * 24 <= len(cursor.view) else None
     if entries is None:
@@ -275,6 +275,8 @@ def _entry(cursor: _Cursor) -> Description:
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise cursor.fail(f"tensor {name} has {dimensions} dimensions")
     shape = tuple(reversed([cursor.integer(8) for _ in range(dimensions)]))
+    if 0 in shape:
+        raise cursor.fail(f"tensor {name} has no weights")
     code, offset = cursor.integer(4), cursor.integer(8)
     try:
         kind = GGMLQuantizationType(code)

@@ -1,0 +1,142 @@
+"""Runs a GGUF file in llama.cpp, ours or anybody's: logits of every position, greedy continuation, tokenizer.
+
+The key/value cache is float32 and flash attention is off, so that what differs from the reference is what the file
+makes llama.cpp do: activations are rounded to 8 bits before Q4_0 and Q8_0 matrices and to bf16 before BF16 ones, and
+GELU comes out of a table of f16 numbers whatever the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+
+from gemexport.formats.errors import InputError
+from gemexport.formats.gguf_container import read
+from gemexport.formats.tensor import Floats
+from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, api
+from gemexport.validators.runtime import Arithmetic
+
+BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
+
+_ARITHMETIC: dict[Type, Arithmetic] = {Type.F32: "f32", Type.F16: "f16", Type.BF16: "bf16"}
+
+
+def load(path: Path, *, threads: int, context: int) -> LlamaCpp:
+    """The GGUF file at `path` in llama.cpp, for sequences of at most `context` tokens.
+
+    Raises InputError for a file that is broken or that llama.cpp cannot load.
+    """
+    return LlamaCpp(Path(path), threads, context)
+
+
+def arithmetic(path: Path) -> Arithmetic:
+    """What llama.cpp computes products of the file's matrices in; the coarsest one of them decides."""
+    kinds = {tensor.type for tensor in read(path).tensors.values() if len(tensor.shape) > 1}
+    found = {_ARITHMETIC.get(kind, "int8-activations") for kind in kinds}
+    order: tuple[Arithmetic, ...] = ("int8-activations", "bf16", "f16", "f32")
+    return next(kind for kind in order if kind in found or kind == "f32")
+
+
+class LlamaCpp:
+    """One model and one context of llama.cpp."""
+
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        self.arithmetic: Arithmetic = arithmetic(path)
+        self._api = api()
+        self.name = f"llama.cpp (xllamacpp {self._api.version})"
+        self._context_size = context
+        self._api.messages.clear()
+        self._model = self._api.llama_model_load_from_file(str(path).encode(), self._api.llama_model_default_params())
+        if not self._model:
+            raise self._refused(path)
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self._vocab_size: int = self._api.llama_vocab_n_tokens(self._vocab)
+        self._context = self._api.llama_init_from_model(self._model, self._params(threads, context))
+        if not self._context:
+            error = self._refused(path)
+            self.close()
+            raise error
+        self._batch = self._api.llama_batch_init(BATCH, 0, 1)
+
+    def _params(self, threads: int, context: int) -> Any:
+        params = self._api.llama_context_default_params()
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = FLASH_ATTENTION_OFF
+        params.type_k = params.type_v = TYPE_F32
+        return params
+
+    def _refused(self, path: Path) -> InputError:
+        said = next((message for message in reversed(self._api.messages) if "error" in message), None)
+        reason = said or next(iter(self._api.messages), "it does not say why")
+        return InputError(path, f"llama.cpp cannot load it ({reason})", "export it again, or update llama.cpp")
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """Teacher-forced logits `[len(tokens), vocab]`: row i is what follows tokens[: i + 1]."""
+        self._clear()
+        out = np.empty((len(tokens), self._vocab_size), np.float32)
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
+            out[start : start + len(part)] = self._decode(part, start)
+        return out
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The `count` most likely tokens after `tokens`, one at a time through llama.cpp's cache."""
+        self._clear()
+        row = self.logits(tokens)[-1]
+        continuation: list[int] = []
+        while True:
+            continuation.append(int(row.argmax()))
+            if len(continuation) >= count:
+                return continuation[:count]
+            row = self._decode(continuation[-1:], len(tokens) + len(continuation) - 1)[0]
+
+    def tokenize(self, text: str) -> list[int]:
+        """The file's own tokenizer, without BOS, special tokens parsed."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        ids = (ctypes.c_int32 * room)()
+        count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
+        if count < 0:
+            raise RuntimeError(f"llama.cpp makes {-count} tokens of {len(data)} bytes")
+        return list(ids[:count])
+
+    def close(self) -> None:
+        """Free the context and the model; further calls have no effect."""
+        if self._context:
+            self._api.llama_batch_free(self._batch)
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _clear(self) -> None:
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+
+    def _decode(self, tokens: Sequence[int], position: int) -> Floats:
+        """Logits `[len(tokens), vocab]` of at most BATCH tokens that follow the `position` tokens in the cache.
+
+        The array is llama.cpp's own memory, valid until the next call. Raises ValueError past the context.
+        """
+        if position + len(tokens) > self._context_size:
+            raise ValueError(f"{position + len(tokens)} tokens do not fit into a context of {self._context_size}")
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"token {token} is not in the vocabulary of {self._vocab_size}")
+            batch.token[i] = token
+            batch.pos[i] = position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = 1
+        status = self._api.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returns {status}: {' '.join(self._api.messages)}")
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(tokens), self._vocab_size))
