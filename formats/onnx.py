@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats import onnx_builder
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx_blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.tensor import Floats, Rows, Tensor
@@ -27,7 +28,7 @@ BITS = "gemexport.bits"
 COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
 SCALES = ".scales"  # what the scales of a weight are called, after its own name
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
 NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 BROKEN = "export or download it again"
@@ -39,8 +40,8 @@ Use = tuple["ir.Node", int]  # an operator and which of its inputs
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """The weights of a model by canonical name, mapped: of an .onnx file, or of the `GRAPHS` in a folder.
 
-    Raises InputError for a file that is not whole, external
-    data that are missing, too short or outside the folder, and graphs of one folder that disagree on a weight.
+    Raises InputError for a file that is not whole, external data that are missing, too short or outside the folder,
+    and graphs of one folder that disagree on a weight.
     """
     path = Path(path)
     files = [path] if path.is_file() else [path / name for name in GRAPHS if (path / name).is_file()]
@@ -50,13 +51,18 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     places: dict[str, Place] = {}
     copies: dict[str, str] = {}
     for file in files:
-        for tensor, place, original in _weights(file):
-            if original is not None:
-                copies[tensor.name] = original
+        model = _load(file)
+        in_graph: dict[str, Tensor] = {}
+        for tensor, place, original in _weights(model.graph, file):
             if places.setdefault(tensor.name, place) != place:
                 raise InputError(file, f"{tensor.name} is another one than in the graph beside it", BROKEN)
-            found.setdefault(tensor.name, tensor)
-    if places.get(HEAD) is not None and places[HEAD] == places.get(EMBEDDING):
+            in_graph.setdefault(tensor.name, tensor)
+            if original is not None:
+                copies[tensor.name] = original
+        if model.producer_name == onnx_builder.PRODUCER:
+            in_graph = onnx_builder.conform(in_graph, model.graph, file.parent)
+        found = in_graph | found
+    if HEAD in found and places[HEAD] is not None and places[HEAD] == places.get(EMBEDDING):
         del found[HEAD]  # the embedding's own bytes, under the shape that the other operator wants
     for name, original in copies.items():
         found[original] = CopiedTensor(found[original], found.pop(name), path)
@@ -91,14 +97,19 @@ def canonical_name(name: str) -> str | None:
     return name if re.match(r"(model|lm_head)\..*(weight|layer_scalar)$", name) else None
 
 
-def _weights(file: Path) -> Iterator[tuple[Tensor, Place, str | None]]:
-    """Each weight of one graph, where its data lie, and the name of the weight that it copies."""
+def _load(file: Path) -> ir.Model:
     import onnx_ir as ir
 
     try:
-        graph = ir.load(file).graph
+        return ir.load(file)
     except Exception as error:
         raise InputError(file, "is not a whole ONNX model", BROKEN) from error
+
+
+def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str | None]]:
+    """Each weight of one graph, where its data lie, and the name of the weight that it copies."""
+    import onnx_ir as ir
+
     for value in graph.initializers.values():
         name = canonical_name(value.name or "")
         tensor = name and _weight(name, value, graph, file)

@@ -5,8 +5,10 @@ The last tokens of every sequence go one at a time, so that what decoding does i
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ CHUNK = 256  # tokens of a prompt at once where sizes are free
 SINGLE = 8  # tokens at the end of a sequence that go one at a time
 NPU_GRAPHS = ("embeddings", "prefill", "decode")
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+_ATTRIBUTES = ("accuracy_level", "sliding_window_cache", "local_window_size")
 
 Cache = dict[str, NDArray[Any]]
 
@@ -45,6 +49,7 @@ def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it would keep the room of the largest logits
     # Without VNNI the 8-bit kernels saturate; and fused DequantizeLinear would quantize activations to 8 bit.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -55,20 +60,32 @@ def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
         raise InputError(file, f"ONNX Runtime does not load it ({reason})", "export it again") from error
 
 
-def _arithmetic(files: Sequence[Path]) -> Arithmetic:
-    """What the graphs compute in, by their operators."""
+@dataclass(frozen=True)
+class Traits:
+    """What the operators of an artefact's graphs say about how it runs."""
+
+    arithmetic: Arithmetic
+    capacities: dict[str, int]  # positions that a cache of fixed size holds, by the input's name
+
+
+def _traits(files: Sequence[Path]) -> Traits:
     import onnx_ir as ir
 
-    found: set[Arithmetic] = set()
+    arithmetics: set[Arithmetic] = set()
+    capacities = {}
     for file in files:
         graph = ir.load(file).graph
         for node in graph:
-            level = node.attributes.get("accuracy_level")
-            if level is not None and level.as_int() == 4:
-                found.add("int8-activations")
+            numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
+            if numbers.get("accuracy_level") == 4:
+                arithmetics.add("int8-activations")
+            # The runtime drops what has left the window, and wants room for the window from the start.
+            if numbers.get("sliding_window_cache"):
+                capacities |= {v.name or "": numbers["local_window_size"] for v in node.inputs[3:5] if v is not None}
         if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
-            found.add("f16")
-    return "int8-activations" if "int8-activations" in found else "f16" if found else "f32"
+            arithmetics.add("f16")
+    order: tuple[Arithmetic, ...] = ("int8-activations", "f16")
+    return Traits(next((kind for kind in order if kind in arithmetics), "f32"), capacities)
 
 
 class _Model(ABC):
@@ -76,13 +93,22 @@ class _Model(ABC):
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
-        self.arithmetic = _arithmetic(files)
+        self.traits = _traits(files)
+        self.arithmetic = self.traits.arithmetic
         tokenizer = folder / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Logits `[n, vocabulary]`, from an empty cache."""
-        return np.concatenate(list(self._feed(self._empty(), tokens, SINGLE)))
+        found: NDArray[np.float32] | None = None
+        filled = 0
+        for rows in self._feed(self._empty(), tokens, SINGLE):
+            if found is None:
+                found = np.empty((len(tokens), rows.shape[1]), np.float32)
+            found[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        assert found is not None
+        return found
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` most likely next tokens, one by one."""
@@ -135,6 +161,11 @@ class OnnxModel(_Model):
         self.session = _session(file, threads)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
+        self.past = {
+            name: np.zeros(_past_shape(item.shape, self.traits.capacities.get(name, 0), file), NUMPY_TYPES[item.type])
+            for name, item in self.inputs.items()
+            if name.startswith("past_key_values.")
+        }
 
     def close(self) -> None:
         del self.session
@@ -143,11 +174,7 @@ class OnnxModel(_Model):
         return min(left, CHUNK)
 
     def _empty(self) -> Cache:
-        return {
-            name: np.zeros((1, item.shape[1], 0, item.shape[3]), NUMPY_TYPES[item.type])
-            for name, item in self.inputs.items()
-            if name.startswith("past_key_values.")
-        }
+        return dict(self.past)
 
     def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         stop = start + len(tokens)
@@ -158,6 +185,19 @@ class OnnxModel(_Model):
         }
         found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
         return _sort(cache, self.outputs, found)[0]
+
+
+def _past_shape(shape: Sequence[int | str], capacity: int, file: Path) -> tuple[int, int, int, int]:
+    """The shape of an empty cache; sizes that the graph only names are in the genai_config.json beside it."""
+    _, heads, _, size = shape
+    if isinstance(heads, int) and isinstance(size, int):
+        return 1, heads, capacity, size
+    try:
+        decoder = json.loads((file.parent / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
+        return 1, int(decoder["num_key_value_heads"]), capacity, int(decoder["head_size"])
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"its caches have no sizes but {heads} and {size}, and no genai_config.json says what those are"
+        raise InputError(file, problem, "export it with key/value heads and head sizes as numbers") from error
 
 
 class NpuModel(_Model):

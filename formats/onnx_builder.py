@@ -1,0 +1,88 @@
+"""Models of ONNX Runtime GenAI's model builder, read as the checkpoint they came from.
+
+The builder stacks the projections of queries, keys and values, adds Gemma's 1 to its norms, and stores a tied
+embedding as the head alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PRODUCER = "onnxruntime-genai"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STACKED = ".self_attn.qkv_proj.weight"
+OFFSET_FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3_text")  # whose norms multiply by 1 + weight
+
+
+class RowRange:
+    """Some of the rows of another tensor, under a name of their own."""
+
+    def __init__(self, name: str, base: Tensor, start: int, stop: int) -> None:
+        self.name, self.base, self.start = name, base, start
+        self.shape: tuple[int, ...] = (stop - start, base.shape[1])
+        self.dtype, self.grid = base.dtype, base.grid
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.base.rows(self.start + start, self.start + stop)
+
+    def numpy(self) -> Floats:
+        return self.rows(0, self.shape[0]).values
+
+
+def conform(found: dict[str, Tensor], graph: ir.Graph, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a builder's graph as the checkpoint has them."""
+    heads = _heads(graph)
+    family = _family(folder)
+    result: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        layer = name.removesuffix(STACKED)
+        if layer != name and layer in heads:
+            result |= _unstacked(layer, tensor, *heads[layer])
+        elif len(tensor.shape) == 1 and name.endswith("norm.weight") and family in OFFSET_FAMILIES:
+            result[name] = ArrayTensor(name, tensor.numpy() - 1.0, tensor.dtype)
+        else:
+            result[name] = tensor
+    if HEAD in result and EMBEDDING not in result:
+        head = result.pop(HEAD)
+        result[EMBEDDING] = RowRange(EMBEDDING, head, 0, head.shape[0])
+    return result
+
+
+def _heads(graph: ir.Graph) -> dict[str, tuple[int, int]]:
+    """Heads and key/value heads of each layer, by its name in the checkpoint."""
+    found = {}
+    for node in graph:
+        layer = re.match(r"/(model/layers\.\d+)/attn/", node.name or "")
+        if layer and node.op_type == "GroupQueryAttention":
+            counts = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+            query, keys = counts
+            found[layer[1].replace("/", ".")] = query, keys
+    return found
+
+
+def _unstacked(layer: str, tensor: Tensor, heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """Query, key and value projections out of the one that holds them in this order."""
+    head_dim = tensor.shape[0] // (heads + 2 * kv_heads)
+    result: dict[str, Tensor] = {}
+    start = 0
+    for kind, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        name = f"{layer}.self_attn.{kind}_proj.weight"
+        result[name] = RowRange(name, tensor, start, start + count * head_dim)
+        start += count * head_dim
+    return result
+
+
+def _family(folder: Path) -> str:
+    """The model type that genai_config.json names; empty when there is none."""
+    try:
+        return str(json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
