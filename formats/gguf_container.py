@@ -161,7 +161,7 @@ class _Cursor:
     def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
         self.path = path
         self.data = data
-        self.view = memoryview(data)
+        self.view: memoryview = data.data
         self.position = 0
 
     def fail(self, problem: str) -> InputError:
