@@ -82,8 +82,8 @@ def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:
         inputs[cache.value] = mb.state_tensor_placeholder(cache.shape, types.fp16)
     with _fresh_names(mb), Function(inputs, ct.target.iOS18) as function:
         result = logits(architecture, backend.MILBackend(checkpoint, function.inputs, sources, context))
-        # The output's name is the operation's.
-        function.set_outputs([mb.identity(x=result, name=backend.LOGITS)])
+        result.name = backend.LOGITS
+        function.set_outputs([result])
     function.set_input_types(tuple(described))
     program = Program()
     program.add_function("main", function)

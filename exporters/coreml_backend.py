@@ -65,10 +65,12 @@ class MILBackend:
         self._count = 0
         self._normed: set[str] = set()
         self._caches = caches(self._architecture, context)
-        shape = mb.shape(x=inputs[next(name for name in (FULL_MASK, SLIDING_MASK) if name in inputs)], name="shape")
-        end = mb.slice_by_index(x=shape, begin=[3], end=[4], name="end")
-        n = mb.slice_by_index(x=shape, begin=[2], end=[3], name="n")
-        self._past, self._end = mb.sub(x=end, y=n, name="past"), end
+        # A mask's shape, [1, 1, n, end], says where the tokens at hand are.
+        mask = inputs[next(name for name in (FULL_MASK, SLIDING_MASK) if name in inputs)]
+        shape = mb.shape(x=mask, name="mask_shape")
+        n = mb.slice_by_index(x=shape, begin=[2], end=[3], name="token_count")
+        self._end = mb.slice_by_index(x=shape, begin=[3], end=[4], name="end_position")
+        self._past = mb.sub(x=self._end, y=n, name="past_position")
 
     # Names are given, not counted by coremltools, whose counters are the process's: the same input, the same bytes.
     def _name(self, kind: str) -> str:

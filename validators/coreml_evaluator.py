@@ -62,7 +62,7 @@ class Program:
             kind[value.name] = typed(value.type)
         self.outputs = self.package.outputs
         self._constants = self._load_constants(hold)
-        self._steps = _planned(_steps(self.package, self._constants), set(self.outputs))
+        self.steps = _planned(_steps(self.package, self._constants), set(self.outputs))
 
     def _load_constants(self, hold: int) -> dict[str, Any]:
         loaded: dict[str, Any] = {}
@@ -102,7 +102,7 @@ class Program:
             values[name] = self._conform(as_tensor(np.asarray(inputs[name])), kind)
         state = self.make_state() if state is None else state
         with torch.inference_mode():
-            for step in self._steps:
+            for step in self.steps:
                 self._run(step, values, state, observe)
         return {name: values[name].numpy() for name in self.outputs}
 

@@ -175,9 +175,11 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
         if weight.held is None:
             out, width = weight.shape
             step = max(1, (16 << 20) // (4 * width))
-            parts = [F.linear(x, weight.rows(i, min(i + step, out))) for i in range(0, out, step)]
-            y = torch.cat(parts, dim=-1)
-            return y if bias is None else y + bias
+            y = x.new_empty(*x.shape[:-1], out)
+            for start in range(0, out, step):
+                stop = min(start + step, out)
+                y[..., start:stop] = F.linear(x, weight.rows(start, stop))
+            return y if bias is None else y.add_(bias)
         weight = weight.held
     return F.linear(x, weight, bias)
 
