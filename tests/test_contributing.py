@@ -1,0 +1,81 @@
+"""CONTRIBUTING.md shows a whole new format; what it shows is run here as it stands there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gemexport import registry
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.grids import attach, find_grids
+from gemexport.formats.recipe import load_recipe
+from gemexport.registry import Target
+from gemexport.validators.weights import compare
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    """The format of CONTRIBUTING.md, its modules importable under the names that they would have."""
+    made = []
+    for path in ("formats/rows8.py", "exporters/rows8.py", "validators/rows8.py"):
+        module = ModuleType("gemexport." + path.removesuffix(".py").replace("/", "."))
+        sys.modules[module.__name__] = module
+        made.append(module.__name__)
+        exec(compile(BLOCKS[path], f"CONTRIBUTING.md {path}", "exec"), module.__dict__)
+    yield eval(BLOCKS["gemexport/registry.py"], vars(registry))
+    for name in made:
+        del sys.modules[name]
+
+
+def with_grids(model: Path, folder: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    find_grids(checkpoint, folder, load_recipe("default"))
+    return attach(checkpoint, folder)
+
+
+def test_the_new_format_passes_what_every_format_is_judged_by(
+    target: Target, tiny_gemma4: Path, tmp_path: Path
+) -> None:
+    checkpoint = with_grids(tiny_gemma4, tmp_path / "grids")
+    path = target.path(tmp_path, checkpoint.name, target.variants[0])
+    done: list[int] = []
+    exported = target.exporter().export(checkpoint, path, variant=target.variants[0], progress=done.append)
+    assert exported.path == path
+    assert sum(done) == checkpoint.nbytes()
+    found = compare(checkpoint.tensors, target.reader().tensors(path))
+    assert found.missing == found.unexpected == ()
+    assert all(tensor.exact_fraction == 1.0 for tensor in found.tensors)
+    assert any(tensor.grid for tensor in found.tensors)
+
+    from gemexport.validators.reference import reference
+
+    tokens = list(range(5, 25))
+    read_back = target.reader().tensors(path)
+    expected = reference(checkpoint.text_config, read_back, 2).logits(tokens)
+    runtime = target.adapter().load(path, threads=2, context=32)
+    assert np.array_equal(runtime.logits(tokens), expected)
+    assert len(runtime.greedy(tokens, 3)) == 3
+    runtime.close()
+
+
+def test_an_error_leaves_nothing_behind(target: Target, tiny_gemma3: Path, tmp_path: Path) -> None:
+    checkpoint = replace(open_checkpoint(tiny_gemma3), text_config={"not": {"json"}})
+    with pytest.raises(TypeError):
+        target.exporter().export(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    root = Path(__file__).parents[1]
+    for name in re.findall(r"`((?:gemexport|exporters|formats|validators|tests)/[\w/.]+)`", TEXT):
+        assert name in BLOCKS or "NAME" in name or (root / name).exists(), name
