@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemexport.exporters.onnx_graph import GraphBuilder, Weights
+from gemexport.formats.tensor import DType
 
 
 class StandardOperations:
@@ -62,6 +63,6 @@ class StandardOperations:
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.graph.op("Cast", [x], to=int(dtype))
 
-    def to_float(self, stored: ir.Value) -> ir.Value:
-        """A stored weight as f32; the runtime folds it when it loads the model."""
-        return stored if stored.dtype == ir.DataType.FLOAT else self.cast(stored, ir.DataType.FLOAT)
+    def to_float(self, value: ir.Value, dtype: DType) -> ir.Value:
+        """A stored weight of `dtype` as f32; the runtime folds the cast when it loads the model."""
+        return value if dtype == "f32" else self.cast(value, ir.DataType.FLOAT)

@@ -152,15 +152,19 @@ class GraphBuilder:
         self._counts: dict[str, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], int] = {}
 
-    def op(
-        self, kind: str, inputs: Iterable[ir.Value | None], domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> Any:
-        """An operator's output; a tuple of them when it has several."""
+    def op(self, kind: str, inputs: Iterable[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
+        """The output of an operator that has one."""
+        return self.ops(kind, 1, inputs, domain, **attributes)[0]
+
+    def ops(
+        self, kind: str, outputs: int, inputs: Iterable[ir.Value | None], domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """The outputs of an operator that has several."""
         number = self._counts[kind] = self._counts.get(kind, -1) + 1
         name = f"/{kind}_{number}"
         values = [ir.Value(name=f"{name}/output_{i}") for i in range(outputs)]
         self.nodes.append(ir.node(kind, list(inputs), attributes, domain=domain, outputs=values, name=name))
-        return values[0] if outputs == 1 else tuple(values)
+        return values
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """An input of the graph."""
@@ -185,7 +189,7 @@ class GraphBuilder:
         """A named initializer; the one of that name when there is one."""
         if name not in self.initializers:
             self.initializers[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         return self.initializers[name]
 
@@ -197,13 +201,12 @@ class GraphBuilder:
         metadata: Mapping[str, str] | None = None,
     ) -> ir.Value:
         """An initializer whose data lie at a planned place, in another shape if one is given."""
-        shape = stored.shape if shape is None else ir.Shape(shape)
         place = ir.ExternalTensor(
             stored.location,
             stored.offset,
             stored.length,
             stored.dtype,
-            shape=shape,
+            shape=ir.Shape(stored.shape.numpy() if shape is None else shape),
             name=name,
             metadata_props=dict(metadata or {}),
         )

@@ -44,11 +44,11 @@ class NpuBackend(StandardOperations):
         if tensor.grid is None:
             dtype = FLOATS[tensor.dtype]
             table = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
-            return self.scale(self.to_float(self._lookup(self.graph.external(weight, table))), scale)
+            return self.scale(self.to_float(self._lookup(self.graph.external(weight, table)), tensor.dtype), scale)
         width, bits, block = tensor.shape[1], tensor.grid.bits, tensor.grid.block
         codes, scales = self._table(tensor, tensor.grid)
         codes = self.reshape(self._unpacked(self._lookup(codes), bits), [0, 0, width // block, block])
-        scales = self.reshape(self.to_float(self._lookup(scales)), [0, 0, width // block, 1])
+        scales = self.reshape(self.to_float(self._lookup(scales), tensor.grid.scale_dtype), [0, 0, width // block, 1])
         return self.scale(self.reshape(self.mul(codes, scales), [0, 0, width]), scale)
 
     def _table(self, tensor: Tensor, grid: Grid) -> tuple[ir.Value, ir.Value]:
@@ -68,9 +68,7 @@ class NpuBackend(StandardOperations):
         return table, self.graph.external(f"{name}{SCALES}", factors)
 
     def _lookup(self, table: ir.Value) -> ir.Value:
-        rows = self.graph.op("Gather", [table, self.graph.inputs[0]], axis=0)
-        rows.dtype = table.dtype
-        return rows
+        return self.graph.op("Gather", [table, self.graph.inputs[0]], axis=0)
 
     def _unpacked(self, packed: ir.Value, bits: int) -> ir.Value:
         """Codes as f32 `[1, n, in]` out of bytes `[1, n, in * bits / 8]`, the first in the lowest bits."""
@@ -103,7 +101,7 @@ class NpuBackend(StandardOperations):
         else:
             dtype, shape, turned = FLOATS[tensor.dtype], tensor.shape[::-1], plain(tensor, turn=True)
             stored = self.weights.plan(weight, "columns", dtype, shape, turned, file=WEIGHTS, columns=True)
-            values = self.to_float(self._weight(weight, stored))
+            values = self.to_float(self._weight(weight, stored), tensor.dtype)
         return self.graph.op("MatMul", [x, values])
 
     def _weight(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
@@ -123,7 +121,7 @@ class NpuBackend(StandardOperations):
 
         plan, name = self.weights.plan, tensor.name
         packed = plan(name, "columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
-        attributes = {"axis": 0, "block_size": grid.block} if grid.block < width else {"axis": 1}
+        attributes: dict[str, Any] = {"axis": 0, "block_size": grid.block} if grid.block < width else {"axis": 1}
         shape = [width // grid.block, out] if grid.block < width else [out]
         scales = plan(
             name, "column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T, file=WEIGHTS, columns=True
@@ -137,7 +135,7 @@ class NpuBackend(StandardOperations):
         g = self.graph
         cos, sin = self._rotation(layer)
         half = layer.head_dim // 2
-        a, b = g.op("Split", [x, g.constant([half, half], np.int64)], outputs=2, axis=-1)
+        a, b = g.ops("Split", 2, [x, g.constant([half, half], np.int64)], axis=-1)
         first = g.op("Sub", [self.mul(a, cos), self.mul(b, sin)])
         return g.op("Concat", [first, self.add(self.mul(b, cos), self.mul(a, sin))], axis=-1)
 

@@ -6,8 +6,11 @@ computed in f32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gemexport.exporters.onnx_common import StandardOperations
 from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, Weights, stored_floats
@@ -49,7 +52,7 @@ class OnnxRuntimeBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         block = self._block(tensor)
         if block is None:
-            rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0))
+            rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0), tensor.dtype)
         else:
             assert tensor.grid is not None
             codes, scales = self._packed(tensor, block, weight)
@@ -68,13 +71,14 @@ class OnnxRuntimeBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         block = self._block(tensor)
         if block is None:
-            return self.graph.op("FusedMatMul", [x, self.to_float(self._plain(tensor))], MICROSOFT, transB=1)
+            values = self.to_float(self._plain(tensor), tensor.dtype)
+            return self.graph.op("FusedMatMul", [x, values], MICROSOFT, transB=1)
         assert tensor.grid is not None
         out, width = tensor.shape
         # The embedding's bytes serve as the tied head under another shape.
         shape = [out, width // block, block * tensor.grid.bits // 8]
         codes, scales = self._packed(tensor, block, HEAD if weight == EMBEDDING else weight, shape)
-        sizes = {"N": out, "K": width, "bits": tensor.grid.bits, "block_size": block}
+        sizes: dict[str, Any] = {"N": out, "K": width, "bits": tensor.grid.bits, "block_size": block}
         return self.graph.op("MatMulNBits", [x, codes, scales], MICROSOFT, **sizes, accuracy_level=1)
 
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
@@ -103,41 +107,36 @@ class OnnxRuntimeBackend(StandardOperations):
         self._new[layer.index] = self.merge(k), self.merge(v)
 
     def attention(self, q: ir.Value, layer: Layer, scale: float, softcap: float | None) -> ir.Value:
-        owns = layer.kv_source == layer.index
         query = self.merge(q)
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": self.a.heads,
             "kv_num_heads": layer.kv_heads,
             "scale": scale,
             "softcap": softcap or 0.0,
             "local_window_size": self.a.sliding_window if layer.sliding else -1,
         }
-        if owns:
-            k, v = self._new[layer.index]
-            past = self._past(layer)
+        if layer.owns_cache:
+            inputs = [query, *self._new[layer.index], *self._past(layer), self.last, self.total]
+            read, key, value = self.graph.ops("GroupQueryAttention", 3, inputs, MICROSOFT, **attributes)
+            self._present(layer, key, value)
         else:
             # No new keys or values: this layer only reads what its donor has cached.
-            k = v = self._nothing(query, layer.kv_heads * layer.head_dim)
-            past = self._cache[layer.kv_source]
-        inputs = [query, k, v, *past, self.last, self.total]
-        if not owns:
+            nothing = self._nothing(query, layer.kv_heads * layer.head_dim)
+            inputs = [query, nothing, nothing, *self._cache[layer.kv_source], self.last, self.total]
             read = self.graph.op("GroupQueryAttention", inputs, MICROSOFT, **attributes)
-        else:
-            read, *present = self.graph.op("GroupQueryAttention", inputs, MICROSOFT, outputs=3, **attributes)
-            self._cache[layer.index] = present[0], present[1]
-            self._present(layer)
         return self.split(read, self.a.heads)
 
     def _past(self, layer: Layer) -> tuple[ir.Value, ir.Value]:
-        shape = ["batch_size", layer.kv_heads, "past_sequence_length", layer.head_dim]
+        shape: list[int | str] = ["batch_size", layer.kv_heads, "past_sequence_length", layer.head_dim]
         names = (f"past_key_values.{layer.index}.{kind}" for kind in ("key", "value"))
         key, value = (self.graph.input(name, ir.DataType.FLOAT, shape) for name in names)
         return key, value
 
-    def _present(self, layer: Layer) -> None:
-        shape = ["batch_size", layer.kv_heads, "total_sequence_length", layer.head_dim]
-        for kind, value in zip(("key", "value"), self._cache[layer.index], strict=True):
-            self.graph.output(value, f"present.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
+    def _present(self, layer: Layer, key: ir.Value, value: ir.Value) -> None:
+        shape: list[int | str] = ["batch_size", layer.kv_heads, "total_sequence_length", layer.head_dim]
+        self.graph.output(key, f"present.{layer.index}.key", ir.DataType.FLOAT, shape)
+        self.graph.output(value, f"present.{layer.index}.value", ir.DataType.FLOAT, shape)
+        self._cache[layer.index] = key, value
 
     def _nothing(self, like: ir.Value, width: int) -> ir.Value:
         """No rows of `width`: `[batch, 0, width]`."""
@@ -150,7 +149,7 @@ class OnnxRuntimeBackend(StandardOperations):
     def _plain(self, tensor: Tensor) -> ir.Value:
         """A weight without a grid, in the dtype it came in."""
 
-        def convert(rows: Rows) -> np.ndarray:
+        def convert(rows: Rows) -> NDArray[Any]:
             return stored_floats(rows.values, tensor.dtype)
 
         stored = self.weights.plan(tensor.name, "plain", FLOATS[tensor.dtype], tensor.shape, convert, file=WEIGHTS)
@@ -165,10 +164,10 @@ class OnnxRuntimeBackend(StandardOperations):
         bits, source_block, dtype = grid.bits, grid.block, grid.scale_dtype
         out, width = tensor.shape
 
-        def codes(rows: Rows) -> np.ndarray:
+        def codes(rows: Rows) -> NDArray[Any]:
             return pack(rows.grid()[0], bits)
 
-        def scales(rows: Rows) -> np.ndarray:
+        def scales(rows: Rows) -> NDArray[Any]:
             blocks = reblock(rows.grid()[1], source_block, block)
             assert blocks is not None
             return stored_floats(blocks, dtype)
@@ -178,4 +177,4 @@ class OnnxRuntimeBackend(StandardOperations):
         )
         factors = self.weights.plan(tensor.name, "scales", FLOATS[dtype], [out, width // block], scales, file=WEIGHTS)
         stored = self.graph.external(f"{tensor.name}{SCALES}", factors)
-        return self.graph.external(name, packed, shape), self.to_float(stored)
+        return self.graph.external(name, packed, shape), self.to_float(stored, dtype)

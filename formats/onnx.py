@@ -112,11 +112,11 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
 
     for value in graph.initializers.values():
         name = canonical_name(value.name or "")
-        tensor = name and _weight(name, value, graph, file)
-        if tensor:
-            external = isinstance(value.const_value, ir.ExternalTensor)
-            place = (str(value.const_value.location), value.const_value.offset or 0) if external else None
-            yield tensor, place, value.const_value.metadata_props.get(COPY)
+        stored = value.const_value
+        tensor = _weight(name, value, graph, file) if name and stored is not None else None
+        if tensor is not None and stored is not None:
+            place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
+            yield tensor, place, stored.metadata_props.get(COPY)
 
 
 def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor | None:
@@ -227,7 +227,7 @@ def _array(value: ir.Value, file: Path) -> NDArray[Any]:
     stored = value.const_value
     if stored is None or value.dtype is None or value.shape is None:
         raise InputError(file, f"{value.name} is no initializer", BROKEN)
-    shape = [int(size) for size in value.shape]
+    shape = [int(size) for size in value.shape.numpy()]
     kind = value.dtype.name
     if kind in SUB_BYTE:
         if shape[-1] * SUB_BYTE[kind] % 8:

@@ -72,7 +72,7 @@ def _traits(files: Sequence[Path]) -> Traits:
     import onnx_ir as ir
 
     arithmetics: set[Arithmetic] = set()
-    capacities = {}
+    capacities: dict[str, int] = {}
     for file in files:
         graph = ir.load(file).graph
         for node in graph:
@@ -184,7 +184,8 @@ class OnnxModel(_Model):
             "position_ids": np.arange(start, stop, dtype=np.int64)[None],
         }
         found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
-        return _sort(cache, self.outputs, found)[0]
+        rows: NDArray[np.float32] = _sort(cache, self.outputs, found)[0]
+        return rows
 
 
 def _past_shape(shape: Sequence[int | str], capacity: int, file: Path) -> tuple[int, int, int, int]:
@@ -237,7 +238,8 @@ class NpuModel(_Model):
         session = self.sessions[name]
         fed = dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache
         outputs = [item.name for item in session.get_outputs()]
-        return _sort(cache, outputs, session.run(None, fed))[0, padding:]
+        rows: NDArray[np.float32] = _sort(cache, outputs, session.run(None, fed))[0, padding:]
+        return rows
 
 
 def _sort(cache: Cache, names: Sequence[str], found: Sequence[Any]) -> NDArray[np.float32]:
