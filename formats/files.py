@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemexport.formats.errors import InputError
@@ -53,7 +53,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def _remove_quietly(path: Path) -> None:
     # The error that brought us here matters more than a leftover that the next run removes.
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def explained(error: OSError, path: Path) -> Exception:
