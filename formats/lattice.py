@@ -20,10 +20,20 @@ from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
 BITS = 4
 SAMPLED_ROWS = 64
-_RECIPROCAL = np.array([np.inf] + [1 / code for code in range(1, 9)])  # a multiplication costs a tenth of a division
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+# Loops over numbers of which none is NaN, where the order of a maximum does not matter: the compiler may vectorise them.
+reduction = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+
+
+@jit
+def nearest(x: float) -> float:
+    """`x` rounded to the nearest integer, ties to even, for |x| < 2**51: float64 has no room for a fraction up there.
+
+    As np.rint, but without the call of a library function that keeps loops from being vectorised.
+    """
+    return (x + 1.5 * 2.0**52) - 1.5 * 2.0**52
 
 
 @jit
@@ -50,24 +60,47 @@ def edges(bits: int, source: int) -> tuple[float, float]:
 
 
 @jit
-def _interval(bits: NDArray[np.uint32], k: int, peak: float, source: int) -> tuple[float, float]:
-    """Scales that reproduce a block when its largest weight has the code ±k; low > high when there is none.
+def _prepare(bits: NDArray[np.uint32], row: int, source: int, block: NDArray[np.float64]) -> None:
+    """Fill `block` `[4, n]` with |w| of a row, its lower and upper edge, and the largest code of its sign.
 
-    The ends are good to a part in 2**52, enough to choose a scale by; `_reproduces` judges it exactly.
+    A tie rounds to the even pattern, so an odd one does not own its edges: they move in by the least float64, which no
+    product of a code and a float32 scale can fall between. A zero has the code 0 on any scale: it excludes nothing.
+    """
+    step = 0x10000 if source == 0 else (0x2000 if source == 1 else 1)
+    for i in range(bits.shape[1]):
+        magnitude = bits[row, i] & np.uint32(0x7FFFFFFF)
+        below, above = edges(max(magnitude, 0x00800000), source)
+        inward = 2.0**-52 * ((magnitude & step) != 0)
+        block[0, i] = _float(magnitude)
+        block[1, i] = below * (1 + inward) if magnitude else 0.0
+        block[2, i] = above * (1 - inward) if magnitude else np.inf
+        block[3, i] = 7 + (bits[row, i] >> np.uint32(31))
+
+
+@reduction
+def _peak(block: NDArray[np.float64]) -> float:
+    """The largest |w| of a prepared block: a loop of its own, which vectorises."""
+    peak = 0.0
+    for i in range(block.shape[1]):
+        peak = max(peak, block[0, i])
+    return peak
+
+
+@jit
+def _interval(block: NDArray[np.float64], k: int, peak: float) -> tuple[float, float]:
+    """Scales that reproduce the block when its largest weight has the code ±k; low > high when there is none.
+
+    The ends are good to a part in 2**52, enough to choose a scale by; `_reproduces` judges it exactly. A wrong k mostly
+    shows within a few weights.
     """
     low, high = 0.0, np.inf
     inverse = k / peak
-    for i in range(bits.size):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        if magnitude == 0:
-            continue
-        code = int(np.rint(_float(magnitude) * inverse))
-        if code == 0 or (code == 8 and bits[i] == magnitude):  # +8 is not a 4-bit code
-            return 1.0, 0.0
-        below, above = edges(magnitude, source)
-        low = max(low, below * _RECIPROCAL[code])
-        high = min(high, above * _RECIPROCAL[code])
-        if low > high:
+    for i in range(block.shape[1]):
+        # A weight that would get the code 0 without being 0 is tried as 1, which contradicts the largest one.
+        code = max(nearest(block[0, i] * inverse), 1.0)
+        low = max(low, block[1, i] / code)
+        high = min(high, block[2, i] / code)
+        if low > high or code > block[3, i]:
             return 1.0, 0.0
     return low, high
 
@@ -75,44 +108,34 @@ def _interval(bits: NDArray[np.uint32], k: int, peak: float, source: int) -> tup
 @jit
 def _rounded(x: float, mantissa_bits: int, smallest_exponent: int) -> float:
     """`x` > 0 rounded to a float with so many mantissa bits, ties to even, going subnormal below 2**exponent."""
-    exponent = max(int(np.floor(np.log2(x))), smallest_exponent)
-    quantum = 2.0 ** (exponent - mantissa_bits + 1)
-    return np.rint(x / quantum) * quantum
+    exponent = max(int(np.float64(x).view(np.int64) >> 52) - 1023, smallest_exponent)
+    quantum = np.int64((exponent - mantissa_bits + 1 + 1023) << 52).view(np.float64)
+    return nearest(x / quantum) * quantum
 
 
-@jit
-def _reproduces(bits: NDArray[np.uint32], scale: float, source: int) -> bool:
-    """Whether scale * code, rounded to the source's dtype, is every weight of the block; exact arithmetic in float64."""
+@reduction
+def _reproduces(block: NDArray[np.float64], scale: float) -> bool:
+    """Whether scale * code, rounded to the source's dtype, is every weight of the block; exact in float64."""
     inverse = 1 / scale
-    for i in range(bits.size):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        if magnitude == 0:
-            continue
-        product = np.rint(_float(magnitude) * inverse) * scale
-        below, above = edges(magnitude, source)
-        # Ties round to the even pattern, so an odd one does not own its edges.
-        step = 0x10000 if source == 0 else (0x2000 if source == 1 else 1)
-        odd = (magnitude & step) != 0
-        if product < below or product > above or (odd and product in (below, above)):
-            return False
-    return True
+    outside = 0.0
+    for i in range(block.shape[1]):
+        product = nearest(block[0, i] * inverse) * scale
+        outside = max(outside, max(block[1, i] - product, product - block[2, i]))
+    return outside <= 0
 
 
 @jit
-def _block_scale(bits: NDArray[np.uint32], source: int) -> float:
-    """The scale of one block in the narrowest dtype that has one (bf16, f16, f32); 0 for zeros, -1 off the lattice.
+def _block_scale(block: NDArray[np.float64]) -> float:
+    """The scale of a prepared block in the narrowest dtype that has one (bf16, f16, f32); 0 for zeros, -1 for none.
 
-    The coarsest grid wins: k ascends, and a wrong k fails within a few weights.
+    The coarsest grid wins: k ascends.
     """
-    top = 0
-    for i in range(bits.size):
-        top = max(top, bits[i] & np.uint32(0x7FFFFFFF))
-    if top == 0:
+    peak = _peak(block)
+    if peak == 0:
         return 0.0
-    peak = _float(top)
     found, found_rank = -1.0, 3
     for k in range(1, 9):
-        low, high = _interval(bits, k, peak, source)
+        low, high = _interval(block, k, peak)
         if low > high:
             continue
         middle = (low + high) / 2
@@ -123,7 +146,7 @@ def _block_scale(bits: NDArray[np.uint32], source: int) -> float:
                 scale = _rounded(middle, 11, -14)
             else:
                 scale = _rounded(middle, 24, -126)
-            if scale > 0 and (rank != 1 or scale <= 65504.0) and _reproduces(bits, scale, source):
+            if scale > 0 and (rank != 1 or scale <= 65504.0) and _reproduces(block, scale):
                 found, found_rank = scale, rank
                 break
         if found_rank == 0:
@@ -132,15 +155,15 @@ def _block_scale(bits: NDArray[np.uint32], source: int) -> float:
 
 
 @jit
-def _search(bits: NDArray[np.uint32], block: int, source: int, scales: Floats) -> int:
-    """Fill `scales` `[rows, in // block]` (-1 off the lattice); returns how many weights lie on it."""
+def _search(blocks: NDArray[np.uint32], source: int, scales: Floats) -> int:
+    """Fill `scales` `[n]` for blocks `[n, size]` of float32 patterns; returns the weights on the lattice."""
     on = 0
-    for row in range(bits.shape[0]):
-        for b in range(scales.shape[1]):
-            scale = _block_scale(bits[row, b * block : (b + 1) * block], source)
-            scales[row, b] = scale
-            if scale >= 0:
-                on += block
+    block = np.empty((4, blocks.shape[1]))
+    for row in range(blocks.shape[0]):
+        _prepare(blocks, row, source, block)
+        scales[row] = _block_scale(block)
+        if scales[row] >= 0:
+            on += blocks.shape[1]
     return on
 
 
@@ -151,7 +174,7 @@ def search(values: Floats, block: int, dtype: DType) -> tuple[Floats, int]:
     """
     values = np.ascontiguousarray(values, dtype=np.float32)
     scales = np.empty((values.shape[0], values.shape[1] // block), dtype=np.float32)
-    return scales, int(_search(values.view(np.uint32), block, _SOURCE[dtype], scales))
+    return scales, int(_search(values.view(np.uint32).reshape(-1, block), _SOURCE[dtype], scales.reshape(-1)))
 
 
 @jit
@@ -160,9 +183,9 @@ def _encode(values: Floats, scales: Floats, low: int, high: int, codes: Codes) -
     for row in range(values.shape[0]):
         for b in range(scales.shape[1]):
             scale = scales[row, b]
-            inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
+            inverse = 0.0 if scale == 0 else 1.0 / scale
             for i in range(b * block, (b + 1) * block):
-                codes[row, i] = np.int8(min(max(np.rint(values[row, i] * inverse), low), high))
+                codes[row, i] = np.int8(nearest(min(max(values[row, i] * inverse, low), high)))
 
 
 def encode(values: Floats, scales: Floats, bits: int) -> Codes:

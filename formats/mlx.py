@@ -1,8 +1,8 @@
 """MLX folders: safetensors whose quantized modules hold packed `weight` words with `scales` and `biases`.
 
-A weight is `scale * c + bias` with an unsigned code c; `group` consecutive weights of a row share both numbers, and
-the codes of a row are a stream of bits, lowest first, in uint32 words (mlx.core.quantize, mode "affine").
-A signed grid `scale * q` is the special case c = q + 2**(bits - 1), bias = -2**(bits - 1) * scale.
+A weight is `scale * c + bias` with an unsigned code c, packed as in bitpack; `group` consecutive weights of a row
+share both numbers (mlx.core.quantize, mode "affine"). A signed grid `scale * q` is the special case with
+c = q + 2**(bits - 1) and bias = -2**(bits - 1) * scale.
 """
 
 from __future__ import annotations
@@ -13,49 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemexport.formats.architecture import architecture
+from gemexport.formats.bitpack import signed, unpack, zero_code
 from gemexport.formats.checkpoint import canonical_name
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, from_bf16, narrowest
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, expand, from_bf16, narrowest
 
 GROUPS = (128, 64, 32)  # what MLX's kernels take, widest first: fewer scales for the same grid
 SYMMETRIC_BITS = (2, 4, 8)
 BITS = (2, 3, 4, 5, 6, 8)
-Words = NDArray[np.uint32]
-
-
-def zero_code(bits: int) -> int:
-    """The unsigned code that stands for the weight 0 of a symmetric grid."""
-    return int(1 << (bits - 1))
-
-
-def pack(codes: Codes, bits: int) -> Words:
-    """Signed codes `[rows, in]` as words `[rows, in * bits / 32]`; bits 2, 4 or 8, `in` a multiple of 32 / bits."""
-    stored = np.ascontiguousarray(codes).view(np.uint8)
-    if bits == 8:
-        return (stored ^ np.uint8(0x80)).view("<u4")
-    if bits == 4:
-        # In two's complement q + 8 is q with bit 3 flipped, so a pair of codes becomes a byte without arithmetic.
-        pairs = stored.view("<u2")
-        return (((pairs & 0xF) | ((pairs >> 4) & 0xF0)) ^ 0x88).astype(np.uint8).view("<u4")
-    fours = stored.view("<u4")
-    folded = (fours & 0x3) | ((fours >> 6) & 0xC) | ((fours >> 12) & 0x30) | ((fours >> 18) & 0xC0)
-    return (folded ^ 0xAA).astype(np.uint8).view("<u4")
-
-
-def unpack(words: Words, bits: int) -> NDArray[np.uint8]:
-    """Unsigned codes `[rows, in]` out of words `[rows, in * bits / 32]`; any number of bits."""
-    stored = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return stored
-    if bits in (2, 4):
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return ((stored[..., None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(stored), -1)
-    stream = np.unpackbits(stored, axis=1, bitorder="little").reshape(len(stored), -1, bits)
-    return (stream * (1 << np.arange(bits, dtype=np.uint8))).sum(axis=2, dtype=np.uint8)
 
 
 def group_for(block: int, width: int) -> int | None:
@@ -94,11 +62,11 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows with scale * c + bias evaluated without rounding on the way; codes and scales of a signed grid."""
         scales, biases = self._affine(start, stop)
-        unsigned = unpack(self._words.array[start:stop], self.bits)
+        unsigned = unpack(self._words.array[start:stop], self.bits, self.shape[1])
         if self.grid is not None:
-            codes = (unsigned - np.uint8(zero_code(self.bits))).view(np.int8)  # wraps into two's complement
-            return Rows(_grouped(codes, scales), codes, scales)
-        values = unsigned.reshape(*scales.shape, -1) * scales[..., None].astype(np.float64)
+            codes = signed(unsigned, self.bits)
+            return Rows(codes * expand(scales, self.group), codes, scales)
+        values = unsigned.reshape(*scales.shape, self.group) * scales[..., None].astype(np.float64)
         values += biases[..., None]
         return Rows(values.reshape(unsigned.shape).astype(np.float32))
 
@@ -107,11 +75,6 @@ class QuantizedTensor:
 
     def _affine(self, start: int, stop: int) -> tuple[Floats, Floats]:
         return _floats(self._scales, start, stop), _floats(self._biases, start, stop)
-
-
-def _grouped(codes: Codes, scales: Floats) -> Floats:
-    """codes * scales, each scale repeated over its group."""
-    return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape)
 
 
 def _floats(stored: MappedArray, start: int, stop: int) -> Floats:

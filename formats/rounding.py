@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemexport.formats.lattice import jit
+from gemexport.formats.lattice import jit, nearest
 from gemexport.formats.tensor import Floats
 
 
@@ -19,7 +19,7 @@ def _to_f16(x: float) -> float:
         return 0.0
     exponent = max(int(np.floor(np.log2(abs(x)))), -14)
     quantum = 2.0 ** (exponent - 10)
-    return np.rint(x / quantum) * quantum
+    return nearest(x / quantum) * quantum
 
 
 @jit
@@ -28,7 +28,7 @@ def _project(block: Floats, scale: float, low: int, high: int) -> tuple[float, f
     inverse = 1.0 / scale
     cross, square = 0.0, 0.0
     for i in range(block.size):
-        code = min(max(np.rint(block[i] * inverse), low), high)
+        code = nearest(min(max(block[i] * inverse, low), high))
         cross += code * block[i]
         square += code * code
     return (cross / square, cross * cross / square) if square > 0 else (scale, 0.0)
