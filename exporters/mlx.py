@@ -11,19 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from gemexport.exporters.mlx_config import text_config
 from gemexport.exporters.result import Export, ignore
+from gemexport.exporters.streaming import Waiting, count_rounded, stored, write_plain
+from gemexport.formats.bitpack import pack, words, zero_code
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
-from gemexport.formats.mlx import SYMMETRIC_BITS, group_for, pack, zero_code
-from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Tensor, from_bf16, reblock, round_to, slices, to_bf16
+from gemexport.formats.mlx import SYMMETRIC_BITS, group_for
+from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
+from gemexport.formats.tensor import ITEM_BYTES, DType, Tensor, reblock, slices
 
 VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
 PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
@@ -79,9 +77,7 @@ def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> _Plan:
             continue
         group = group_for(grid.block, tensor.shape[1])
         if group is None or grid.bits not in SYMMETRIC_BITS:
-            plan.notes.append(
-                f"{name} stays {plan.dtype}: MLX has no group for {grid.bits}-bit blocks of {grid.block}"
-            )
+            plan.notes.append(f"{name} stays {plan.dtype}: MLX has no group for {grid.bits}-bit blocks of {grid.block}")
         else:
             plan.groups[name] = group
     return plan
@@ -115,16 +111,14 @@ def _bits(tensor: Tensor) -> int:
     return tensor.grid.bits
 
 
-def _write_weights(
-    checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]
-) -> None:
+def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
     entries = [entry for tensor in checkpoint.tensors.values() for entry in _entries(tensor, plan)]
     with ShardedWriter(folder, entries, {"format": "mlx"}) as out:
         for name, tensor in checkpoint.tensors.items():
             if name in plan.groups:
                 _write_packed(out, folder, tensor, plan, progress)
             else:
-                _write_plain(out, tensor, plan, progress)
+                write_plain(out, tensor, plan.dtype, plan.notes, progress)
 
 
 def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
@@ -134,7 +128,7 @@ def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
         yield Entry(tensor.name, dtype, tensor.shape)
         return
     (out, width), module = tensor.shape, _module(tensor.name)
-    yield Entry(tensor.name, "U32", (out, width * _bits(tensor) // 32))
+    yield Entry(tensor.name, "U32", (out, words(width, _bits(tensor))))
     yield Entry(f"{module}.scales", dtype, (out, width // group))
     yield Entry(f"{module}.biases", dtype, (out, width // group))
 
@@ -142,50 +136,23 @@ def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
 def _write_packed(
     out: ShardedWriter, folder: Path, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]
 ) -> None:
-    """Words slice by slice; the scales wait in a file, since they come after the last of the words."""
+    """Words slice by slice; the scales wait, since they come after the last of the words."""
     grid, module = tensor.grid, _module(tensor.name)
     assert grid is not None
-    rounded = 0
-    with TemporaryFile(dir=folder) as waiting:
+    exact, rounded = plan.dtype in (grid.scale_dtype, "f32"), 0
+    with Waiting(folder, plan.dtype) as waiting:
         for start, stop in slices(tensor):
             codes, scales = tensor.rows(start, stop).grid()
             out.write(tensor.name, pack(codes, grid.bits))
             grouped = reblock(scales, grid.block, plan.groups[tensor.name])
             assert grouped is not None
-            rounded += int(np.count_nonzero(round_to(grouped, plan.dtype) != grouped))
-            waiting.write(_stored(grouped, plan.dtype).tobytes())
+            rounded += 0 if exact else count_rounded(grouped, plan.dtype)
+            waiting.write(grouped, exact)
             progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
-        for scales in _chunks(waiting, plan.dtype):
-            out.write(f"{module}.scales", _stored(scales, plan.dtype))
-        for scales in _chunks(waiting, plan.dtype):
-            out.write(f"{module}.biases", _stored(-zero_code(grid.bits) * scales, plan.dtype))
+        for scales in waiting.chunks():
+            out.write(f"{module}.scales", stored(scales, plan.dtype, exact=True))
+        for scales in waiting.chunks():
+            # A power of two times a scale: exact as well.
+            out.write(f"{module}.biases", stored(-zero_code(grid.bits) * scales, plan.dtype, exact=True))
     if rounded:
         plan.notes.append(f"{tensor.name}: {rounded} scales are not {plan.dtype} numbers and were rounded")
-
-
-def _write_plain(out: ShardedWriter, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]) -> None:
-    rounded = 0
-    if len(tensor.shape) == 2:
-        parts = (tensor.rows(start, stop).values for start, stop in slices(tensor))
-    else:
-        parts = iter([tensor.numpy()])
-    for values in parts:
-        if plan.dtype not in (tensor.dtype, "f32"):
-            rounded += int(np.count_nonzero(round_to(values, plan.dtype) != values))
-        out.write(tensor.name, _stored(values, plan.dtype))
-        progress(values.size * ITEM_BYTES[tensor.dtype])
-    if rounded:
-        plan.notes.append(f"{tensor.name}: {rounded} weights are not {plan.dtype} numbers and were rounded")
-
-
-def _stored(values: Floats, dtype: DType) -> NDArray[Any]:
-    """Float32 values in the bytes of `dtype`."""
-    return to_bf16(values) if dtype == "bf16" else values.astype(NUMPY_DTYPES[DTYPE_NAMES[dtype]], copy=False)
-
-
-def _chunks(file: BinaryIO, dtype: DType, count: int = 1 << 20) -> Iterator[Floats]:
-    """The numbers of a file from its start, some at a time, as float32."""
-    file.seek(0)
-    while data := file.read(count * ITEM_BYTES[dtype]):
-        stored = np.frombuffer(data, NUMPY_DTYPES[DTYPE_NAMES[dtype]])
-        yield from_bf16(stored) if dtype == "bf16" else stored.astype(np.float32)

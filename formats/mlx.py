@@ -67,8 +67,8 @@ class QuantizedTensor:
             codes = signed(unsigned, self.bits)
             return Rows(codes * expand(scales, self.group), codes, scales)
         values = unsigned.reshape(*scales.shape, self.group) * scales[..., None].astype(np.float64)
-        values += biases[..., None]
-        return Rows(values.reshape(unsigned.shape).astype(np.float32))
+        exact = values + biases[..., None].astype(np.float64)
+        return Rows(exact.reshape(unsigned.shape).astype(np.float32))
 
     def numpy(self) -> Floats:
         return self.rows(0, self.shape[0]).values

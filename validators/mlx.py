@@ -58,8 +58,8 @@ class MlxRuntime:
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`."""
         shape = self._ask("logits", list(tokens))
-        found = np.empty(shape, np.float32)
-        view = memoryview(found).cast("B")
+        found: Floats = np.empty(shape, np.float32)
+        view = found.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             count = self._answers.readinto(view[done:])  # type: ignore[attr-defined]

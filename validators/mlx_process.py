@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,14 +49,16 @@ class Model:
         # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
         mx.disable_compile()
         if not mx.metal.is_available():
-            mx.quantized_matmul = _unpacking(mx, mx.quantized_matmul)
+            mx.quantized_matmul = unpacking(mx, mx.quantized_matmul)
+        loaded: Any
         loaded, self._tokenizer = mlx_lm.load(folder)[:2]
         # A multimodal model's decoder is a model of its own.
-        self._decoder = getattr(loaded, "language_model", loaded)
+        self._decoder: Any = getattr(loaded, "language_model", loaded)
         self._decoder.set_dtype(mx.float32)
         mx.eval(self._decoder.parameters())
         self._mx = mx
-        self.name = f"mlx-lm {mlx_lm.__version__} (MLX {mx.__version__}, CPU, set to f32)"
+        versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
+        self.name = f"{versions}, CPU, set to f32)"
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Teacher-forced logits `[len(tokens), vocab]`."""
@@ -91,7 +94,7 @@ class Model:
         return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
 
 
-def _unpacking(mx: Any, quantized_matmul: Any) -> Any:
+def unpacking(mx: Any, quantized_matmul: Any) -> Any:
     """`mx.quantized_matmul` by `mx.dequantize` and `mx.matmul` for many positions: the same numbers, sooner."""
 
     def product(x: Any, w: Any, *, scales: Any, biases: Any, transpose: bool, **layout: Any) -> Any:

@@ -50,7 +50,7 @@ def reference(
     # With a state dict, from_pretrained builds the module on the meta device, hangs these very tensors into
     # it, ties the embeddings, and recomputes the buffers that no checkpoint holds (RoPE, embedding scales).
     decoder: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with _quiet():
+    with quiet():
         model, report = decoder.from_pretrained(
             None,
             config=config,
@@ -147,7 +147,7 @@ def _materialise(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and load reports on the way: what is wrong is raised."""
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()

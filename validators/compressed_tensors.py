@@ -1,0 +1,81 @@
+"""Runs a compressed-tensors folder, ours or anybody's, in transformers set to float32: logits, greedy, tokenizer.
+
+transformers and the compressed-tensors package do the loading and unpacking; nothing of gemexport reads the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gemexport.formats.compressed_tensors import read_config
+from gemexport.formats.errors import InputError
+from gemexport.validators.reference import Reference, quiet
+
+
+def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
+    """The folder at `path` in transformers, computing in f32; `context` is whatever is asked.
+
+    Scales are cast to float32 before codes are multiplied by them, so that what is compared is the numbers in the
+    file. Loaded in bf16, as users do, the products are rounded to the checkpoint's own values.
+
+    Raises InputError when transformers cannot load the folder, or finds tensors missing in it.
+    """
+    read_config(Path(path))
+    automatic: Any = transformers.AutoModelForCausalLM
+    remedy = "export or download the model again"
+    try:
+        with quiet(), _scales_in_f32():
+            model, report = automatic.from_pretrained(
+                str(path),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(path, f"transformers cannot load it ({reason})", remedy) from error
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise InputError(path, f"transformers finds no {missing[0]} in it", remedy)
+    return CompressedTensors(model, tokenizer, threads)
+
+
+class CompressedTensors(Reference):
+    """The model as transformers loaded it, and the tokenizer beside it."""
+
+    def __init__(self, model: Any, tokenizer: Any, threads: int) -> None:
+        version = transformers.__version__
+        super().__init__(model, "f32", threads, f"transformers {version} (compressed-tensors, set to f32)")
+        self._tokenizer = tokenizer
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The ids that AutoTokenizer gives, without BOS."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+@contextmanager
+def _scales_in_f32() -> Iterator[None]:
+    """Decompress in float32 where that happens while loading, before transformers casts anything."""
+    try:
+        from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
+    except ImportError:  # a plain bf16 folder needs no such package
+        yield
+        return
+    original = Compressor.decompress
+
+    def decompress(state: dict[str, torch.Tensor], scheme: Any) -> Any:
+        return original({**state, "weight_scale": state["weight_scale"].float()}, scheme)
+
+    Compressor.decompress = decompress
+    try:
+        yield
+    finally:
+        Compressor.decompress = original
