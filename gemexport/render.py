@@ -23,8 +23,8 @@ from gemexport.report import ArtifactReport, Divergence, Report, TensorReport, w
 NONE = "–"
 _STYLES: Mapping[str, str] = {"pass": "green", "fail": "bold red", "error": "bold red", "skipped": "yellow"}
 _LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
-# The KLD plot's logarithmic axis: ten decades, from what f32 arithmetic leaves to what a broken model shows.
-_DECADES = (-9, 1)
+# The KLD plot's logarithmic axis: from what f32 arithmetic leaves on a small model to what a broken model shows.
+_DECADES = (-11, 1)
 # Lower ends of the heat map's classes of exact fractions; the first is "every weight".
 _EXACT_CLASSES = (1.0, 0.9999, 0.99, 0.9, 0.5)
 

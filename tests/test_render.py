@@ -354,7 +354,7 @@ def test_sizes_and_times() -> None:
 
 
 def test_axis_is_logarithmic_and_takes_everything() -> None:
-    assert [render.on_axis(kld, 100) for kld in (0.0, 1e-12, 1e-9, 1e-4, 10.0, float("inf"))] == [
+    assert [render.on_axis(kld, 100) for kld in (0.0, 1e-12, 1e-11, 1e-5, 10.0, float("inf"))] == [
         0.0, 0.0, 0.0, 50.0, 100.0, 100.0,
     ]  # fmt: skip
     assert render.on_axis(float("nan"), 100) is None
