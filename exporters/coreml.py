@@ -70,7 +70,7 @@ def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:
     from gemexport.exporters import coreml_backend as backend
 
     architecture = checkpoint.architecture
-    n, end = ct.RangeDim(1, context, 1, "n"), ct.RangeDim(1, context, 1, "end")
+    n, end = ct.RangeDim(1, context, 1), ct.RangeDim(1, context, 1)
     inputs = {backend.INPUT_IDS: mb.placeholder((1, n.symbol), types.int32)}
     described = [ct.TensorType(backend.INPUT_IDS, (1, n), np.int32)]
     masks = {backend.SLIDING_MASK if layer.sliding else backend.FULL_MASK for layer in architecture.layers}
