@@ -51,7 +51,7 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     places: dict[str, Place] = {}
     copies: dict[str, str] = {}
     for file in files:
-        model = _load(file)
+        model = read_model(file)
         in_graph: dict[str, Tensor] = {}
         for tensor, place, original in _weights(model.graph, file):
             if places.setdefault(tensor.name, place) != place:
@@ -97,7 +97,8 @@ def canonical_name(name: str) -> str | None:
     return name if re.match(r"(model|lm_head)\..*(weight|layer_scalar)$", name) else None
 
 
-def _load(file: Path) -> ir.Model:
+def read_model(file: Path) -> ir.Model:
+    """The model in an .onnx file, without its external data; InputError when the file is not whole."""
     import onnx_ir as ir
 
     try:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gemexport.formats.errors import InputError
+from gemexport.formats.onnx import read_model
 from gemexport.validators.runtime import Arithmetic, Logits
 
 CHUNK = 256  # tokens of a prompt at once where sizes are free
@@ -50,6 +51,8 @@ def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # it would keep the room of the largest logits
+    # Threads that spin while they wait take the cores of whatever else is validated at the same time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI the 8-bit kernels saturate; and fused DequantizeLinear would quantize activations to 8 bit.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -74,7 +77,7 @@ def _traits(files: Sequence[Path]) -> Traits:
     arithmetics: set[Arithmetic] = set()
     capacities: dict[str, int] = {}
     for file in files:
-        graph = ir.load(file).graph
+        graph = read_model(file).graph
         for node in graph:
             numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
             if numbers.get("accuracy_level") == 4:

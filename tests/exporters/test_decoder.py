@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from gemexport.exporters.decoder import logits
 from gemexport.formats.architecture import Architecture, Layer, architecture
 
