@@ -24,6 +24,7 @@ from gemexport.formats.files import atomic
 VARIANTS = ("int4", "npu", "f32")
 PRODUCER = "gemexport"
 CONTEXT, PREFILL = 2048, 128
+SCRIPT = Path(__file__).with_name("onnx_generate.py")  # goes along: it runs the graphs with nothing of ours
 
 
 def export(
@@ -45,17 +46,13 @@ def export(
         partial.mkdir()
         if variant == "npu":
             _write_npu(checkpoint, partial, min(context, checkpoint.architecture.max_positions), prefill, progress)
-            run, notes = f"python -c 'import onnxruntime; onnxruntime.InferenceSession(\"{path}/decode.onnx\")'", []
+            notes = []
         else:
             notes = _write_runtime(checkpoint, partial, variant == "int4", progress)
-            run = (
-                f'python -c \'import onnxruntime_genai as og; m = og.Model("{path}"); t = og.Tokenizer(m); '
-                "p = og.GeneratorParams(m); p.set_search_options(max_length=64); g = og.Generator(m, p); "
-                'g.append_tokens(t.encode("<bos>The capital of France is")); '
-                "[g.generate_next_token() for _ in range(40) if not g.is_done()]; print(t.decode(g.get_sequence(0)))'"
-            )
+        shutil.copyfile(SCRIPT, partial / "generate.py")
         for file in checkpoint.tokenizer_files():
             shutil.copyfile(file, partial / file.name)
+    run = f"python {path / 'generate.py'} 'The capital of France is'"
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 
 

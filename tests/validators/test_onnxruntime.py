@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.errors import InputError
@@ -65,7 +68,7 @@ def test_plain_weights_and_a_capped_attention(checkpoint: Checkpoint, tmp_path: 
     assert np.abs(first - second).max() > 1e-2
 
 
-def test_plain_onnxruntime_runs_it_with_nothing_else(tiny_gemma4: Path, tmp_path: Path) -> None:
+def test_a_batch_of_two_is_two_times_one(tiny_gemma4: Path, tmp_path: Path) -> None:
     path = export(open_checkpoint(tiny_gemma4), tmp_path / "f32", variant="f32").path
     session = ort.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
     past = {
@@ -79,6 +82,29 @@ def test_plain_onnxruntime_runs_it_with_nothing_else(tiny_gemma4: Path, tmp_path
     logits = session.run(["logits"], fed | past)[0]
     assert logits.shape == (2, 7, 512)
     np.testing.assert_array_equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("variant", ["int4", "npu"])
+def test_the_script_beside_a_model_runs_it_without_us(checkpoint: Checkpoint, tmp_path: Path, variant: str) -> None:
+    made = export(checkpoint, tmp_path / variant, variant=variant, context=128, prefill=8)
+    script = made.path / "generate.py"
+    assert "gemexport" not in script.read_text("utf-8")
+    assert str(script) in made.run
+    # -I keeps the working tree out of its sight.
+    told = subprocess.run(
+        [sys.executable, "-I", script, "Hello there, this is more than eight tokens", "9"],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(made.path / "tokenizer.json"))
+    prompt = tokenizer.encode("Hello there, this is more than eight tokens").ids
+    runtime = adapter.load(made.path, threads=1, context=64)
+    ends = set(checkpoint.architecture.eos_token_ids)
+    found = runtime.greedy(prompt, 9)
+    stop = next((i + 1 for i, token in enumerate(found) if token in ends), len(found))
+    assert told.stdout.strip("\n") == tokenizer.decode(prompt + found[:stop]).strip("\n")
 
 
 @pytest.mark.parametrize("shared", [False, True])
