@@ -1,0 +1,100 @@
+"""The verdict: which bounds an artefact is held to, and that each can break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gemexport.formats.recipe import RECIPES, Recipe
+from gemexport.nodes import Validation
+from gemexport.report import (
+    Divergence,
+    GreedyReport,
+    GridReport,
+    LogitsReport,
+    TensorReport,
+    TokenizerReport,
+    WeightsReport,
+    verdict,
+)
+from gemexport.verdict import bounds
+
+LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)
+ROUNDED = GridReport(bits=4, block=32, scale_dtype="f16", lossless=False)
+
+
+def figures(kld: float = 1e-9, top1: float = 1.0) -> Divergence:
+    return Divergence(kld_mean=kld, kld_max=kld * 10, top1_agreement=top1, perplexity_ratio=1.0)
+
+
+def tensor(exact: int = 64, **changes: Any) -> TensorReport:
+    base = {
+        "name": "w", "shape": (2, 32), "dtype": "bf16", "grid": LATTICE, "source_grid": LATTICE, "compared": 64,
+        "exact": exact, "exact_fraction": exact / 64, "max_relative_error": 0.0,
+    }  # fmt: skip
+    return TensorReport(**{**base, **changes})
+
+
+def found(*tensors: TensorReport, missing: tuple[str, ...] = (), **parts: Any) -> Validation:
+    exact, compared = sum(item.exact for item in tensors), sum(item.compared for item in tensors)
+    weights = WeightsReport(
+        compared=compared, exact=exact, exact_fraction=exact / max(compared, 1), max_relative_error=0.0,
+        missing=missing, tensors=tensors,
+    )  # fmt: skip
+    return Validation(weights, **parts)
+
+
+def logits(arithmetic: Any = "f32", equal: int = 32, tokens: int = 2000, **changes: Any) -> LogitsReport:
+    return LogitsReport(
+        runtime="r", arithmetic=arithmetic, tokens=tokens, conversion=figures(**changes), loss=figures(),
+        greedy=GreedyReport(tokens=32, equal=equal),
+    )  # fmt: skip
+
+
+def broken(validation: Validation, recipe: Recipe = RECIPES["default"], **floors: Divergence) -> list[str]:
+    held = bounds(validation, floors, recipe)
+    assert (verdict(held)[0] == "pass") == all(bound.held for bound in held)
+    return [bound.metric for bound in held if not bound.held]
+
+
+def test_an_exact_artefact_passes() -> None:
+    tokenizer = TokenizerReport(texts=5, equal=5)
+    assert broken(found(tensor(), tokenizer=tokenizer, logits=logits())) == []
+
+
+@pytest.mark.parametrize(
+    ("validation", "metric"),
+    [
+        (found(tensor(exact=63)), "weights.exact_fraction"),
+        (found(tensor(), missing=("x",)), "weights.missing"),
+        (found(tensor(grid=None, source_grid=None, exact=1)), "weights.exact_fraction"),
+        (found(tensor(), tokenizer=TokenizerReport(texts=5, equal=4)), "tokenizer.equal"),
+        (found(tensor(), logits=logits(kld=1e-4)), "conversion.kld_mean"),
+        (found(tensor(), logits=logits(kld=float("nan"))), "conversion.kld_mean"),
+        (found(tensor(), logits=logits(top1=0.99)), "conversion.top1_agreement"),
+        (found(tensor(), logits=logits(equal=31)), "greedy.equal"),
+    ],
+)
+def test_each_fault_breaks_its_bound(validation: Validation, metric: str) -> None:
+    assert broken(validation) == [metric]
+
+
+def test_what_the_format_cannot_hold_is_no_fault() -> None:
+    rounded = tensor(exact=10, scale_rounded=True)
+    compressed = tensor(exact=3, grid=ROUNDED, source_grid=ROUNDED)
+    norm = tensor(exact=60, shape=(64,), grid=None, source_grid=None)
+    assert broken(found(tensor(), rounded, compressed, norm)) == []
+
+
+def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
+    validation = found(tensor(), logits=logits("int8-activations", kld=0.005, top1=0.9))
+    assert broken(validation, bf16=figures(0.001), **{"int8-activations": figures(0.003)}) == []
+    assert broken(validation, bf16=figures(0.001)) == ["conversion.kld_mean"]
+
+
+def test_the_recipes_budget_is_a_bound() -> None:
+    expensive = logits().model_copy(update={"loss": figures(0.2)})
+    recipe = Recipe(name="strict", max_kld=0.1)
+    assert broken(found(tensor(), logits=expensive), recipe) == ["loss.kld_mean"]
+    assert broken(found(tensor(), logits=expensive)) == []
