@@ -16,11 +16,12 @@ from gguf.tensor_mapping import get_tensor_name_map
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf_blocks import BITS, BLOCK, UNPACK
-from gemexport.formats.gguf_container import Container, Description, read
+from gemexport.formats.gguf_container import Container, Description, Writer, read
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, expand, from_bf16
 
 ARCHITECTURES = {"gemma3": MODEL_ARCH.GEMMA3, "gemma4": MODEL_ARCH.GEMMA4}
 NORM_OFFSETS = {"gemma3": 1.0, "gemma4": 0.0}
+SLICE_BYTES = 16 << 20  # of numbers evaluated at once
 
 Q_NORM_FACTOR = "gemexport.q_norm_factor"
 """Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
@@ -94,16 +95,7 @@ class StoredTensor:
         self._factor = factor
 
     def rows(self, start: int, stop: int) -> Rows:
-        data = self._container.rows(self._stored, start, stop)
-        if self.type in UNPACK:
-            codes, scales = UNPACK[self.type](data)
-            return Rows(codes * expand(scales, BLOCK), codes, scales)
-        if self.type == GGMLQuantizationType.BF16:
-            return Rows(from_bf16(data.view("<u2")))
-        if self.type in _FLOATS:
-            stored = data.view("<f4" if self.type == GGMLQuantizationType.F32 else "<f2")
-            return Rows(stored.astype(np.float32))
-        return Rows(np.asarray(dequantize(data, self.type), dtype=np.float32))
+        return _evaluate(self._container, self._stored, start, stop)
 
     def numpy(self) -> Floats:
         count = self._stored.nbytes // self._stored.row_bytes
@@ -112,6 +104,38 @@ class StoredTensor:
             return values
         undone = values.astype(np.float64) / self._factor - self._offset
         return undone.astype(np.float32)
+
+
+def _evaluate(container: Container, stored: Description, start: int, stop: int) -> Rows:
+    """Rows of a tensor as numbers; leading axes count as one."""
+    data = container.rows(stored, start, stop)
+    if stored.type in UNPACK:
+        codes, scales = UNPACK[stored.type](data)
+        return Rows(codes * expand(scales, BLOCK), codes, scales)
+    if stored.type == GGMLQuantizationType.BF16:
+        return Rows(from_bf16(data.view("<u2")))
+    if stored.type in _FLOATS:
+        numbers = data.view("<f4" if stored.type == GGMLQuantizationType.F32 else "<f2")
+        return Rows(numbers.astype(np.float32))
+    return Rows(np.asarray(dequantize(data, stored.type), dtype=np.float32))
+
+
+def write_f32(source: Path, target: Path) -> None:
+    """A copy of the GGUF file `source` in which every tensor is F32, its numbers evaluated; all else stays.
+
+    llama.cpp computes it without rounding activations, which shows what the file's numbers and metadata mean. Raises
+    InputError for a broken file and for types that gguf cannot evaluate.
+    """
+    container = read(Path(source))
+    shapes = {name: stored.shape for name, stored in container.tensors.items()}
+    with Writer(target, container.packed, shapes) as out:
+        for name, stored in container.tensors.items():
+            _check_type(container, stored)
+            step = max(1, SLICE_BYTES // (4 * stored.shape[-1]))
+            count = stored.nbytes // stored.row_bytes
+            for start in range(0, count, step):
+                rows = _evaluate(container, stored, start, min(start + step, count))
+                out.write(name, GGMLQuantizationType.F32, rows.values)
 
 
 def tensors(path: Path) -> Mapping[str, Tensor]:

@@ -140,11 +140,26 @@ class Strings(Sequence[str]):
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Metadata as it is in a file, for a copy that changes tensors only; offsets are multiples of `alignment`."""
+
+    count: int
+    data: bytes
+    alignment: int = GGUF_DEFAULT_ALIGNMENT
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Value]) -> Packed:
+        """The bytes of keys and values."""
+        return cls(len(metadata), b"".join(_string(key) + value.packed() for key, value in metadata.items()))
+
+
+@dataclass(frozen=True)
 class Container:
     """A GGUF file's header, and its bytes mapped."""
 
     path: Path
     metadata: dict[str, Any]  # numbers, strings, NumPy arrays, Strings
+    packed: Packed
     tensors: dict[str, Description]
     data: NDArray[np.uint8]
 
@@ -243,14 +258,15 @@ def read(path: Path) -> Container:
     for _ in range(value_count):
         key = cursor.text()
         metadata[key] = cursor.value()
-    tensors = _descriptions(cursor, tensor_count, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
-    return Container(path, metadata, tensors, data)
-
-
-def _descriptions(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Description]:
-    """The tensor table at the cursor, its offsets made absolute and checked against the file."""
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.fail(f"an alignment of {alignment}")
+    packed = Packed(value_count, data[24 : cursor.position].tobytes(), alignment)
+    return Container(path, metadata, packed, _descriptions(cursor, tensor_count, alignment), data)
+
+
+def _descriptions(cursor: _Cursor, count: int, alignment: int) -> dict[str, Description]:
+    """The tensor table at the cursor, its offsets made absolute and checked against the file."""
     entries = [_entry(cursor) for _ in range(count)] if count * 24 <= len(cursor.view) else None
     if entries is None:
         raise cursor.fail(f"{count} tensors would not fit in it")
@@ -300,15 +316,18 @@ class Writer:
     tensor's type may be decided while it is written (`restart` takes back what was written of it).
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Value] | Packed, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         for name in shapes:
             if len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError(f"{name}: a tensor's name has at most {MAX_NAME_BYTES} bytes")
         self._file: BinaryIO = Path(path).open("wb")  # noqa: SIM115 - closed by `close`, on errors by `__exit__`
         self._shapes = dict(shapes)
-        pairs = b"".join(_string(key) + value.packed() for key, value in metadata.items())
-        self._head = MAGIC + struct.pack("<IQQ", VERSION, len(shapes), len(metadata)) + pairs
-        self._base = aligned(len(self._head) + len(self._table({})))
+        packed = metadata if isinstance(metadata, Packed) else Packed.of(metadata)
+        self._alignment = packed.alignment
+        self._head = MAGIC + struct.pack("<IQQ", VERSION, len(shapes), packed.count) + packed.data
+        self._base = aligned(len(self._head) + len(self._table({})), self._alignment)
         self._written: dict[str, tuple[GGMLQuantizationType, int]] = {}
         self._open: str | None = None  # the tensor that is being written, and where it starts
         self._start = self._base
@@ -343,7 +362,7 @@ class Writer:
         wanted = Description(name, self._shapes[name], self._written[name][0], 0).nbytes
         if position - self._start != wanted:
             raise ValueError(f"{name}: {position - self._start} bytes written of {wanted}")
-        self._file.write(bytes(aligned(position) - position))
+        self._file.write(bytes(aligned(position, self._alignment) - position))
 
     def _table(self, written: Mapping[str, tuple[GGMLQuantizationType, int]]) -> bytes:
         parts = []

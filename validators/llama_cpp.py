@@ -1,21 +1,23 @@
 """Runs a GGUF file in llama.cpp, ours or anybody's: logits of every position, greedy continuation, tokenizer.
 
-The key/value cache is float32 and flash attention is off, so that what differs from the reference is what the file
-makes llama.cpp do: activations are rounded to 8 bits before Q4_0 and Q8_0 matrices and to bf16 before BF16 ones, and
-GELU comes out of a table of f16 numbers whatever the file.
+llama.cpp rounds activations to 8 bits before Q4_0 and Q8_0 matrices and to bf16 before BF16 ones. That noise can hide
+a fault, so a file can also be run with its numbers evaluated to float32: then only GELU, which llama.cpp looks up in a
+table of f16 numbers, is rounded. The key/value cache is float32 and flash attention is off either way.
 """
 
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemexport.formats.errors import InputError
+from gemexport.formats.gguf import write_f32
 from gemexport.formats.gguf_container import read
 from gemexport.formats.tensor import Floats
 from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, api
@@ -26,15 +28,22 @@ BATCH = 128  # positions computed at once; their logits over 262,144 tokens take
 _ARITHMETIC: dict[Type, Arithmetic] = {Type.F32: "f32", Type.F16: "f16", Type.BF16: "bf16"}
 
 
-def load(path: Path, *, threads: int, context: int) -> LlamaCpp:
+def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] | None = None) -> LlamaCpp:
     """The GGUF file at `path` in llama.cpp, for sequences of at most `context` tokens.
 
-    Raises InputError for a file that is broken or that llama.cpp cannot load.
+    With `arithmetic` "f32" a copy whose tensors are float32 (4 bytes a weight, in the folder for temporary files, gone
+    once it is mapped) is run instead. Raises InputError for a file that is broken or that llama.cpp cannot load.
     """
-    return LlamaCpp(Path(path), threads, context)
+    path = Path(path)
+    if arithmetic is None:
+        return LlamaCpp(path, threads, context)
+    with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
+        evaluated = Path(folder) / path.name
+        write_f32(path, evaluated)
+        return LlamaCpp(evaluated, threads, context)
 
 
-def arithmetic(path: Path) -> Arithmetic:
+def arithmetic_of(path: Path) -> Arithmetic:
     """What llama.cpp computes products of the file's matrices in; the coarsest one of them decides."""
     kinds = {tensor.type for tensor in read(path).tensors.values() if len(tensor.shape) > 1}
     found = {_ARITHMETIC.get(kind, "int8-activations") for kind in kinds}
@@ -46,7 +55,7 @@ class LlamaCpp:
     """One model and one context of llama.cpp."""
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
-        self.arithmetic: Arithmetic = arithmetic(path)
+        self.arithmetic: Arithmetic = arithmetic_of(path)
         self._api = api()
         self.name = f"llama.cpp (xllamacpp {self._api.version})"
         self._context_size = context

@@ -150,6 +150,17 @@ def test_tensors_have_canonical_names_values_and_grids(written: Path) -> None:
     assert grids == [4, None, 8, None, None]
 
 
+def test_a_copy_in_f32_has_the_same_numbers_and_metadata(written: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    gguf.write_f32(written, copy)
+    before, after = gguf.tensors(written), gguf.tensors(copy)
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert np.array_equal(after[name].numpy(), tensor.numpy())
+        assert after[name].dtype == "f32"
+    assert read(written).packed == read(copy).packed
+
+
 def test_every_truncation_is_refused(written: Path) -> None:
     whole = written.read_bytes()
     # The last tensor is padded; what is cut off from the padding is not missed.

@@ -120,6 +120,19 @@ def test_other_variants_load_and_are_close(
     runtime.close()
 
 
+def test_a_file_can_be_run_without_rounding_activations(files: dict[str, Path], model: Path) -> None:
+    """Then the Q4_0 file is as close to its own numbers as an F32 file is, and not only as 8 bits allow."""
+    checkpoint = open_checkpoint(model)
+    stored = reference(checkpoint.text_config, tensors(files["Q4_0"]), 2)
+    runtime = llama_cpp.load(files["Q4_0"], threads=2, context=CONTEXT, arithmetic="f32")
+    assert runtime.arithmetic == "f32"
+    tokens = _tokens(_vocab_size(model), 64)
+    found = Divergence()
+    found.add(stored.logits(tokens), runtime.logits(tokens), tokens)
+    assert found.kld_mean < 1e-4
+    runtime.close()
+
+
 def test_a_call_leaves_nothing_behind_in_the_cache(loaded: LlamaCpp, model: Path) -> None:
     tokens = _tokens(_vocab_size(model), 24)
     first = loaded.logits(tokens)
