@@ -22,7 +22,7 @@ from gemexport.formats.bitpack import pack, words
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Tensor, slices
+from gemexport.formats.tensor import ITEM_BYTES, DType, Tensor, reblock, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
 CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
@@ -36,7 +36,7 @@ class _Plan:
     """What becomes of each tensor."""
 
     plain: DType | None  # of everything that is not packed; None: as in the source
-    packed: dict[str, Grid] = field(default_factory=dict)
+    packed: dict[str, Scheme] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -72,17 +72,29 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> _Plan:
     if variant == "bf16":
         return _Plan("bf16")
     plan = _Plan(None)
-    tables = {*EMBEDDINGS, HEAD}
     for name, tensor in checkpoint.tensors.items():
         if tensor.grid is None:
             continue
-        if name in tables and not pack_embeddings:
+        if name in (*EMBEDDINGS, HEAD) and not pack_embeddings:
             plan.notes.append(f"{name} stays {tensor.dtype}: embeddings are packed only when asked (pack_embeddings)")
         else:
-            plan.packed[name] = tensor.grid
+            block = tensor.grid.block
+            plan.packed[name] = tensor.grid.bits, block if block < tensor.shape[1] else 0
+    if plan.packed:
+        _unify(checkpoint, plan)
     if any(name in plan.packed for name in EMBEDDINGS):
         _keep_one_scheme(checkpoint, plan)
     return plan
+
+
+def _unify(checkpoint: Checkpoint, plan: _Plan) -> None:
+    """Give wider blocks the commonest block, by repeating their scales: kernels want one scheme."""
+    bits, block = _usual(plan.packed)
+    for name, scheme in plan.packed.items():
+        grid = checkpoint.tensors[name].grid
+        assert grid is not None
+        if block and scheme[0] == bits and grid.block % block == 0:
+            plan.packed[name] = bits, block
 
 
 def _keep_one_scheme(checkpoint: Checkpoint, plan: _Plan) -> None:
@@ -90,9 +102,8 @@ def _keep_one_scheme(checkpoint: Checkpoint, plan: _Plan) -> None:
 
     transformers 5.23, decompressing while it loads, reads every module by the first scheme of the config.
     """
-    schemes = {name: _scheme(checkpoint.tensors[name]) for name in plan.packed}
-    usual = _usual(schemes)
-    for name, (bits, block) in schemes.items():
+    usual = _usual(plan.packed)
+    for name, (bits, block) in list(plan.packed.items()):
         if (bits, block) != usual:
             del plan.packed[name]
             dtype = checkpoint.tensors[name].dtype
@@ -118,7 +129,7 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
 
     The commonest scheme has every Linear for its target, the others the modules that differ, by name.
     """
-    schemes = {name: _scheme(checkpoint.tensors[name]) for name in plan.packed}
+    schemes = plan.packed
     linears = [name for name in schemes if name not in EMBEDDINGS]
     usual = _usual(schemes)
     ordered = [usual, *sorted(set(schemes.values()) - {usual})]
@@ -171,11 +182,6 @@ def _usual(schemes: dict[str, Scheme]) -> Scheme:
     return Counter(linears or schemes.values()).most_common(1)[0][0]
 
 
-def _scheme(tensor: Tensor) -> Scheme:
-    assert tensor.grid is not None
-    return tensor.grid.bits, 0 if tensor.grid.block == tensor.shape[1] else tensor.grid.block
-
-
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
@@ -185,23 +191,25 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: 
     with ShardedWriter(folder, entries, {"format": "pt"}) as out:
         for name, tensor in checkpoint.tensors.items():
             if name in plan.packed:
-                _write_packed(out, folder, tensor, progress)
+                _write_packed(out, folder, tensor, plan.packed[name], progress)
             else:
                 write_plain(out, tensor, plan.plain or tensor.dtype, plan.notes, progress)
 
 
 def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
-    grid = plan.packed.get(tensor.name)
-    if grid is None:
+    scheme, grid = plan.packed.get(tensor.name), tensor.grid
+    if scheme is None or grid is None:
         yield Entry(tensor.name, DTYPE_NAMES[plan.plain or tensor.dtype], tensor.shape)
         return
     (out, width), module = tensor.shape, _module(tensor.name)
     yield Entry(f"{module}.weight_packed", "I32", (out, words(width, grid.bits)))
-    yield Entry(f"{module}.weight_scale", DTYPE_NAMES[grid.scale_dtype], (out, width // grid.block))
+    yield Entry(f"{module}.weight_scale", DTYPE_NAMES[grid.scale_dtype], (out, width // (scheme[1] or width)))
     yield Entry(f"{module}.weight_shape", "I64", (2,))
 
 
-def _write_packed(out: ShardedWriter, folder: Path, tensor: Tensor, progress: Callable[[int], None]) -> None:
+def _write_packed(
+    out: ShardedWriter, folder: Path, tensor: Tensor, scheme: Scheme, progress: Callable[[int], None]
+) -> None:
     """Words slice by slice; the scales wait, since they come after the last of the words."""
     grid, module = tensor.grid, _module(tensor.name)
     assert grid is not None
@@ -209,7 +217,9 @@ def _write_packed(out: ShardedWriter, folder: Path, tensor: Tensor, progress: Ca
         for start, stop in slices(tensor):
             codes, scales = tensor.rows(start, stop).grid()
             out.write(f"{module}.weight_packed", pack(codes, grid.bits).view("<i4"))
-            waiting.write(scales, exact=True)
+            grouped = reblock(scales, grid.block, scheme[1] or grid.block)
+            assert grouped is not None
+            waiting.write(grouped, exact=True)
             progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
         for scales in waiting.chunks():
             out.write(f"{module}.weight_scale", stored(scales, grid.scale_dtype, exact=True))

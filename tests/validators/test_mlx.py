@@ -55,6 +55,7 @@ def test_conversion(artefact: tuple[Checkpoint, Path]) -> None:
         runtime.close()
 
 
+@pytest.mark.slow
 def test_mlx_lm_needs_nothing_of_ours(artefact: tuple[Checkpoint, Path]) -> None:
     program = (
         "import sys, mlx.core as mx, mlx_lm\n"
