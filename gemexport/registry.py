@@ -75,7 +75,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
-            "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=("f32", "f16"),
+            "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=("f32", "f16"), noises=("bf16",),
         ),
         Target(
             "compressed-tensors", "compressed-tensors", ("w4a16",), ("w4a16", "bf16"), "compressed-tensors/{variant}",

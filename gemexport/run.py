@@ -287,7 +287,8 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     status, reason = verdict(held)
     if found.logits is None and status == "pass":
         reason = "logits were not compared: the model does not fit into --memory"
-    logits = found.logits.model_copy(update={"noise_floor": floors.get("bf16"), "seconds": judged.seconds}) if found.logits else None
+    measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
+    logits = found.logits.model_copy(update=measured) if found.logits else None
     return ArtifactReport(
         **base,
         status=status,

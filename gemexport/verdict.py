@@ -14,6 +14,7 @@ F32_KLD = 1e-5
 F32_TOP1 = 0.999
 # A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
 NOISE_FACTOR = 2.0
+NOISES = {"int8-activations": ("bf16", "int8-activations"), "bf16": ("bf16",), "f16": ("bf16",)}
 
 
 def bounds(found: Validation, floors: Mapping[str, Divergence], recipe: Recipe) -> tuple[Bound, ...]:
@@ -22,11 +23,12 @@ def bounds(found: Validation, floors: Mapping[str, Divergence], recipe: Recipe) 
     if found.tokenizer is not None:
         origin = "the same texts must give the same tokens"
         result.append(Bound.at_least("tokenizer.equal", found.tokenizer.equal, found.tokenizer.texts, origin))
-    if found.logits is not None:
-        result += _conversion(found.logits, floors)
-        if recipe.max_kld is not None and found.logits.loss is not None:
-            origin = f"the budget of the recipe {recipe.name}"
-            result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
+    for logits in (found.logits, *found.more_logits):
+        if logits is not None:
+            result += _conversion(logits, floors)
+    if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
+        origin = f"the budget of the recipe {recipe.name}"
+        result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
     return tuple(result)
 
 
@@ -58,19 +60,25 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[
     if conversion is None:
         return []
     if report.arithmetic == "f32":
-        origin = "two right implementations in f32 are closer than that"
-        # One position may be a tie that rounding decides.
-        share = min(F32_TOP1, 1 - 1 / max(report.tokens, 1))
-        result = [
-            Bound.at_most("conversion.kld_mean", conversion.kld_mean, F32_KLD, origin),
-            Bound.at_least("conversion.top1_agreement", conversion.top1_agreement, share, origin),
-        ]
-        if report.greedy is not None:
-            origin = "the KV cache must not change what follows"
-            result.append(Bound.at_least("greedy.equal", report.greedy.equal, report.greedy.tokens, origin))
-        return result
-    if not floors:
+        return _in_f32(report, conversion)
+    noises = {name: floors[name] for name in NOISES[report.arithmetic] if name in floors}
+    if not noises:
         return []
-    noise, floor = max(floors.items(), key=lambda item: item[1].kld_mean)
+    noise, floor = max(noises.items(), key=lambda item: item[1].kld_mean)
     origin = f"{NOISE_FACTOR:g} times what PyTorch in {noise} differs from its f32 on the same tokens"
-    return [Bound.at_most("conversion.kld_mean", conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
+    metric = f"conversion.kld_mean in {report.arithmetic}"
+    return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
+
+
+def _in_f32(report: LogitsReport, conversion: Divergence) -> list[Bound]:
+    origin = "two right implementations in f32 are closer than that"
+    # One position may be a tie that rounding decides.
+    share = min(F32_TOP1, 1 - 1 / max(report.tokens, 1))
+    result = [
+        Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin),
+        Bound.at_least("conversion.top1_agreement in f32", conversion.top1_agreement, share, origin),
+    ]
+    if report.greedy is not None:
+        origin = "the KV cache must not change what follows"
+        result.append(Bound.at_least("greedy.equal in f32", report.greedy.equal, report.greedy.tokens, origin))
+    return result

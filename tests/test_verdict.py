@@ -70,10 +70,10 @@ def test_an_exact_artefact_passes() -> None:
         (found(tensor(), missing=("x",)), "weights.missing"),
         (found(tensor(grid=None, source_grid=None, exact=1)), "weights.exact_fraction"),
         (found(tensor(), tokenizer=TokenizerReport(texts=5, equal=4)), "tokenizer.equal"),
-        (found(tensor(), logits=logits(kld=1e-4)), "conversion.kld_mean"),
-        (found(tensor(), logits=logits(kld=float("nan"))), "conversion.kld_mean"),
-        (found(tensor(), logits=logits(top1=0.99)), "conversion.top1_agreement"),
-        (found(tensor(), logits=logits(equal=31)), "greedy.equal"),
+        (found(tensor(), logits=logits(kld=1e-4)), "conversion.kld_mean in f32"),
+        (found(tensor(), logits=logits(kld=float("nan"))), "conversion.kld_mean in f32"),
+        (found(tensor(), logits=logits(top1=0.99)), "conversion.top1_agreement in f32"),
+        (found(tensor(), logits=logits(equal=31)), "greedy.equal in f32"),
     ],
 )
 def test_each_fault_breaks_its_bound(validation: Validation, metric: str) -> None:
@@ -90,7 +90,13 @@ def test_what_the_format_cannot_hold_is_no_fault() -> None:
 def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
     validation = found(tensor(), logits=logits("int8-activations", kld=0.005, top1=0.9))
     assert broken(validation, bf16=figures(0.001), **{"int8-activations": figures(0.003)}) == []
-    assert broken(validation, bf16=figures(0.001)) == ["conversion.kld_mean"]
+    assert broken(validation, bf16=figures(0.001)) == ["conversion.kld_mean in int8-activations"]
+
+
+def test_further_arithmetics_are_held_to_their_own_bounds() -> None:
+    overflown = logits("f16", kld=0.5)
+    validation = found(tensor(), logits=logits(), more_logits=(overflown,))
+    assert broken(validation, bf16=figures(0.003)) == ["conversion.kld_mean in f16"]
 
 
 def test_the_recipes_budget_is_a_bound() -> None:
