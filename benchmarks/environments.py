@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -52,7 +53,7 @@ class Peer:
 
     def versions(self, work: Path) -> dict[str, str]:
         """The versions that matter, as its environment reports them."""
-        names = [requirement.partition("=")[0].partition("[")[0] for requirement in self.requirements]
+        names = [re.split(r"[^\w.-]", requirement)[0] for requirement in self.requirements]
         code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
         done = subprocess.run([str(self.python(work)), "-c", code, *names], check=True, capture_output=True, text=True)
         found: dict[str, str] = json.loads(done.stdout)

