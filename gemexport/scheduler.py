@@ -122,8 +122,9 @@ class Scheduler:
             "PYTHONUNBUFFERED": "1",
         }
         with log.open("wb") as output:
+            # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
             process = subprocess.Popen(
-                [sys.executable, "-m", "gemexport.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "gemexport.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

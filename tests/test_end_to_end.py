@@ -150,5 +150,5 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys, gemexport.cli; print([m for m in ('torch', 'numba', 'numpy', 'onnx', 'mlx') if m in sys.modules])"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

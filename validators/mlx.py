@@ -42,7 +42,7 @@ class MlxRuntime:
         count = str(threads)
         settings = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "gemexport.validators.mlx_process", str(path)],
+            [sys.executable, "-P", "-m", "gemexport.validators.mlx_process", str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
