@@ -225,6 +225,15 @@ def test_shell_steps_satisfy_shellcheck(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stdout
 
 
+def test_continuous_integration_installs_and_tests_as_the_readme_says() -> None:
+    readme, script = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
+    for command in ("pip install -c constraints.txt '.[all,dev]'", "pytest"):
+        assert f".venv/bin/{command}" in readme
+    lines = script.splitlines()
+    assert "pip install --quiet -c constraints.txt '.[all,dev]'" in lines
+    assert "pytest" in lines
+
+
 @pytest.mark.slow
 def test_all_steps_from_a_clean_clone_leave_a_release_folder_that_verifies(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
