@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -75,7 +76,7 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
             progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
-    return Export(path=path, variant=variant, run=f"llama-server -m {path}", notes=notes, files=[path])
+    return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
 
 
 def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
