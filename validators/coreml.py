@@ -7,6 +7,7 @@ command, `python -m gemexport.validators.coreml PACKAGE PROMPT` continues a text
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,7 @@ class Device(CoreMLModel):
 
     def __init__(self, path: Path, how: Feeds) -> None:
         super().__init__(how)
-        if sys.platform != "darwin":
+        if platform.system() != "Darwin":
             raise InputError(path, "Core ML runs on macOS only", "use the evaluator: arithmetic f32 or f16")
         ct = coremltools()
         self._model: Any = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_AND_GPU)
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
-    default = "device" if sys.platform == "darwin" else "f32"
+    default = "device" if platform.system() == "Darwin" else "f32"
     parser.add_argument("--arithmetic", choices=("f32", "f16", "device"), default=default)
     asked = parser.parse_args(arguments)
     try:

@@ -86,7 +86,8 @@ def evaluate(rows: Rows) -> NDArray[np.float64]:
     if rows.codes is None or rows.scales is None:
         return rows.values.astype(np.float64)
     block = rows.codes.shape[1] // rows.scales.shape[1]
-    return rows.codes * np.repeat(rows.scales.astype(np.float64), block, axis=1)
+    product: NDArray[np.float64] = rows.codes * np.repeat(rows.scales.astype(np.float64), block, axis=1)
+    return product
 
 
 def compare(
@@ -114,7 +115,7 @@ def _count(tensor: Tensor) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64))
 
 
-def _tensor(source: Tensor, stored: Tensor, digest: hashlib._Hash, threads: int | None) -> TensorComparison:
+def _tensor(source: Tensor, stored: Tensor, digest: hashlib.blake2b, threads: int | None) -> TensorComparison:
     exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
     same_codes = source.grid is not None and stored.grid is not None
     for (counted, largest, squared, top, power), same, values in ordered(
