@@ -86,8 +86,7 @@ def evaluate(rows: Rows) -> NDArray[np.float64]:
     if rows.codes is None or rows.scales is None:
         return rows.values.astype(np.float64)
     block = rows.codes.shape[1] // rows.scales.shape[1]
-    product: NDArray[np.float64] = rows.codes * np.repeat(rows.scales.astype(np.float64), block, axis=1)
-    return product
+    return rows.codes.astype(np.float64) * np.repeat(rows.scales.astype(np.float64), block, axis=1)
 
 
 def compare(
