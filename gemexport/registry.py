@@ -63,7 +63,8 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32"), "gguf/{name}-{variant}.gguf",
-            "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"), arithmetics=(None, "f32"), noises=("bf16", "int8-activations"),
+            "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
+            arithmetics=(None, "f32"), noises=("bf16", "int8-activations"),
         ),
         Target(
             "mlx", "MLX", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",
