@@ -62,7 +62,7 @@ def spread(array: Array, shape: Sequence[int]) -> Array:
     """A small array broadcast (from a scalar) or reshaped to `shape`."""
     values = array.numpy()
     whole = values.reshape(tuple(shape)) if values.size > 1 else np.broadcast_to(values.reshape(-1)[0], tuple(shape))
-    return Stored("fp32" if array.kind == "fp16" else array.kind, tuple(shape), whole)
+    return Stored(array.kind, tuple(shape), whole)
 
 
 def _repeated(values: NDArray, shape: tuple[int, ...], axes: range) -> NDArray:

@@ -66,12 +66,13 @@ class Program:
 
     def _load_constants(self, hold: int) -> dict[str, Any]:
         loaded: dict[str, Any] = {}
+        whole = _read_whole(self.package)
         for name, value in constants(self.package):
             if isinstance(value, str | list):
                 loaded[name] = value
                 continue
             loaded[name] = weight = self._weight(value)
-            if isinstance(weight, Weight) and _read_whole(self.package, name) and weight.nbytes <= hold:
+            if isinstance(weight, Weight) and name in whole and weight.nbytes <= hold:
                 weight.hold()
                 hold -= weight.nbytes
         return loaded
@@ -148,15 +149,14 @@ def _names(found: str | list[str]) -> list[str]:
     return found if isinstance(found, list) else [found]
 
 
-def _read_whole(package: Package, name: str) -> bool:
-    """Whether some operation reads the whole of a constant, not only the rows it looks up."""
+def _read_whole(package: Package) -> set[str]:
+    """The values that some operation reads the whole of; of an embedding's table, only rows are looked up."""
+    found: set[str] = set()
     for operation in package.operations:
         for parameter, argument in operation.inputs.items():
-            if any(binding.name == name for binding in argument.arguments):
-                lookup = operation.type == "gather" and parameter == "x"
-                if not (lookup or operation.type.startswith("constexpr_")):
-                    return True
-    return False
+            if operation.type != "gather" or parameter != "x":
+                found.update(binding.name for binding in argument.arguments)
+    return found
 
 
 def _steps(package: Package, constants: dict[str, Any]) -> list[Step]:
