@@ -146,7 +146,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted:
     nodes = []
     if affordable:
         call = Call("gemexport.nodes:reference", {"place": place, "noises": noises})
-        nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises))))
+        nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises)), all_cores=True))
     for step in wanted:
         needs = (f"export {step.key}", *(("reference",) if affordable else ()))
         call = Call(

@@ -25,6 +25,7 @@ class Node:
     needs: tuple[str, ...] = ()
     memory: int = 0  # anonymous bytes, estimated
     total: int = 0  # units of progress
+    all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
 
 
 @dataclass
@@ -113,7 +114,8 @@ class Scheduler:
     def _start(self, node: Node) -> _Running:
         ours, theirs = socket.socketpair()
         log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        cores = os.cpu_count() or 1
+        threads = str(cores if node.all_cores else max(1, cores // self.jobs))
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": threads,
