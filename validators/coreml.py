@@ -48,6 +48,11 @@ def load(
     return Evaluated(Path(path), how, arithmetic, threads)
 
 
+def on_mac() -> bool:
+    """Whether Core ML itself is here."""
+    return platform.system() == "Darwin"
+
+
 class CoreMLModel(ABC):
     """A stateful language model; its subclasses say who computes."""
 

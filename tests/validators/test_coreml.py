@@ -160,7 +160,7 @@ def test_ranges_name_the_largest_values(model: Path) -> None:
 
 
 def test_core_ml_itself_needs_a_mac(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coreml.sys, "platform", "linux")
+    monkeypatch.setattr(coreml, "on_mac", lambda: False)
     with pytest.raises(InputError, match="runs on macOS only"):
         coreml.load(model, threads=1, context=8, arithmetic="device")
 
@@ -181,7 +181,7 @@ def test_core_ml_is_driven_like_the_evaluator(model: Path, monkeypatch: pytest.M
         def predict(self, data: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
             return self._program.predict(data, state)
 
-    monkeypatch.setattr(coreml.sys, "platform", "darwin")
+    monkeypatch.setattr(coreml, "on_mac", lambda: True)
     monkeypatch.setattr(ct.models, "MLModel", Played)
     device = coreml.load(model, threads=1, context=32, arithmetic="device")
     assert device.arithmetic == "f16"
@@ -196,7 +196,7 @@ def test_core_ml_is_driven_like_the_evaluator(model: Path, monkeypatch: pytest.M
 def test_the_command_continues_a_text(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coreml.sys, "platform", "linux")
+    monkeypatch.setattr(coreml, "on_mac", lambda: False)
     assert coreml.main([str(model), "hello", "--tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith("hello")
     assert coreml.main([str(model), "hello", "--tokens", "500"]) == 2
