@@ -6,8 +6,6 @@ own numbers back, bit for bit.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemexport.exporters.result import Export, ignore
-from gemexport.exporters.streaming import Waiting, stored, write_plain
+from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
 from gemexport.formats.bitpack import pack, words
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
@@ -37,6 +35,8 @@ class _Plan:
 
     plain: DType | None  # of everything that is not packed; None: as in the source
     packed: dict[str, Scheme] = field(default_factory=dict)
+    unpack_early: bool = False  # transformers is to unpack while it loads, not at the first forward pass
+    rounded: dict[str, int] = field(default_factory=dict)  # scales of each tensor
     notes: list[str] = field(default_factory=list)
 
 
@@ -51,21 +51,20 @@ def export(
     """Write `checkpoint` to the folder `path` for compressed-tensors; the decoder alone, if it came with towers.
 
     `w4a16` packs every linear that has a grid, with the grid's own bits and block; `bf16` packs nothing.
-    `pack_embeddings` packs embeddings and per-layer embeddings as well; transformers then has to decompress while
-    it loads, which the config asks it to.
+    `pack_embeddings` packs embeddings and per-layer embeddings as well.
+
+    Loaders cast scales to the dtype of the model. Scales of a lattice that this would change are stored as f32, and
+    the config asks transformers to unpack while it loads, before it casts; it also has to for packed embeddings.
     """
     plan = _plan(checkpoint, variant, pack_embeddings)
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
-        text = json.dumps(_config(checkpoint, plan), indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / "config.json").write_text(text + "\n", "utf-8")
-        for file in checkpoint.tokenizer_files():
-            shutil.copyfile(file, folder / file.name)
+        write_settings(folder, _config(checkpoint, plan), checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
     call = f"pipeline('text-generation', '{path}')('The capital of France is')[0]['generated_text']"
-    return Export(
-        Path(path), variant, f'python -c "from transformers import pipeline; print({call})"', plan.notes, files
-    )
+    run = f'python -c "from transformers import pipeline; print({call})"'
+    source = checkpoint.tensors[EMBEDDINGS[0]].dtype
+    return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, source)], files)
 
 
 def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> _Plan:
@@ -82,9 +81,23 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> _Plan:
             plan.packed[name] = tensor.grid.bits, block if block < tensor.shape[1] else 0
     if plan.packed:
         _unify(checkpoint, plan)
-    if any(name in plan.packed for name in EMBEDDINGS):
+    widened = any(_widened(checkpoint.tensors[name]) for name in plan.packed)
+    plan.unpack_early = widened or any(name in plan.packed for name in EMBEDDINGS)
+    if plan.unpack_early:
         _keep_one_scheme(checkpoint, plan)
     return plan
+
+
+def _scale_dtype(tensor: Tensor) -> DType:
+    """What a tensor's scales are stored in: what loaders leave as it is, or f32 where the values depend on it."""
+    assert tensor.grid is not None
+    if tensor.dtype in (tensor.grid.scale_dtype, "f32"):
+        return tensor.grid.scale_dtype
+    return "f32" if tensor.grid.lossless else tensor.dtype
+
+
+def _widened(tensor: Tensor) -> bool:
+    return _scale_dtype(tensor) == "f32" != tensor.dtype
 
 
 def _unify(checkpoint: Checkpoint, plan: _Plan) -> None:
@@ -108,7 +121,7 @@ def _keep_one_scheme(checkpoint: Checkpoint, plan: _Plan) -> None:
             del plan.packed[name]
             dtype = checkpoint.tensors[name].dtype
             plan.notes.append(
-                f"{name} stays {dtype}: transformers unpacks embeddings only if all have one scheme, and "
+                f"{name} stays {dtype}: transformers, unpacking while it loads, knows one scheme, and "
                 f"this has {bits} bits in blocks of {block or 'a row'}"
             )
 
@@ -147,7 +160,7 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
         "config_groups": groups,
         # transformers 5.23 initialises modules after loading them, and an embedding without `weight` stops it
         # there; told to decompress while it loads, it has one.
-        "dequantize": any(name in plan.packed for name in EMBEDDINGS),
+        "dequantize": plan.unpack_early,
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": left,
@@ -191,7 +204,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: 
     with ShardedWriter(folder, entries, {"format": "pt"}) as out:
         for name, tensor in checkpoint.tensors.items():
             if name in plan.packed:
-                _write_packed(out, folder, tensor, plan.packed[name], progress)
+                _write_packed(out, folder, tensor, plan, progress)
             else:
                 write_plain(out, tensor, plan.plain or tensor.dtype, plan.notes, progress)
 
@@ -203,24 +216,27 @@ def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
         return
     (out, width), module = tensor.shape, _module(tensor.name)
     yield Entry(f"{module}.weight_packed", "I32", (out, words(width, grid.bits)))
-    yield Entry(f"{module}.weight_scale", DTYPE_NAMES[grid.scale_dtype], (out, width // (scheme[1] or width)))
+    yield Entry(f"{module}.weight_scale", DTYPE_NAMES[_scale_dtype(tensor)], (out, width // (scheme[1] or width)))
     yield Entry(f"{module}.weight_shape", "I64", (2,))
 
 
 def _write_packed(
-    out: ShardedWriter, folder: Path, tensor: Tensor, scheme: Scheme, progress: Callable[[int], None]
+    out: ShardedWriter, folder: Path, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]
 ) -> None:
     """Words slice by slice; the scales wait, since they come after the last of the words."""
     grid, module = tensor.grid, _module(tensor.name)
     assert grid is not None
-    with Waiting(folder, grid.scale_dtype) as waiting:
+    dtype = _scale_dtype(tensor)
+    exact, plan.rounded[tensor.name] = dtype in (grid.scale_dtype, "f32"), 0
+    with Waiting(folder, dtype) as waiting:
         for start, stop in slices(tensor):
             codes, scales = tensor.rows(start, stop).grid()
             out.write(f"{module}.weight_packed", pack(codes, grid.bits).view("<i4"))
-            grouped = reblock(scales, grid.block, scheme[1] or grid.block)
+            grouped = reblock(scales, grid.block, plan.packed[tensor.name][1] or grid.block)
             assert grouped is not None
-            waiting.write(grouped, exact=True)
+            plan.rounded[tensor.name] += 0 if exact else count_rounded(grouped, dtype)
+            waiting.write(grouped, exact)
             progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
         for scales in waiting.chunks():
-            out.write(f"{module}.weight_scale", stored(scales, grid.scale_dtype, exact=True))
+            out.write(f"{module}.weight_scale", stored(scales, dtype, exact=True))
     out.write(f"{module}.weight_shape", np.array(tensor.shape, dtype="<i8"))

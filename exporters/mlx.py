@@ -5,8 +5,6 @@ Codes and scales pass through unchanged; a grid that MLX cannot hold leaves its 
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 
 from gemexport.exporters.mlx_config import text_config
 from gemexport.exporters.result import Export, ignore
-from gemexport.exporters.streaming import Waiting, count_rounded, stored, write_plain
+from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
 from gemexport.formats.bitpack import pack, words, zero_code
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
@@ -33,6 +31,7 @@ class _Plan:
 
     dtype: DType  # of scales, biases and everything that is not quantized
     groups: dict[str, int] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)  # scales of each tensor
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,13 +57,11 @@ def export(
         config["quantization"] = _quantization(checkpoint, plan)
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / "config.json").write_text(text + "\n", "utf-8")
-        for file in checkpoint.tokenizer_files():
-            shutil.copyfile(file, folder / file.name)
+        write_settings(folder, config, checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
     run = f"mlx_lm.generate --model {path} --prompt 'The capital of France is'"
-    return Export(Path(path), variant, run, plan.notes, files)
+    notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
+    return Export(Path(path), variant, run, notes, files)
 
 
 def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> _Plan:
@@ -84,9 +81,15 @@ def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> _Plan:
 
 
 def _default_dtype(checkpoint: Checkpoint) -> DType:
-    """The narrowest dtype that holds every scale and every unquantized tensor unchanged."""
-    stored = {tensor.grid.scale_dtype if tensor.grid else tensor.dtype for tensor in checkpoint.tensors.values()}
-    return stored.pop() if len(stored) == 1 else "f32"
+    """bf16 where it holds the source's numbers, else f32; never f16, in which Gemma's activations overflow.
+
+    The scales of a tensor that was rounded to its grid have no value to keep: the grid is as good with bf16 ones.
+    """
+    needed = {
+        tensor.grid.scale_dtype if tensor.grid and tensor.grid.lossless else tensor.dtype
+        for tensor in checkpoint.tensors.values()
+    }
+    return "bf16" if needed == {"bf16"} else "f32"
 
 
 def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
@@ -139,14 +142,14 @@ def _write_packed(
     """Words slice by slice; the scales wait, since they come after the last of the words."""
     grid, module = tensor.grid, _module(tensor.name)
     assert grid is not None
-    exact, rounded = plan.dtype in (grid.scale_dtype, "f32"), 0
+    exact, plan.rounded[tensor.name] = plan.dtype in (grid.scale_dtype, "f32"), 0
     with Waiting(folder, plan.dtype) as waiting:
         for start, stop in slices(tensor):
             codes, scales = tensor.rows(start, stop).grid()
             out.write(tensor.name, pack(codes, grid.bits))
             grouped = reblock(scales, grid.block, plan.groups[tensor.name])
             assert grouped is not None
-            rounded += 0 if exact else count_rounded(grouped, plan.dtype)
+            plan.rounded[tensor.name] += 0 if exact else count_rounded(grouped, plan.dtype)
             waiting.write(grouped, exact)
             progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
         for scales in waiting.chunks():
@@ -154,5 +157,3 @@ def _write_packed(
         for scales in waiting.chunks():
             # A power of two times a scale: exact as well.
             out.write(f"{module}.biases", stored(-zero_code(grid.bits) * scales, plan.dtype, exact=True))
-    if rounded:
-        plan.notes.append(f"{tensor.name}: {rounded} scales are not {plan.dtype} numbers and were rounded")

@@ -1,8 +1,10 @@
-"""Writing tensors slice by slice into safetensors: plain ones, and what must wait until another tensor is whole."""
+"""What exporters of Hugging Face folders share: tensors written slice by slice, config and tokenizer beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -11,8 +13,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Tensor, from_bf16, round_to, slices, to_bf16
+
+
+def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """config.json, and the checkpoint's tokenizer, chat template and generation settings as they are."""
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", "utf-8")
+    for file in checkpoint.tokenizer_files():
+        shutil.copyfile(file, folder / file.name)
+
+
+def rounding_note(rounded: Mapping[str, int], dtype: DType) -> list[str]:
+    """One sentence about scales that had to be rounded, by tensor; none when none had."""
+    counts = {name: count for name, count in rounded.items() if count}
+    if not counts:
+        return []
+    total, names = sum(counts.values()), ", ".join(list(counts)[:3]) + (" …" if len(counts) > 3 else "")
+    return [f"{total} scales are not {dtype} numbers and were rounded, in {len(counts)} tensors ({names})"]
 
 
 def stored(values: Floats, dtype: DType, exact: bool = False) -> NDArray[Any]:
