@@ -145,7 +145,7 @@ class Device(CoreMLModel):
 
     def __init__(self, path: Path, how: Feeds) -> None:
         super().__init__(how)
-        if platform.system() != "Darwin":
+        if not on_mac():
             raise InputError(path, "Core ML runs on macOS only", "use the evaluator: arithmetic f32 or f16")
         ct = coremltools()
         self._model: Any = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_AND_GPU)
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
-    default = "device" if platform.system() == "Darwin" else "f32"
+    default = "device" if on_mac() else "f32"
     parser.add_argument("--arithmetic", choices=("f32", "f16", "device"), default=default)
     asked = parser.parse_args(arguments)
     try:
