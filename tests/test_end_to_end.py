@@ -13,6 +13,7 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
+from gemexport.qat import RULES
 from gemexport.report import Report, read_report
 
 
@@ -152,3 +153,14 @@ def test_help_loads_nothing_heavy() -> None:
     )
     printed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_every_rule_of_scales_passes_through_every_format(rule: str, tmp_path: Path) -> None:
+    model = demo.make(tmp_path / "model", size="tiny", rule=rule)
+    report = gemexport.export(model, tmp_path / "out", tokens=48)
+    for item in report.artifacts:
+        assert item.weights
+        fractions = {tensor.exact_fraction for tensor in item.weights.tensors if len(tensor.shape) == 2}
+        assert (item.format, item.variant, item.status, fractions) == (item.format, item.variant, "pass", {1.0})
