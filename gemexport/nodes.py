@@ -35,8 +35,7 @@ from gemexport.validators.runtime import Logits, Runtime, TopLogits
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
-# Logits of two right implementations in f32 differ by some 1e-4 (docs/bounds.md); a choice between tokens closer than
-# this is a tie, not a disagreement.
+# A choice between tokens whose logits are closer than this is a tie that rounding decides, not a disagreement.
 TIE_NATS = 1e-3
 
 
