@@ -19,7 +19,7 @@ from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
 BITS = 4
-SAMPLED_ROWS = 64
+SAMPLES, SAMPLED_ROWS = 8, 8  # places in a tensor, and rows at each: a place costs a mapping of the file
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -209,8 +209,8 @@ def candidate_blocks(width: int) -> list[int]:
 def likely_block(tensor: Tensor) -> int | None:
     """The widest block for which a sample of rows lies on the lattice; None when there is none."""
     out, width = tensor.shape
-    rows = np.unique(np.linspace(0, out - 1, SAMPLED_ROWS).astype(int))
-    sample = np.concatenate([tensor.rows(int(row), int(row) + 1).values for row in rows])
+    starts = np.unique(np.linspace(0, max(0, out - SAMPLED_ROWS), SAMPLES).astype(int)).tolist()
+    sample = np.concatenate([tensor.rows(start, min(start + SAMPLED_ROWS, out)).values for start in starts])
     for block in candidate_blocks(width):
         _, on = search(sample, block, tensor.dtype)
         if on == sample.size:
