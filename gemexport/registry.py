@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -58,6 +59,9 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+# The evaluator runs everywhere; Core ML itself only on a Mac.
+_CORE_ML = ("f32", "f16", *(["device"] if platform.system() == "Darwin" else []))
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -76,7 +80,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
-            "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=("f32", "f16"), noises=("bf16",),
+            "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
         ),
         Target(
             "compressed-tensors", "compressed-tensors", ("w4a16",), ("w4a16", "bf16"), "compressed-tensors/{variant}",
