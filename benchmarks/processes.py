@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-INTERVAL = 0.02  # seconds between two looks at the memory
-FIELDS = {"RssAnon": "anonymous", "VmRSS": "resident"}
+INTERVAL = 0.04  # seconds between two looks at the memory
+SEARCH_EVERY = 5  # looks until new processes are searched for, which costs more than a look
+FIELDS = ("RssAnon", "VmRSS")
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,25 @@ def _session(pid: str) -> int:
     return int(text.rpartition(")")[2].split()[3])
 
 
-def _memory(session: int) -> dict[str, int]:
-    """Bytes of every process of a session together, by the names in FIELDS."""
-    total = dict.fromkeys(FIELDS, 0)
+def _members(session: int) -> list[str]:
+    """The processes of a session."""
+    found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if _session(pid) != session:
-                continue
-            lines = Path(f"/proc/{pid}/status").read_text("utf-8", errors="replace").splitlines()
+            if _session(pid) == session:
+                found.append(pid)
         except (OSError, IndexError):  # it ended while we looked
+            continue
+    return found
+
+
+def _memory(pids: list[str]) -> dict[str, int]:
+    """Bytes of processes together, by the names in FIELDS."""
+    total = dict.fromkeys(FIELDS, 0)
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text("utf-8", errors="replace").splitlines()
+        except OSError:
             continue
         for line in lines:
             name, _, rest = line.partition(":")
@@ -66,8 +77,12 @@ class _Sampler(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
+        looks, pids = 0, [str(self.session)]
         while not self.done.wait(INTERVAL):
-            for name, size in _memory(self.session).items():
+            if looks % SEARCH_EVERY == 0:
+                pids = _members(self.session)
+            looks += 1
+            for name, size in _memory(pids).items():
                 self.peak[name] = max(self.peak[name], size)
 
 
