@@ -30,7 +30,7 @@ DTYPES = ("bf16", "f16", "f32")
 
 
 def run(folder: Path, sequences: Path, kernel_tokens: int, out: Path) -> None:
-    """In a process of its own: logits of the file as it is, unpacked and by the quantized kernel; CPU time of decoding."""
+    """In a process of its own: logits of the file as it is, unpacked and by the kernel; CPU time of decoding."""
     from gemexport.validators.mlx_process import lend_blas
 
     lend_blas()

@@ -149,6 +149,24 @@ def test_scales_of_rows_are_channels(gemma3: Checkpoint, tmp_path: Path) -> None
     assert all(item.exact_fraction == 1.0 for item in found.tensors)
 
 
+def test_scales_that_loaders_would_round_are_stored_wide(tmp_path: Path) -> None:
+    checkpoint = _with_grids(
+        demo.make(tmp_path / "model", family="gemma3", size="tiny", rule="f16"), tmp_path / "grids"
+    )
+    export = exporter.export(checkpoint, tmp_path / "out")
+    assert _config(export.path)["quantization_config"]["dequantize"] is True
+    stored = compressed_tensors.tensors(export.path)
+    assert stored[GATE].dtype == "f32"
+    np.testing.assert_array_equal(stored[GATE].rows(0, 9).scales, checkpoint.tensors[GATE].rows(0, 9).scales)
+
+
+def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
+    checkpoint = _with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
+    export = exporter.export(checkpoint, tmp_path / "out")
+    assert "scales are not bf16 numbers and were rounded" in export.notes[-1]
+    assert compressed_tensors.tensors(export.path)[GATE].dtype == "bf16"
+
+
 def test_decoder_of_a_multimodal_checkpoint_comes_out_alone(tmp_path: Path) -> None:
     model = demo.make(tmp_path / "model", size="tiny", wrapped=True)
     checkpoint = _with_grids(model, tmp_path / "grids")

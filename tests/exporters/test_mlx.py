@@ -161,6 +161,15 @@ def test_default_scales_hold_every_number(gemma3: Checkpoint, tmp_path: Path) ->
         np.testing.assert_array_equal(stored.rows(0, 5).scales, tensor.rows(0, 5).scales)
 
 
+def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
+    checkpoint = _with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
+    export = exporter.export(checkpoint, tmp_path / "4bit")
+    assert [note.split(maxsplit=1)[1][:42] for note in export.notes] == ["scales are not bf16 numbers and were round"]
+    stored = mlx.tensors(export.path)
+    assert {tensor.dtype for tensor in stored.values()} == {"bf16"}
+    np.testing.assert_array_equal(stored[GATE].rows(0, 9).codes, checkpoint.tensors[GATE].rows(0, 9).codes)
+
+
 def test_what_mlx_lm_has_no_words_for_is_refused(gemma3: Checkpoint, gemma4: Checkpoint, tmp_path: Path) -> None:
     def changed(checkpoint: Checkpoint, **settings: Any) -> Checkpoint:
         decoder = checkpoint.architecture.model_copy(update=settings)

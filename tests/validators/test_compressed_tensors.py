@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gemexport import demo
 from gemexport.exporters import compressed_tensors as exporter
 from gemexport.formats import compressed_tensors
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
@@ -69,6 +70,19 @@ def test_loaded_in_bf16_it_is_the_checkpoint(checkpoint: Checkpoint, tmp_path: P
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "7"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["f16", "row"])
+def test_other_lattices_load_as_the_checkpoint(tmp_path: Path, rule: str) -> None:
+    model = demo.make(tmp_path / "model", size="tiny", rule=rule)
+    find_grids(open_checkpoint(model), tmp_path / "grids", load_recipe("default"))
+    checkpoint = attach(open_checkpoint(model), tmp_path / "grids")
+    for pack_embeddings in (False, True):
+        folder = exporter.export(checkpoint, tmp_path / "out", pack_embeddings=pack_embeddings).path
+        command = [sys.executable, "-c", PROGRAM, str(folder), str(model)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_folder_that_does_not_load_is_explained(checkpoint: Checkpoint, tmp_path: Path) -> None:
