@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from gemexport.exporters.mlx_config import text_config
@@ -16,6 +17,7 @@ from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
 from gemexport.formats.bitpack import pack, words, zero_code
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.mlx import SYMMETRIC_BITS, group_for
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
@@ -49,8 +51,10 @@ def export(
     plain numbers. `scales` is the dtype of scales, biases and unquantized tensors, which is what mlx-lm computes in;
     docs/mlx-scales.md has the measurements behind the default.
 
-    Raises InputError for a decoder that mlx-lm has no way to say.
+    Raises InputError for a decoder that mlx-lm has no way to say, and for `scales` that are no dtype.
     """
+    if scales is not None and scales not in ITEM_BYTES:
+        raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
     plan = _plan(checkpoint, variant, scales)
     config = text_config(checkpoint)
     if plan.groups:
@@ -59,7 +63,7 @@ def export(
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, config, checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
-    run = f"mlx_lm.generate --model {path} --prompt 'The capital of France is'"
+    run = f"mlx_lm.generate --model {quote(str(path))} --prompt 'The capital of France is'"
     notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
     return Export(Path(path), variant, run, notes, files)
 

@@ -191,4 +191,6 @@ def test_what_mlx_lm_has_no_words_for_is_refused(gemma3: Checkpoint, gemma4: Che
     for problem, checkpoint in unsayable.items():
         with pytest.raises(InputError, match=problem):
             exporter.export(checkpoint, tmp_path / "out")
+    with pytest.raises(InputError, match="scales in int4 do not exist"):
+        exporter.export(gemma3, tmp_path / "out", scales="int4")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
