@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face layout: a decoder's tensors under their canonical names, mapped, none of them read yet."""
+"""A checkpoint in Hugging Face layout: a decoder's tensors under their canonical names, mapped, none read yet."""
 
 from __future__ import annotations
 

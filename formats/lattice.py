@@ -23,7 +23,7 @@ SAMPLES, SAMPLED_ROWS = 8, 8  # places in a tensor, and rows at each: a place co
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-# Loops over numbers of which none is NaN, where the order of a maximum does not matter: the compiler may vectorise them.
+# Loops over numbers of which none is NaN, where the order of a maximum does not matter: they may be vectorised.
 reduction = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
 
 
@@ -120,7 +120,7 @@ def _reproduces(block: NDArray[np.float64], scale: float) -> bool:
     outside = 0.0
     for i in range(block.shape[1]):
         product = nearest(block[0, i] * inverse) * scale
-        outside = max(outside, max(block[1, i] - product, product - block[2, i]))
+        outside = max(outside, block[1, i] - product, product - block[2, i])
     return outside <= 0
 
 

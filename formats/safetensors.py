@@ -178,7 +178,7 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
 
 
 class Writer:
-    """Writes one safetensors file: the header first, then every tensor's bytes in any slices, in the order of `entries`.
+    """Writes one safetensors file: the header first, then each tensor's bytes in any slices, in the order of `entries`.
 
     The header is padded to 8 bytes with spaces, as the reference implementation does, so that data is aligned.
     """

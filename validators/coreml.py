@@ -33,9 +33,7 @@ SINGLE = 8  # tokens at the end of a sequence that go one at a time, through the
 HOLD = 4 << 30  # bytes of dequantized weights that stay in memory
 
 
-def load(
-    path: Path, *, threads: int, context: int, arithmetic: Literal["f32", "f16", "device"] = "f32"
-) -> CoreMLModel:
+def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32", "f16", "device"] = "f32") -> CoreMLModel:
     """The language model in the package `path`: evaluated in `f32` or `f16`, or by the `device` itself (macOS only).
 
     Raises InputError for a package that is broken, is no language model, or holds fewer than `context` tokens.

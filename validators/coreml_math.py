@@ -295,5 +295,3 @@ def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, a
     if zero_point is not None:
         codes = codes - _along(zero_point.float(), input, axis)
     return codes * _along(scale, input, axis)
-
-

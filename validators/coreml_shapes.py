@@ -223,9 +223,7 @@ def fill_like(ref_tensor: Tensor, value: Any = 0.0) -> Tensor:
 
 
 @op("one_hot")
-def one_hot(
-    indices: Tensor, one_hot_vector_size: Any, axis: Any = -1, on_value: Any = 1, off_value: Any = 0
-) -> Tensor:
+def one_hot(indices: Tensor, one_hot_vector_size: Any, axis: Any = -1, on_value: Any = 1, off_value: Any = 0) -> Tensor:
     hot = F.one_hot(indices.long(), integer(one_hot_vector_size)).bool()
     values = torch.where(hot, torch.as_tensor(on_value), torch.as_tensor(off_value))
     return torch.movedim(values, -1, integer(axis))

@@ -22,7 +22,7 @@ _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """One tensor; errors are relative to the largest (`max`) or the root mean square (`rms`) of the source's weights."""
+    """One tensor; errors are relative to the source's largest weight (`max`) or root mean square (`rms`)."""
 
     name: str
     shape: tuple[int, ...]

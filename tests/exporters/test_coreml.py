@@ -209,9 +209,7 @@ def replaced(checkpoint: Checkpoint, name: str, tensor: Any) -> Checkpoint:
 
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 32), (4, 16), (2, 64), (8, None)])
-def test_any_grid_is_held(
-    bits: int, block: int | None, checkpoints: dict[str, Checkpoint], tmp_path: Path
-) -> None:
+def test_any_grid_is_held(bits: int, block: int | None, checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     checkpoint = checkpoints["gemma3"]
     rows, width = checkpoint.tensors[name].shape
