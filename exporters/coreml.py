@@ -56,7 +56,7 @@ def export(
         folder.mkdir()
         write_package(folder, program, _metadata(checkpoint, variant), sources.write)
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    run = f'python -m gemexport.validators.coreml {path} "The capital of France is"'
+    run = f'python -P -m gemexport.validators.coreml {path} "The capital of France is"'
     return Export(Path(path), variant, run, sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
 
 

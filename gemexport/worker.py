@@ -95,11 +95,20 @@ def run(call: Call, report: Callable[[int], None]) -> Outcome:
     return Outcome(value, error, failure, time.monotonic() - started, memory.peak)
 
 
+def _leave_with_parent(connection: Connection[Any, Any]) -> None:
+    """End this process when the other side of the socket is gone: a run that was killed must not compute on."""
+    try:
+        connection.recv()  # nothing more is ever sent
+    except (EOFError, OSError):
+        os._exit(1)
+
+
 def main() -> None:
     """Serve one call, then leave without the libraries' own endings, of which some hang or crash."""
     faulthandler.enable()
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     call = connection.recv()
+    threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()
     pending, last = 0, 0.0
 
     def report(amount: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,24 @@ def complain(progress: Progress) -> None:
 
 def crash(progress: Progress) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def linger(path: Path, progress: Progress) -> None:
+    """Write down which process this is, and stay."""
+    part = path.with_suffix(".part")
+    part.write_text(str(os.getpid()))
+    part.rename(path)
+    time.sleep(60)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that only waits to be reaped does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.is_file() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def swallow_memory(progress: Progress) -> int:
@@ -112,6 +132,26 @@ def test_nodes_run_side_by_side_as_memory_allows(memory: int, together: bool, tm
 
 def test_a_node_over_the_limit_still_runs_alone(tmp_path: Path) -> None:
     assert scheduler(tmp_path, memory=10).run([Node("big", call("work", value=1), memory=50)])["big"].value == 1
+
+
+def test_workers_end_with_the_run_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from gemexport.scheduler import Node, Scheduler\n"
+        "from gemexport.worker import Call\n"
+        f"call = Call('test_scheduler:linger', {{'path': Path({str(tmp_path / 'pid')!r})}})\n"
+        f"Scheduler(1, 1 << 30, Path({str(tmp_path / 'logs')!r})).run([Node('lingers', call)])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        worker = int((tmp_path / "pid").read_text())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(worker)
 
 
 def test_peak_memory_is_measured(tmp_path: Path) -> None:

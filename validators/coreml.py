@@ -1,7 +1,7 @@
 """Core ML artefacts, run: by an evaluator of ML programs in PyTorch on any machine, by Core ML itself on a Mac.
 
 `Program` runs any .mlpackage; `load` gives language models the interface that the logits validator asks for. As a
-command, `python -m gemexport.validators.coreml PACKAGE PROMPT` continues a text.
+command, `python -P -m gemexport.validators.coreml PACKAGE PROMPT` continues a text.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def ranges(path: str | Path, tokens: Sequence[int], arithmetic: Arithmetic = "f3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Continue a text greedily, with the tokenizer that lies beside the package; 2 when the request is at fault."""
-    parser = argparse.ArgumentParser("python -m gemexport.validators.coreml", description="Continue a text.")
+    parser = argparse.ArgumentParser("python -P -m gemexport.validators.coreml", description="Continue a text.")
     parser.add_argument("package", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
