@@ -22,7 +22,7 @@ from gemexport.validators.runtime import Arithmetic
 
 
 def load(path: Path, *, threads: int, context: int) -> MlxRuntime:
-    """The MLX folder at `path` in mlx-lm, computing in f32 on the CPU; `context` is whatever is asked.
+    """The MLX folder at `path` in mlx-lm, computing in f32, on Metal where there is one; `context` is as asked.
 
     `mlx_lm.load` reads the folder; then scales, biases and unquantized tensors are cast to float32, which is
     exact, so that what is compared is the numbers in the file and not MLX's rounding of them.

@@ -45,10 +45,11 @@ class Model:
         import mlx.core as mx
         import mlx_lm
 
-        mx.set_default_device(mx.cpu)
-        # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
-        mx.disable_compile()
-        if not mx.metal.is_available():
+        metal = mx.metal.is_available()
+        if not metal:
+            mx.set_default_device(mx.cpu)
+            # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
+            mx.disable_compile()
             mx.quantized_matmul = unpacking(mx, mx.quantized_matmul)
         loaded: Any
         loaded, self._tokenizer = mlx_lm.load(folder)[:2]
@@ -58,7 +59,7 @@ class Model:
         mx.eval(self._decoder.parameters())
         self._mx = mx
         versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
-        self.name = f"{versions}, CPU, set to f32)"
+        self.name = f"{versions}, {'Metal' if metal else 'CPU'}, set to f32)"
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Teacher-forced logits `[len(tokens), vocab]`."""
