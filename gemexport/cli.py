@@ -151,12 +151,13 @@ def coreml(
 @app.command("compressed-tensors")
 def compressed_tensors(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("w4a16, bf16")] = None,
+    pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="Embeddings as codes too.")] = False,
     recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to compressed-tensors, for vLLM and transformers."""
     common = _common(out, recipe, memory, tokens, no_validate, fresh, as_json)
-    _single("compressed-tensors", model, variant, {}, common)
+    _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings or None}, common)
 
 
 @app.command()
