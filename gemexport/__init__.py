@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemexport._version import __version__
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from gemexport.formats.errors import InputError
 
 __all__ = ["InputError", "__version__", "export", "validate"]
+
+# At the root of a checkout Python finds this folder before the package that was installed; formats, exporters and
+# validators lie beside it there.
+if (_checkout := Path(__file__).parents[1]).joinpath("formats", "lattice.py").is_file():
+    __path__.append(str(_checkout))
 
 
 def __getattr__(name: str) -> Any:
