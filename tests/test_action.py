@@ -316,8 +316,9 @@ def test_release_assets_are_flat_cut_and_verify(tmp_path: Path) -> None:
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     with tarfile.open(joined) as archive:
         assert archive.getnames() == ["4bit/config.json", "4bit/model.safetensors"]
-        archive.extractall(tmp_path / "again", filter="data")
-    assert (tmp_path / "again" / "4bit" / "model.safetensors").read_bytes() == b"w" * 3000
+        member = archive.extractfile("4bit/model.safetensors")
+        assert member is not None
+        assert member.read() == b"w" * 3000
     notes = (tmp_path / "assets" / "release-notes.md").read_text(encoding="utf-8")
     assert "3 of 4 files have the same bytes as on linux" in notes
     assert "`mlx/4bit/model.safetensors` differs" in notes
