@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
 from gemexport.formats.bitpack import pack, words
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Tensor, reblock, slices
+from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Tensor, reblock, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
 CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
@@ -56,7 +57,10 @@ def export(
     Loaders cast scales to the dtype of the model. Scales of a lattice that this would change are stored as f32, and
     the config asks transformers to unpack while it loads, before it casts; it also has to for packed embeddings.
     """
-    plan = _plan(checkpoint, variant, pack_embeddings)
+    tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    if variant != "bf16":
+        checkpoint = replace(checkpoint, tensors=tensors)
+    plan = _plan(checkpoint, variant, pack_embeddings, notes)
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, _config(checkpoint, plan), checkpoint)
@@ -67,10 +71,20 @@ def export(
     return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, source)], files)
 
 
-def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> _Plan:
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant == "bf16":
+        return "the variant bf16 holds plain numbers"
+    if grid.kind != "symmetric":
+        return f"there is no scheme for {grid.bits}-bit codes of the kind {grid.kind}"
+    strategy = f"group {grid.block}" if grid.block < width else "channel"
+    return Container(f"pack-quantized {grid.bits} bit, {strategy}", "f32")
+
+
+def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool, notes: list[str]) -> _Plan:
     if variant == "bf16":
         return _Plan("bf16")
-    plan = _Plan(None)
+    plan = _Plan(None, notes=notes)
     for name, tensor in checkpoint.tensors.items():
         if tensor.grid is None:
             continue

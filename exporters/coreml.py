@@ -8,18 +8,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gemexport.exporters.coreml_weights import Sources
 from gemexport.exporters.decoder import logits
+from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import NORM_OFFSET
 from gemexport.formats.coreml_package import coremltools
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
+from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "f16", "f32")
 CONTEXT = 4096
@@ -47,6 +50,10 @@ def export(
     context = min(CONTEXT, longest) if context is None else context
     if not 0 < context <= longest:
         raise InputError(checkpoint.path, f"a context of {context} tokens does not fit", f"give 1 to {longest}")
+    notes: list[str] = []
+    if variant == "int4":
+        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+        checkpoint = replace(checkpoint, tensors=tensors)
     sources = Sources(variant, str(checkpoint.path), progress)
     coremltools()
     from gemexport.exporters.coreml_package import write_package
@@ -57,7 +64,16 @@ def export(
         write_package(folder, program, _metadata(checkpoint, variant), sources.write)
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     run = f'python -P -m gemexport.validators.coreml {path} "The capital of France is"'
-    return Export(Path(path), variant, run, sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+    return Export(Path(path), variant, run, notes + sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+
+
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant; any block that divides a row will do."""
+    if variant != "int4":
+        return f"the variant {variant} holds plain numbers"
+    if grid.kind != "symmetric":
+        return f"there is no operation for {grid.bits}-bit codes of the kind {grid.kind}"
+    return Container(f"constexpr_blockwise_shift_scale int{4 if grid.bits <= 4 else 8}, block {grid.block}", "f16")
 
 
 def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.gguf_metadata import (
     ROPE_FREQUENCIES,
     check,
@@ -31,9 +32,11 @@ from gemexport.formats.gguf_container import Writer
 from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import (
     ITEM_BYTES,
+    Codes,
     DType,
     Floats,
     Grid,
+    Plain,
     Rows,
     Tensor,
     reblock,
@@ -46,6 +49,9 @@ VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32")
 
 Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
 
+F16_MAX = 65504.0
+_PACKED = ("Q4_0", "Q8_0")
+_PACKS = {Type.Q4_0: pack_q4_0, Type.Q8_0: pack_q8_0}
 _PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
 
 
@@ -63,11 +69,13 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
     values = metadata(decoder, checkpoint.name, variant) | tokens
     names = file_names(decoder.family, len(decoder.layers))
     frequencies = rope_frequencies(decoder)
-    shapes = {names[name]: tensor.shape or (1,) for name, tensor in checkpoint.tensors.items()}
+    tensors, _, dropped = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    notes += dropped if variant in _PACKED else []
+    shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
     if frequencies is not None:
         shapes[ROPE_FREQUENCIES] = frequencies.shape
     with atomic(path) as partial, Writer(partial, values, shapes) as out:
-        for name, tensor in checkpoint.tensors.items():
+        for name, tensor in tensors.items():
             if len(tensor.shape) == 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
@@ -89,15 +97,33 @@ def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor:
     return [f"{tensor.name}: {lost} of {values.size} weights are lost in 1 + weight as float32"] if lost else []
 
 
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant not in _PACKED:
+        return f"the variant {variant} holds plain numbers"
+    if width % BLOCK or grid.block % BLOCK:
+        size = f"rows of {width} weights are" if width % BLOCK else f"blocks of {grid.block} weights are"
+        return f"{size} no multiple of {BLOCK}"
+    kind = _type(grid, variant)
+    return kind if isinstance(kind, str) else Container(kind.name, "f16")
+
+
+def _type(grid: Grid, variant: str) -> Type | str:
+    """The block type for a grid."""
+    if grid.kind != "symmetric":
+        return f"GGUF has no type for {grid.bits}-bit codes of the kind {grid.kind}"
+    return Type.Q4_0 if grid.bits <= 4 and variant == "Q4_0" else Type.Q8_0
+
+
 def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[str]:
     """A 2-D tensor in the type of the variant, or in the source's dtype when that type cannot hold it."""
     kind, pack, note = choose(tensor, variant)
-    notes = [f"{tensor.name}: {note}"] if note else []
+    notes = [f"{tensor.name} {note}"] if note else []
     if not _stream(out, name, kind, pack, tensor):
         # Scales are seen while they stream past: a second try is cheaper than reading every tensor twice.
         out.restart(name)
-        kind, pack, note = _misfit(tensor, variant)
-        notes = [f"{tensor.name}: {note}"]
+        kind, pack, note = choose(Plain(tensor), variant)
+        notes = [f"{tensor.name} is stored as {kind.name}: a scale is no f16 number"]
         _stream(out, name, kind, pack, tensor)
     return notes
 
@@ -117,31 +143,16 @@ def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
     if variant == "F32":
         return Type.F32, _f32, ""
     if variant == "BF16":
-        note = "" if tensor.dtype == "bf16" else f"rounded from {tensor.dtype} to bf16"
-        return Type.BF16, _bf16(tensor.dtype), note
-    if width % BLOCK:
-        note = f"rows of {width} weights are no multiple of {BLOCK}; {_stays(tensor)}"
-        return *_plain(tensor), note if grid is not None or variant == "Q8_0" else ""
+        return Type.BF16, _bf16(tensor.dtype), "" if tensor.dtype == "bf16" else f"was rounded from {tensor.dtype}"
     if variant == "Q8_0" and (grid is None or not grid.lossless):
+        if width % BLOCK:
+            return *_plain(tensor), f"stays {tensor.dtype}: rows of {width} weights are no multiple of {BLOCK}"
         return Type.Q8_0, _nearest_q8_0, ""
     if grid is None:
         return *_plain(tensor), ""
-    if grid.block % BLOCK:
-        return _misfit(tensor, variant, f"blocks of {grid.block} weights share a scale, GGUF's have {BLOCK}")
-    if variant == "Q8_0" or grid.bits > 4:
-        return Type.Q8_0, _grid(grid, pack_q8_0), ""
-    return Type.Q4_0, _grid(grid, pack_q4_0), ""
-
-
-def _misfit(tensor: Tensor, variant: str, reason: str = "a scale is no f16 number") -> tuple[Type, Pack, str]:
-    """What becomes of a tensor whose grid the block type cannot hold: `Q8_0` rounds, `Q4_0` keeps every value."""
-    if variant == "Q8_0":
-        return Type.Q8_0, _nearest_q8_0, f"{reason}; rounded to Q8_0"
-    return *_plain(tensor), f"{reason}; {_stays(tensor)}"
-
-
-def _stays(tensor: Tensor) -> str:
-    return f"stays {_PLAIN[tensor.dtype].name}, where every value is exact"
+    kind = _type(grid, variant)
+    assert not isinstance(kind, str)  # `fitting` left grids that have a type
+    return kind, _grid(grid, _PACKS[kind], tensor.dtype), ""
 
 
 def _plain(tensor: Tensor) -> tuple[Type, Pack]:
@@ -149,13 +160,19 @@ def _plain(tensor: Tensor) -> tuple[Type, Pack]:
     return _PLAIN[tensor.dtype], packs[tensor.dtype]
 
 
-def _grid(grid: Grid, pack: Callable[[NDArray[np.int8], NDArray[np.float16]], NDArray[np.uint8]]) -> Pack:
-    """Pack codes and scales as they are, a wide block's scale repeated for each 32 weights."""
+def _grid(grid: Grid, pack: Callable[[Codes, NDArray[np.float16]], NDArray[np.uint8]], dtype: DType) -> Pack:
+    """Pack codes as they are, a wide block's scale repeated for each 32 weights.
+
+    Scales that are no f16 numbers are rounded where the tensor has no shorter plain form than f32, else refused.
+    """
 
     def rows(part: Rows) -> NDArray[np.uint8] | None:
         codes, scales = part.grid()
         repeated = reblock(scales, grid.block, BLOCK)
-        narrow = None if repeated is None else half(repeated)
+        assert repeated is not None
+        narrow = half(repeated)
+        if narrow is None and dtype == "f32" and np.abs(repeated).max() <= F16_MAX:
+            narrow = half(round_to(repeated, "f16"))
         return None if narrow is None else pack(codes, narrow)
 
     return rows

@@ -43,18 +43,18 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
 
     Raises InputError for a tokenizer that is not BPE with bytes as fallback.
     """
-    path = checkpoint.path / "tokenizer.json"
+    path = checkpoint.assets / "tokenizer.json"
     source = read_tokenizer(path)
     model = source["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         problem = "is not BPE with bytes as fallback, which is what a Gemma decoder has"
         raise InputError(path, problem, "use the tokenizer.json that came with the model")
-    settings = _read_json(checkpoint.path / "tokenizer_config.json")
+    settings = _read_json(checkpoint.assets / "tokenizer_config.json")
     vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
     merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
     values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
     values |= _special(checkpoint, source, settings, vocabulary)
-    values |= _chat_template(checkpoint.path, settings)
+    values |= _chat_template(checkpoint.assets, settings)
     return values, [*vocabulary.notes, *_foreign(source), *notes]
 
 
@@ -159,7 +159,7 @@ def _special(
     decoder = checkpoint.architecture
     ids = {text: index for index, text in enumerate(vocabulary.texts)}
     named = {kind: ids.get(_content(settings.get(f"{kind}_token")) or "") for kind in ("bos", "eos", "unk", "pad")}
-    generation = _read_json(checkpoint.path / "generation_config.json").get("eos_token_id")
+    generation = _read_json(checkpoint.assets / "generation_config.json").get("eos_token_id")
     stops = [*([generation] if isinstance(generation, int) else generation or []), *decoder.eos_token_ids]
     eos = named["eos"] if named["eos"] is not None else next(iter(stops), None)
     bos = named["bos"] if named["bos"] is not None else decoder.bos_token_id

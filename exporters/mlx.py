@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.mlx_config import text_config
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
@@ -21,7 +22,7 @@ from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.mlx import SYMMETRIC_BITS, group_for
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Tensor, reblock, slices
+from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Tensor, reblock, slices
 
 VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
 PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
@@ -55,7 +56,10 @@ def export(
     """
     if scales is not None and scales not in ITEM_BYTES:
         raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
-    plan = _plan(checkpoint, variant, scales)
+    tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    if variant not in PLAIN:
+        checkpoint = replace(checkpoint, tensors=tensors)
+    plan = _plan(checkpoint, variant, scales, notes)
     config = text_config(checkpoint)
     if plan.groups:
         config["quantization"] = _quantization(checkpoint, plan)
@@ -68,18 +72,26 @@ def export(
     return Export(Path(path), variant, run, notes, files)
 
 
-def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> _Plan:
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant in PLAIN:
+        return f"the variant {variant} holds plain numbers"
+    group = group_for(grid.block, width)
+    if group is None:
+        return f"MLX has no group for blocks of {grid.block} weights"
+    if grid.kind != "symmetric" or grid.bits not in SYMMETRIC_BITS:
+        return f"MLX has no mode for {grid.bits}-bit codes of the kind {grid.kind}"
+    return Container(f"affine {grid.bits} bit, group {group}", "f32")
+
+
+def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None, notes: list[str]) -> _Plan:
     if variant in PLAIN:
         return _Plan(PLAIN[variant])
-    plan = _Plan(scales or _default_dtype(checkpoint))
+    plan = _Plan(scales or _default_dtype(checkpoint), notes=notes)
     for name, tensor in checkpoint.tensors.items():
-        grid = tensor.grid
-        if grid is None:
-            continue
-        group = group_for(grid.block, tensor.shape[1])
-        if group is None or grid.bits not in SYMMETRIC_BITS:
-            plan.notes.append(f"{name} stays {plan.dtype}: MLX has no group for {grid.bits}-bit blocks of {grid.block}")
-        else:
+        if tensor.grid is not None:
+            group = group_for(tensor.grid.block, tensor.shape[1])
+            assert group is not None  # `fitting` left grids that have a container
             plan.groups[name] = group
     return plan
 

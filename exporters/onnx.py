@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from gemexport.exporters import decoder
+from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.genai_config import genai_config
 from gemexport.exporters.onnx_graph import GraphBuilder, Weights
 from gemexport.exporters.onnx_npu import NpuBackend
@@ -20,6 +22,7 @@ from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
+from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "npu", "f32")
 PRODUCER = "gemexport"
@@ -42,13 +45,16 @@ def export(
     its prompt graph takes at once. Raises InputError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
+    notes: list[str] = []
+    if variant != "f32":
+        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+        checkpoint = replace(checkpoint, tensors=tensors)
     with atomic(path) as partial:
         partial.mkdir()
         if variant == "npu":
             _write_npu(checkpoint, partial, min(context, checkpoint.architecture.max_positions), prefill, progress)
-            notes = []
         else:
-            notes = _write_runtime(checkpoint, partial, variant == "int4", progress)
+            _write_runtime(checkpoint, partial, variant == "int4", progress)
         shutil.copyfile(SCRIPT, partial / "generate.py")
         for file in checkpoint.tokenizer_files():
             shutil.copyfile(file, partial / file.name)
@@ -56,7 +62,21 @@ def export(
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 
 
-def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> list[str]:
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant == "f32":
+        return "the variant f32 holds plain numbers"
+    if grid.kind != "symmetric":
+        return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
+    if variant == "npu":
+        return Container(f"DequantizeLinear INT{grid.bits}, block {grid.block}", "f32")
+    block = block_of(grid)
+    if block is None:
+        return f"ONNX Runtime has no block for blocks of {grid.block} weights"
+    return Container(f"MatMulNBits {grid.bits} bit, block {block}", "f32")
+
+
+def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> None:
     """One graph with free sizes, and the configuration of onnxruntime-genai."""
     a = checkpoint.architecture
     weights = Weights(checkpoint.tensors)
@@ -68,12 +88,6 @@ def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progre
     graph.save(folder / "model.onnx", PRODUCER)
     text = json.dumps(genai_config(a, "model.onnx"), indent=2, sort_keys=True)
     (folder / "genai_config.json").write_text(f"{text}\n", "utf-8")
-    held = [t for t in checkpoint.tensors.values() if quantized and t.grid is not None]
-    return [
-        f"{t.name} stays {t.dtype}: ONNX Runtime has no block for {t.grid.bits}-bit blocks of {t.grid.block}"
-        for t in held
-        if t.grid is not None and block_of(t.grid) is None
-    ]
 
 
 def _write_npu(checkpoint: Checkpoint, folder: Path, context: int, prefill: int, progress: Progress) -> None:

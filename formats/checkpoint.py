@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+# Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
+READERS: dict[str, str] = {}
 # The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
@@ -35,20 +38,32 @@ _SPELLINGS = (
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a reader found in a checkpoint's files; `tensors` are exactly those of the architecture, in its order."""
+
+    tensors: Mapping[str, Tensor]
+    left_out: tuple[str, ...] = ()  # tensors of the files that the decoder does not have: towers, heads
+    notes: tuple[str, ...] = ()  # what the reader could not keep, one sentence each
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A decoder and where it came from."""
 
     name: str
     path: Path
-    config: dict[str, Any]  # config.json as it is
+    config: dict[str, Any]  # config.json as it is, but for how the weights are quantized
     text_config: dict[str, Any]  # the decoder's own part of it
     architecture: Architecture
     tensors: Mapping[str, Tensor]  # exactly architecture.tensor_shapes(), in that order
+    assets: Path  # the folder with tokenizer.json and the other settings
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
+    notes: tuple[str, ...] = ()  # what the reader could not keep
+    fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
 
     def tokenizer_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation settings that lie beside the weights."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        """Tokenizer, chat template and generation settings that came with the weights."""
+        return [self.assets / name for name in TOKENIZER_FILES if (self.assets / name).is_file()]
 
     def nbytes(self) -> int:
         """Bytes of the decoder's tensors as stored."""
@@ -85,6 +100,44 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         raise InputError(folder, "there is no tokenizer.json", remedy)
     read_tokenizer(folder / "tokenizer.json")
+    found = _source(folder, config, decoder)
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
+    return Checkpoint(
+        name=folder.resolve().name,
+        path=folder,
+        config=plain,
+        text_config=text_config(plain, folder / "config.json"),
+        architecture=decoder,
+        tensors=found.tensors,
+        assets=folder,
+        left_out=found.left_out,
+        notes=found.notes,
+    )
+
+
+def _source(folder: Path, config: dict[str, Any], decoder: Architecture) -> Source:
+    """The tensors of a folder, by the reader for the way in which they are quantized."""
+    method = quantization_method(config)
+    if method is None:
+        return _plain(folder, decoder)
+    if method not in READERS:
+        problem = f"the weights are quantized in a way that is not known here ({method})"
+        raise InputError(folder / "config.json", problem, "give the bf16 checkpoint it was made from")
+    found: Source = import_module(READERS[method]).source(folder, config)
+    return found
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """How config.json says that the weights are quantized: its `quant_method`, or `mlx`; None when they are not."""
+    if isinstance(config.get("quantization_config"), dict):
+        # mlx-lm writes its own `quantization` there a second time, for other tools.
+        method = config["quantization_config"].get("quant_method")
+        return str(method) if method or "quantization" not in config else "mlx"
+    return "mlx" if isinstance(config.get("quantization"), dict) else None
+
+
+def _plain(folder: Path, decoder: Architecture) -> Source:
+    """Tensors that are stored as floats."""
     stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
     tensors: dict[str, Tensor] = {}
     for name, shape in decoder.tensor_shapes().items():
@@ -99,19 +152,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             problem = f"tensor {name} has the shape {found} where config.json says {wanted}"
             raise InputError(array.path, problem, "use the config.json that came with the model")
         tensors[name] = MappedTensor(array, name)
-    return Checkpoint(
-        name=folder.resolve().name,
-        path=folder,
-        config=config,
-        text_config=text_config(config, folder / "config.json"),
-        architecture=decoder,
-        tensors=tensors,
-        left_out=tuple(sorted(stored)),
-    )
+    return Source(tensors, left_out=tuple(sorted(stored)))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; InputError when it is missing, is not JSON, or says that the weights are quantized."""
+    """config.json of a folder; InputError when it is missing or is not a JSON object."""
     path = folder / "config.json"
     remedy = "give the folder of a checkpoint in Hugging Face layout"
     try:
@@ -122,11 +167,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
     if not isinstance(config, dict):
         raise InputError(path, "is not a JSON object", "download or save the file again")
-    method = (config.get("quantization_config") or config.get("quantization") or {}).get("quant_method", "MLX")
-    if "quantization_config" in config or "quantization" in config:
-        raise InputError(
-            path, f"the weights are quantized already ({method})", "give the bf16 checkpoint it was made from"
-        )
     return config
 
 

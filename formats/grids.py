@@ -1,6 +1,8 @@
 """The grid of every 2-D tensor of a checkpoint, found once for all formats and kept beside the outputs.
 
 Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
+A tensor whose file has codes keeps that grid; beside it goes a grid that every format holds, for those that cannot hold
+its own.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from gemexport.formats.rounding import fit
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
 
 INDEX, SCALES = "grids.json", "scales.f32"
+# For formats that cannot hold a tensor's own grid: so fine that little is lost, in blocks that all of them have.
+FALLBACK = Scheme(bits=8, group_size=32)
 
 
 class GridRecord(BaseModel):
@@ -45,6 +49,7 @@ class GridRecord(BaseModel):
     scale_dtype: DType | None = None
     offset: int = 0  # bytes into the scales file
     squared_error: float = 0.0  # sum of (w - code * scale)**2 / sum of w**2
+    native: bool = False  # the file has codes of its own, and what else is said here is of the fallback
 
 
 class GridIndex(BaseModel):
@@ -81,8 +86,9 @@ class GridTensor:
 def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """A digest of what the grids depend on: sizes and times of the weight files, the config, the recipe."""
     digest = hashlib.sha256(recipe.model_dump_json().encode())
-    for path in sorted(checkpoint.path.glob("*")):
-        if path.suffix in (".safetensors", ".json"):
+    files = sorted(checkpoint.path.glob("*")) if checkpoint.path.is_dir() else [checkpoint.path]
+    for path in files:
+        if path.suffix in (".safetensors", ".json", ".gguf"):
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -114,7 +120,8 @@ def find_grids(
             found = []
             for tensor in checkpoint.tensors.values():
                 if len(tensor.shape) == 2:
-                    found.append(_find(tensor, file, checkpoint, threads))
+                    look = _find if tensor.grid is None else _keep
+                    found.append(look(tensor, file, checkpoint, threads))
                     progress(tensor.shape[0] * tensor.shape[1])
             mixed = any(record.lossless for record in found)
             if not mixed or recipe.requantize_mixed:
@@ -169,10 +176,35 @@ def _find(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int |
     return GridRecord(name=tensor.name, lattice_fraction=on / total, lossless=False)
 
 
+def _keep(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
+    """A tensor with codes of its own; the fallback's scales go to the end of `file` where a format may want them."""
+
+    def scales(bounds: tuple[int, int]) -> Floats:
+        rows = tensor.rows(*bounds)
+        assert rows.scales is not None
+        return rows.scales if rows.shifts is None else np.stack([rows.scales, rows.shifts])
+
+    for part in ordered(scales, slices(tensor, 8 << 20), threads):
+        _check_finite(part, tensor, checkpoint)
+    record = GridRecord(name=tensor.name, lattice_fraction=1.0, lossless=True, native=True)
+    assert tensor.grid is not None
+    return record if held_everywhere(tensor.grid) else _round(tensor, record, FALLBACK, file, threads)
+
+
+def held_everywhere(grid: Grid) -> bool:
+    """Whether every format has a container for the grid, its scales perhaps rounded."""
+    return grid.kind == "symmetric" and grid.bits in (2, 4, 8) and grid.block % FALLBACK.group_size == 0
+
+
 def _quantize(tensor: Tensor, record: GridRecord, recipe: Recipe, file: BinaryIO, threads: int | None) -> GridRecord:
-    """Round a plain tensor to the recipe's scheme; it stays as it is when there is none or its rows do not divide."""
+    """Round a plain tensor to the recipe's scheme; it stays as it is when there is none."""
     scheme = recipe.scheme(tensor.name)
-    if scheme is None or tensor.shape[1] % scheme.group_size:
+    return record if scheme is None else _round(tensor, record, scheme, file, threads)
+
+
+def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, threads: int | None) -> GridRecord:
+    """Scales of `scheme` for a tensor; none, and the record as it is, when its rows do not divide."""
+    if tensor.shape[1] % scheme.group_size:
         return record
     offset, error, energy = file.tell(), 0.0, 0.0
     for scales, part, whole in ordered(
@@ -218,6 +250,7 @@ def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     if index is None:
         raise InputError(folder, "there are no grids", "run the export again with --fresh")
     tensors = dict(checkpoint.tensors)
+    fallbacks: dict[str, Tensor] = {}
     for record in index.tensors:
         if record.bits is None or record.block is None or record.scale_dtype is None:
             continue
@@ -226,6 +259,7 @@ def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         scales = np.memmap(
             folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(out, width // record.block)
         )
-        grid = Grid(record.bits, record.block, record.scale_dtype, record.lossless)
-        tensors[record.name] = GridTensor(base, grid, scales)
-    return replace(checkpoint, tensors=tensors)
+        lossless = record.lossless and not record.native
+        found = GridTensor(base, Grid(record.bits, record.block, record.scale_dtype, lossless), scales)
+        (fallbacks if record.native else tensors)[record.name] = found
+    return replace(checkpoint, tensors=tensors, fallbacks=fallbacks)

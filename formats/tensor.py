@@ -1,21 +1,27 @@
 """The middle form: a tensor read row by row, with the integer grid that its values lie on, if they lie on one.
 
-Readers yield it, writers ask it one question: can I hold this grid exactly? `w = code * scale`, where `block`
-consecutive weights of a row share one scale.
+Readers yield it, writers ask it one question: can I hold this grid exactly? A code stands for a level, and `block`
+consecutive weights of a row share a scale and, on some grids, a shift of it:
+
+    symmetric    w = scale * code              codes signed
+    zero-point   w = scale * (code - zero)     codes and zeros unsigned integers
+    affine       w = scale * code + bias       codes unsigned, any bias
+    codebook     w = scale * levels[code]      codes unsigned
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 DType = Literal["bf16", "f16", "f32"]
 Floats = NDArray[np.float32]
-Codes = NDArray[np.int8]
+Codes = NDArray[np.integer[Any]]  # int8 of symmetric grids, uint8 of the others
+Kind = Literal["symmetric", "zero-point", "affine", "codebook"]
 
 ITEM_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
@@ -24,10 +30,12 @@ ITEM_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4}
 class Grid:
     """What the values of a tensor are multiples of."""
 
-    bits: int  # codes lie in [-2**(bits - 1), 2**(bits - 1) - 1]
+    bits: int  # signed codes lie in [-2**(bits - 1), 2**(bits - 1) - 1], unsigned ones in [0, 2**bits - 1]
     block: int  # consecutive weights along the last axis that share a scale; divides the row
-    scale_dtype: DType  # the narrowest dtype that holds every scale
-    lossless: bool  # codes * scales, rounded to the tensor's dtype, are the source's values bit for bit
+    scale_dtype: DType  # the narrowest dtype that holds every scale, and every bias of an affine grid
+    lossless: bool  # what the grid stands for, rounded to the tensor's dtype, is the source's value bit for bit
+    kind: Kind = "symmetric"
+    levels: tuple[float, ...] = ()  # of a codebook, by code
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,21 @@ class Rows:
     """A slice of rows `[rows, in]`; codes and scales only of a tensor that has a grid."""
 
     values: Floats  # [rows, in], the tensor's own values
-    codes: Codes | None = None  # [rows, in]
+    codes: Codes | None = None  # [rows, in]; int8 of a symmetric grid, uint8 of the others
     scales: Floats | None = None  # [rows, in // block]
+    shifts: Floats | None = None  # [rows, in // block]: zero points (integers) or biases, where the grid has them
 
     def grid(self) -> tuple[Codes, Floats]:
         """Codes and scales of a slice that has them; asking a plain tensor for them is a bug."""
         if self.codes is None or self.scales is None:
             raise ValueError("these rows have no grid")
         return self.codes, self.scales
+
+    def shifted(self) -> tuple[Codes, Floats, Floats]:
+        """Codes, scales and shifts of a slice of a zero-point or affine grid."""
+        if self.codes is None or self.scales is None or self.shifts is None:
+            raise ValueError("these rows have no grid with shifts")
+        return self.codes, self.scales, self.shifts
 
 
 class Tensor(Protocol):
@@ -77,6 +92,32 @@ def slices(tensor: Tensor, target_bytes: int = 16 << 20) -> Iterator[tuple[int, 
 def expand(scales: Floats, block: int) -> Floats:
     """Scales `[rows, in // block]` repeated to one a weight, `[rows, in]`."""
     return np.repeat(scales, block, axis=1)
+
+
+def evaluate(grid: Grid, codes: Codes, scales: Floats, shifts: Floats | None = None) -> NDArray[np.float64]:
+    """What codes `[rows, in]` on a grid stand for, `[rows, in]`, without rounding.
+
+    float64 holds every product of a code and a float32 scale; a sum with a bias more than 2**20 times smaller than the
+    scale would be rounded.
+    """
+    wide = codes.reshape(*scales.shape, grid.block)
+    factors = scales[..., None].astype(np.float64)
+    if grid.kind == "codebook":
+        values = np.asarray(grid.levels)[wide] * factors
+    elif grid.kind == "symmetric":
+        values = wide * factors
+    else:
+        assert shifts is not None
+        offsets = shifts[..., None].astype(np.float64)
+        values = (wide - offsets) * factors if grid.kind == "zero-point" else wide * factors + offsets
+    return values.reshape(codes.shape)
+
+
+def on_grid(grid: Grid, codes: Codes, scales: Floats, shifts: Floats | None = None) -> Rows:
+    """Rows of a stored grid: codes, scales and shifts as they are, and the float32 values nearest to what they mean."""
+    if grid.kind == "symmetric":  # one product, rounded once: float32 is as good, and faster
+        return Rows(codes * expand(scales, grid.block), codes, scales)
+    return Rows(evaluate(grid, codes, scales, shifts).astype(np.float32), codes, scales, shifts)
 
 
 def reblock(scales: Floats, block: int, target: int) -> Floats | None:
@@ -120,6 +161,22 @@ def narrowest(scales: Floats) -> DType:
     return "f32"
 
 
+class Plain:
+    """A tensor without its grid: for formats that cannot hold that, and variants that want floats."""
+
+    grid: Grid | None = None
+
+    def __init__(self, base: Tensor) -> None:
+        self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
+        self._base = base
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return Rows(self._base.rows(start, stop).values)
+
+    def numpy(self) -> Floats:
+        return self._base.numpy()
+
+
 class ArrayTensor:
     """A tensor that is already in memory: small ones, and those of tests."""
 
@@ -131,20 +188,20 @@ class ArrayTensor:
         codes: Codes | None = None,
         scales: Floats | None = None,
         grid: Grid | None = None,
+        shifts: Floats | None = None,
     ) -> None:
         self.name = name
         self.shape: tuple[int, ...] = tuple(values.shape)
         self.dtype: DType = dtype
         self.grid = grid
-        self._rows = Rows(values, codes, scales)
+        self._rows = Rows(values, codes, scales, shifts)
 
     def rows(self, start: int, stop: int) -> Rows:
-        values, codes, scales = self._rows.values, self._rows.codes, self._rows.scales
-        return Rows(
-            values[start:stop],
-            None if codes is None else codes[start:stop],
-            None if scales is None else scales[start:stop],
-        )
+        def part(array: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if array is None else array[start:stop]
+
+        rows = self._rows
+        return Rows(rows.values[start:stop], part(rows.codes), part(rows.scales), part(rows.shifts))
 
     def numpy(self) -> Floats:
         return self._rows.values

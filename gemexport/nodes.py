@@ -58,7 +58,7 @@ class Workplace:
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
         """The token sequences that every model is judged on."""
-        encode = tokenizer.load(checkpoint.path / "tokenizer.json")
+        encode = tokenizer.load(checkpoint.assets / "tokenizer.json")
         return prompts.sequences([encode(text) for text in prompts.prompts()], checkpoint.architecture, self.tokens)
 
     def store(self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> ReferenceStore:
@@ -139,8 +139,8 @@ def _tensor_report(item: weights.TensorComparison) -> TensorReport:
         name=item.name,
         shape=item.shape,
         dtype=item.dtype,
-        grid=GridReport(**asdict(item.grid)) if item.grid else None,
-        source_grid=GridReport(**asdict(item.source_grid)) if item.source_grid else None,
+        grid=GridReport.of(item.grid),
+        source_grid=GridReport.of(item.source_grid),
         compared=item.compared,
         exact=item.exact,
         exact_fraction=item.exact_fraction,
@@ -198,7 +198,7 @@ class _Trial:
         texts = [*prompts.HARD_TEXTS, *prompts.prompts()]
         if runtime.tokenize(texts[0]) is None:
             return None
-        expected = tokenizer.load(self._checkpoint.path / "tokenizer.json")
+        expected = tokenizer.load(self._checkpoint.assets / "tokenizer.json")
         found = tokenizer.compare(expected, lambda text: runtime.tokenize(text) or [], texts)
         differences = tuple(TokenizerDifference(**asdict(item)) for item in found.differences)
         return TokenizerReport(texts=found.texts, equal=found.equal, name=runtime.name, differences=differences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from gemexport.formats.errors import InputError
+from gemexport.formats.tensor import Grid
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Target:
     def adapter(self) -> ModuleType:
         """The module with `load`."""
         return import_module(f"gemexport.validators.{self.runtime}")
+
+    def holds(self, variant: str) -> Callable[[Grid, int], bool]:
+        """Whether a variant has a container for a grid in rows of so many weights; as the default one for others."""
+        container = self.exporter().container
+        known = variant if variant in self.known_variants else self.variants[0]
+        return lambda grid, width: not isinstance(container(grid, width, known), str)
 
     def missing(self) -> list[str]:
         """Packages of the extra that are not installed."""

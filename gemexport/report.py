@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
+from gemexport.formats.tensor import DType, Grid, Kind
 
 Status = Literal["pass", "fail", "error", "skipped"]
 Arithmetic = Literal["f32", "f16", "bf16", "int8-activations"]
@@ -50,11 +52,24 @@ class GridReport(_Model):
 
     bits: int
     block: int
-    scale_dtype: str
+    scale_dtype: DType
     lossless: bool
+    kind: Kind = "symmetric"
+    levels: tuple[float, ...] = ()  # of a codebook, by code
 
     def __str__(self) -> str:
-        return f"int{self.bits} / {self.block} · {self.scale_dtype}"
+        signed = "int" if self.kind == "symmetric" else "uint"
+        extra = {"symmetric": "", "zero-point": " - zero", "affine": " + bias", "codebook": " levels"}[self.kind]
+        return f"{signed}{self.bits}{extra} / {self.block} · {self.scale_dtype}"
+
+    @classmethod
+    def of(cls, grid: Grid | None) -> GridReport | None:
+        """A tensor's grid, if it has one, as the report tells it."""
+        return cls(**asdict(grid)) if grid else None
+
+    def grid(self) -> Grid:
+        """The grid that was reported."""
+        return Grid(**dict(self))
 
 
 class LatticeTensor(_Model):

@@ -283,7 +283,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if not isinstance(judged.value, Validation):
         return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
-    held = bounds(found, floors, asked.recipe)
+    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant))
     status, reason = verdict(held)
     if found.logits is None and status == "pass":
         reason = "logits were not compared: the model does not fit into --memory"
@@ -322,8 +322,8 @@ def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> 
         tensor = checkpoint.tensors[record.name]
         count = tensor.shape[0] * tensor.shape[1]
         weights, on_grid = weights + count, on_grid + count * record.lattice_fraction
-        grid = None
-        if record.bits and record.block and record.scale_dtype:
+        grid = GridReport.of(tensor.grid)
+        if grid is None and record.bits and record.block and record.scale_dtype:
             grid = GridReport(
                 bits=record.bits, block=record.block, scale_dtype=record.scale_dtype, lossless=record.lossless
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gemexport.formats.recipe import Recipe
+from gemexport.formats.tensor import Grid
 from gemexport.nodes import Validation
 from gemexport.report import Bound, Divergence, LogitsReport, TensorReport
 
@@ -16,9 +17,16 @@ NOISE_FACTOR = 2.0
 NOISES = {"int8-activations": ("bf16", "int8-activations"), "bf16": ("bf16",), "f16": ("bf16",)}
 
 
-def bounds(found: Validation, floors: Mapping[str, Divergence], recipe: Recipe) -> tuple[Bound, ...]:
-    """Every bound that an artefact is held to."""
-    result = [*_weights(found)]
+Holds = Callable[[Grid, int], bool]
+
+
+def bounds(
+    found: Validation, floors: Mapping[str, Divergence], recipe: Recipe, holds: Holds = lambda grid, width: True
+) -> tuple[Bound, ...]:
+    """Every bound that an artefact is held to; `holds` tells whether its format has a container for a grid in rows of
+    so many weights.
+    """
+    result = [*_weights(found, holds)]
     if found.tokenizer is not None:
         origin = "the same texts must give the same tokens"
         result.append(Bound.at_least("tokenizer.equal", found.tokenizer.equal, found.tokenizer.texts, origin))
@@ -31,10 +39,10 @@ def bounds(found: Validation, floors: Mapping[str, Divergence], recipe: Recipe) 
     return tuple(result)
 
 
-def _weights(found: Validation) -> list[Bound]:
+def _weights(found: Validation, holds: Holds) -> list[Bound]:
     """Nothing is missing, and what lies on the source's lattice, or has no grid at all, kept its values."""
     report = found.weights
-    held = [item for item in report.tensors if _must_be_exact(item)]
+    held = [item for item in report.tensors if _must_be_exact(item, holds)]
     result = [Bound.at_most("weights.missing", len(report.missing), 0, "an artefact holds every tensor of the decoder")]
     if held:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
@@ -43,13 +51,14 @@ def _weights(found: Validation) -> list[Bound]:
     return result
 
 
-def _must_be_exact(item: TensorReport) -> bool:
+def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
     """Whether the artefact could hold this tensor as it is.
 
-    A plain tensor that was put on a grid could not, nor could one whose scales were rounded to the dtype that the
-    format prescribes. An artefact without a grid that still differs is a plain one in a narrower dtype.
+    A plain tensor that was put on a grid could not, nor could one whose grid has no container in the format, or whose
+    scales were rounded to the dtype that the format prescribes. An artefact without a grid that still differs is a
+    plain one in a narrower dtype.
     """
-    if item.source_grid is not None and item.source_grid.lossless:
+    if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
         return not (item.scale_rounded and item.exact < item.compared)
     return item.grid is None and len(item.shape) == 2
 

@@ -108,9 +108,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "infinite": (lambda model: poison(model, NORM, float("inf")), f"tensor {NORM} has infinite weights"),
     "wrong shape": (lambda model: edit_config(model, intermediate_size=128), "has the shape"),
     "unknown architecture": (lambda model: edit_config(model, model_type="llama"), "the architecture 'llama'"),
-    "quantized already": (
-        lambda model: edit_config(model, quantization_config={"quant_method": "gptq"}),
-        "the weights are quantized already (gptq)",
+    "unknown quantization": (
+        lambda model: edit_config(model, quantization_config={"quant_method": "nought"}),
+        "the weights are quantized in a way that is not known here (nought)",
     ),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "there is no tokenizer.json"),
     "broken tokenizer": (

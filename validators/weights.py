@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.lattice import edges, jit
 from gemexport.formats.parallel import ordered
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, round_to, slices
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, evaluate, round_to, slices
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
@@ -81,14 +81,6 @@ def _compare(source: Floats, stored: NDArray[np.float64], dtype: int) -> tuple[i
     return exact, worst, error, peak, energy
 
 
-def evaluate(rows: Rows) -> NDArray[np.float64]:
-    """What stored rows stand for, without rounding, `[rows, in]`."""
-    if rows.codes is None or rows.scales is None:
-        return rows.values.astype(np.float64)
-    block = rows.codes.shape[1] // rows.scales.shape[1]
-    return rows.codes.astype(np.float64) * np.repeat(rows.scales.astype(np.float64), block, axis=1)
-
-
 def compare(
     source: Mapping[str, Tensor],
     artifact: Mapping[str, Tensor],
@@ -150,17 +142,39 @@ def _pairs(source: Tensor, stored: Tensor) -> Iterator[tuple[Rows, Rows]]:
 def _slice(
     wanted: Rows, found: Rows, source: Tensor, stored: Tensor
 ) -> tuple[tuple[int, float, float, float, float], bool, bytes]:
-    values = evaluate(found)
+    values = _exact(stored.grid, found)
     numbers = _compare(np.ascontiguousarray(wanted.values), values, _SOURCE[source.dtype])
-    return numbers, _same_codes(wanted, found, stored), values.astype(np.float32).tobytes()
+    return numbers, _same_codes(wanted, found, source, stored), values.astype(np.float32).tobytes()
 
 
-def _same_codes(wanted: Rows, found: Rows, stored: Tensor) -> bool:
-    """Whether the artefact has the source's codes on the source's scales as its own scale dtype rounds them."""
-    if wanted.codes is None or found.codes is None or wanted.scales is None or found.scales is None:
+def _exact(grid: Grid | None, rows: Rows) -> NDArray[np.float64]:
+    """What stored rows stand for, without rounding, `[rows, in]`."""
+    if grid is None or rows.codes is None:
+        return rows.values.astype(np.float64)
+    return evaluate(grid, *rows.grid(), rows.shifts)
+
+
+def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bool:
+    """Whether the artefact has the source's codes, on scales and biases that differ only by the artefact's rounding."""
+    if source.grid is None or stored.grid is None or wanted.codes is None or found.codes is None:
         return False
-    assert stored.grid is not None
-    width = wanted.codes.shape[1]
-    ours = np.repeat(round_to(wanted.scales, stored.grid.scale_dtype), width // wanted.scales.shape[1], axis=1)
-    theirs = np.repeat(found.scales, width // found.scales.shape[1], axis=1)
-    return bool(np.array_equal(wanted.codes, found.codes) and np.array_equal(ours, theirs))
+    width, dtype = wanted.codes.shape[1], stored.grid.scale_dtype
+    pairs = [(wanted.scales, found.scales)]
+    if wanted.shifts is not None or found.shifts is not None:
+        pairs.append((_biases(source.grid, wanted), _biases(stored.grid, found)))
+    return np.array_equal(wanted.codes, found.codes) and all(
+        ours is not None
+        and theirs is not None
+        and np.array_equal(
+            np.repeat(round_to(ours, dtype), width // ours.shape[1], axis=1),
+            np.repeat(theirs, width // theirs.shape[1], axis=1),
+        )
+        for ours, theirs in pairs
+    )
+
+
+def _biases(grid: Grid, rows: Rows) -> Floats | None:
+    """The shift of each block in the weights' own unit, `[rows, in // block]`; None when the grid has none."""
+    if rows.scales is None or rows.shifts is None:
+        return None
+    return -rows.shifts * rows.scales if grid.kind == "zero-point" else rows.shifts

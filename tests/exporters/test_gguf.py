@@ -131,11 +131,11 @@ def test_wide_blocks_repeat_their_scale(gemma3: Checkpoint, tmp_path: Path, bloc
 @pytest.mark.parametrize(
     ("tensor", "variant", "kind", "note"),
     [
-        (_random_lattice((512, 128), 16, 4), "Q4_0", Type.BF16, "blocks of 16 weights share a scale"),
-        (_random_lattice((512, 128), 16, 4, "f16"), "Q4_0", Type.F16, "stays F16"),
-        (_random_lattice((512, 128), 16, 4), "Q8_0", Type.Q8_0, "rounded to Q8_0"),
+        (_random_lattice((512, 128), 16, 4), "Q4_0", Type.BF16, "without its grid: blocks of 16 weights"),
+        (_random_lattice((512, 128), 16, 4, "f16"), "Q4_0", Type.F16, "without its grid: blocks of 16 weights"),
+        (_random_lattice((512, 128), 16, 4), "Q8_0", Type.Q8_0, "without its grid: blocks of 16 weights"),
         (_random_lattice((512, 48), 16, 4), "Q4_0", Type.BF16, "rows of 48 weights are no multiple of 32"),
-        (_random_lattice((512, 128), 32, 4, "f32"), "BF16", Type.BF16, "rounded from f32 to bf16"),
+        (_random_lattice((512, 128), 32, 4, "f32"), "BF16", Type.BF16, "was rounded from f32"),
     ],
 )
 def test_what_a_block_cannot_hold_is_noted(
@@ -143,7 +143,7 @@ def test_what_a_block_cannot_hold_is_noted(
 ) -> None:
     path, notes = _export_with(gemma3, tmp_path, tensor, variant)
     assert len(notes) == 1
-    assert notes[0].startswith("model.embed_tokens.weight: ")
+    assert notes[0].startswith("model.embed_tokens.weight ")
     assert note in notes[0]
     assert read(path).tensors["token_embd.weight"].type == kind
     if kind not in (Type.Q8_0,) and variant != "BF16":
@@ -162,7 +162,7 @@ def test_a_scale_that_f16_cannot_hold_keeps_the_tensor_in_its_dtype(
     scales[500, 1] = 2.0**-26
     tensor = _lattice(base.name, part.codes, scales, 4)
     path, notes = _export_with(gemma3, tmp_path, tensor)
-    assert notes == ["model.embed_tokens.weight: a scale is no f16 number; stays BF16, where every value is exact"]
+    assert notes == ["model.embed_tokens.weight is stored as BF16: a scale is no f16 number"]
     assert np.array_equal(gguf.tensors(path)[base.name].numpy(), tensor.numpy())
     judged = compare(gemma3.tensors, gguf.tensors(path))
     assert all(item.exact == item.compared for item in judged.tensors if item.name != base.name)

@@ -117,7 +117,7 @@ def test_blocks_become_the_widest_group_that_holds_them(
     assert found.exact_fraction == 1.0
     if group is None:
         assert stored.grid is None
-        assert export.notes == [f"{GATE} stays bf16: MLX has no group for 4-bit blocks of {block}"]
+        assert export.notes == [f"{GATE} is written without its grid: MLX has no group for blocks of {block} weights"]
         assert _config(export.path)["quantization"]["model.layers.0.mlp.gate_proj"] is False
     else:
         assert stored.grid is not None

@@ -1,0 +1,55 @@
+"""The one question that a format answers for each tensor: what would hold this grid, if anything does?
+
+Every exporter has `container(grid, width, variant)`, and writes what `fitting` gives it. The table in docs/exactness.md
+comes from the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.tensor import DType, Grid, Plain, Tensor
+
+
+@dataclass(frozen=True)
+class Container:
+    """What holds a grid: its codes pass through unchanged."""
+
+    name: str  # as the format calls it
+    scales: DType  # what scales (and biases) are stored in: wider ones are rounded
+
+
+Answer = Container | str  # or why nothing holds it, as half a sentence
+
+
+def fitting(
+    checkpoint: Checkpoint, container: Callable[[Grid, int], Answer]
+) -> tuple[dict[str, Tensor], dict[str, Container], list[str]]:
+    """The checkpoint's tensors as a format holds them, the containers of those that keep a grid, and notes.
+
+    A grid that has no container is dropped: the values are then written as the format writes plain ones, or put on the
+    grid that every format holds where the source had nothing but codes (`Checkpoint.fallbacks`).
+    """
+    tensors: dict[str, Tensor] = {}
+    containers: dict[str, Container] = {}
+    notes = []
+    for name, tensor in checkpoint.tensors.items():
+        tensors[name] = tensor
+        if tensor.grid is None:
+            continue
+        answer = container(tensor.grid, tensor.shape[1])
+        if isinstance(answer, str):
+            second = checkpoint.fallbacks.get(name)
+            again = container(second.grid, second.shape[1]) if second is not None and second.grid is not None else ""
+            if second is not None and second.grid is not None and isinstance(again, Container):
+                tensors[name], containers[name] = second, again
+                becomes = f"is rounded to {second.grid.bits} bit, blocks of {second.grid.block}"
+            else:
+                tensors[name] = Plain(tensor)
+                becomes = "is written without its grid"
+            notes.append(f"{name} {becomes}: {answer}")
+        else:
+            containers[name] = answer
+    return tensors, containers, notes
