@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf.constants import Keys, TokenType
+from numpy.typing import NDArray
 
-from gemexport.formats.checkpoint import Checkpoint, read_tokenizer
+from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf_container import Value, boolean, float32, int32, string, uint32
+from gemexport.formats.lattice import jit
 
 SPACE = "▁"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -50,9 +53,10 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
         problem = "is not BPE with bytes as fallback, which is what a Gemma decoder has"
         raise InputError(path, problem, "use the tokenizer.json that came with the model")
     settings = _read_json(checkpoint.assets / "tokenizer_config.json")
-    vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
-    merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
-    values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
+    with uncollected():
+        vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
+        merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
+        values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
     values |= _special(checkpoint, source, settings, vocabulary)
     values |= _chat_template(checkpoint.assets, settings)
     return values, [*vocabulary.notes, *_foreign(source), *notes]
@@ -88,7 +92,7 @@ def token_type(text: str, added: Mapping[str, Any] | None, unknown: bool) -> Tok
     if unknown:
         return TokenType.UNKNOWN
     if added is None:
-        return TokenType.BYTE if BYTE.fullmatch(text) else TokenType.NORMAL
+        return TokenType.BYTE if text.startswith("<0x") and BYTE.fullmatch(text) else TokenType.NORMAL
     if text in VISIBLE:
         return TokenType.USER_DEFINED
     if added.get("special"):
@@ -98,7 +102,7 @@ def token_type(text: str, added: Mapping[str, Any] | None, unknown: bool) -> Tok
     return TokenType.NORMAL if not text.strip(SPACE) else TokenType.USER_DEFINED
 
 
-def sentencepiece_scores(vocabulary: Vocabulary, merges: Sequence[tuple[str, ...]]) -> list[float] | None:
+def sentencepiece_scores(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) -> list[float] | None:
     """Scores with which joining the best-scored neighbours equals joining by `merges`; None when there are none.
 
     SentencePiece's BPE joins any two neighbours whose union is a token, best score first. It equals a list of merges
@@ -107,29 +111,59 @@ def sentencepiece_scores(vocabulary: Vocabulary, merges: Sequence[tuple[str, ...
     """
     ranks: dict[str, int] = {}
     previous = ""
-    for pair in merges:
-        text = "".join(pair)
-        if text != previous and text in ranks and len(set(text)) > 1:
-            return None
-        ranks.setdefault(text, len(ranks))
-        previous = text
-    normal = {
-        text
-        for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True)
-        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)
-    }
-    pairs = 0
-    for text in normal:
-        for cut in range(1, len(text)):
-            if text[:cut] in normal and text[cut:] in normal:
-                pairs += 1
-    if pairs != len(merges) or len(set(merges)) != pairs:
+    for left, right in merges:
+        text = left + right
+        if text != previous:
+            if text in ranks and len(set(text)) > 1:
+                return None
+            ranks.setdefault(text, len(ranks))
+            previous = text
+    normal = (TokenType.NORMAL, TokenType.USER_DEFINED)
+    texts = {text for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True) if kind in normal}
+    if count_joins(list(texts)) != len(merges) or len(set(merges)) != len(merges):
         return None
     return [-float(ranks[text]) if text in ranks else LOWEST_SCORE for text in vocabulary.texts]
 
 
+def count_joins(texts: Sequence[str]) -> int:
+    """How many pairs out of different `texts`, joined, are one of them.
+
+    Texts are compared by hashes of 64 bits: of Gemma's two million cuts, one in 10**7 vocabularies has one mistaken.
+    """
+    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    return int(_count_joins(characters, np.cumsum([len(text) for text in texts])))
+
+
+@jit
+def _count_joins(characters: NDArray[np.uint32], ends: NDArray[np.int64]) -> int:
+    """A polynomial hash gives a suffix from the whole and the prefix: h(ab) = h(a) * base**len(b) + h(b)."""
+    base = np.uint64(0x9E3779B97F4A7C15)
+    longest, start = 1, 0
+    for end in ends:
+        longest, start = max(longest, end - start), end
+    powers = np.ones(longest + 1, np.uint64)
+    for i in range(longest):
+        powers[i + 1] = powers[i] * base
+    hashes = np.zeros(len(ends), np.uint64)
+    start = 0
+    for token, end in enumerate(ends):
+        for i in range(start, end):
+            hashes[token] = hashes[token] * base + np.uint64(characters[i])
+        start = end
+    known = set(hashes)
+    joins, start = 0, 0
+    for token, end in enumerate(ends):
+        prefix = np.uint64(0)
+        for i in range(start, end - 1):
+            prefix = prefix * base + np.uint64(characters[i])
+            if prefix in known and hashes[token] - prefix * powers[end - 1 - i] in known:
+                joins += 1
+        start = end
+    return joins
+
+
 def _model(
-    vocabulary: Vocabulary, merges: Sequence[tuple[str, ...]], family: str
+    vocabulary: Vocabulary, merges: Sequence[tuple[str, str]], family: str
 ) -> tuple[dict[str, Value], list[str]]:
     """The tokenizer's algorithm and tables."""
     scores = sentencepiece_scores(vocabulary, merges) if family == "gemma3" else None

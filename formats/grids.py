@@ -2,7 +2,7 @@
 
 Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
 A tensor whose file has codes keeps that grid; beside it goes a grid that every format holds, for those that cannot hold
-its own.
+its own. The compiled loops are imported where they run: Numba takes longer to import than an index to read.
 """
 
 from __future__ import annotations
@@ -19,16 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
-from gemexport.formats.lattice import (
-    BITS,
-    code_bits,
-    encode,
-    likely_block,
-    search_slices,
-)
 from gemexport.formats.parallel import ordered
 from gemexport.formats.recipe import Recipe, Scheme
-from gemexport.formats.rounding import fit
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
 
 INDEX, SCALES = "grids.json", "scales.f32"
@@ -74,6 +66,8 @@ class GridTensor:
         self._base, self._scales = base, scales
 
     def rows(self, start: int, stop: int) -> Rows:
+        from gemexport.formats.lattice import encode
+
         assert self.grid is not None
         values = self._base.rows(start, stop).values
         scales = np.asarray(self._scales[start:stop])
@@ -146,6 +140,8 @@ def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> Non
 
 def _find(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
     """Search one tensor; its scales go to the end of `file` when all of it lies on the lattice."""
+    from gemexport.formats.lattice import BITS, code_bits, encode, likely_block, search_slices
+
     block = likely_block(tensor)
     width = tensor.shape[1]
     offset = file.tell()
@@ -225,6 +221,9 @@ def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, t
 
 def _fit_slice(tensor: Tensor, bounds: tuple[int, int], scheme: Scheme) -> tuple[Floats, float, float]:
     """Scales of a slice of rows, its squared error and its energy."""
+    from gemexport.formats.lattice import encode
+    from gemexport.formats.rounding import fit
+
     values = tensor.rows(*bounds).values
     scales = fit(values, scheme.group_size, scheme.bits)
     codes = encode(values, scales, scheme.bits)

@@ -59,6 +59,27 @@ def edges(bits: int, source: int) -> tuple[float, float]:
     return (_float(bits - 1) + value) / 2, (value + _float(bits + 1)) / 2
 
 
+@reduction
+def _peak(magnitudes: NDArray[np.float32]) -> np.float32:
+    """The largest |w| of a block."""
+    peak = np.float32(0)
+    for i in range(magnitudes.size):
+        peak = max(peak, magnitudes[i])
+    return peak
+
+
+@jit
+def _near(magnitudes: NDArray[np.float32], inverse: np.float32, tolerance: np.float32) -> bool:
+    """Whether every |w| * inverse is within `tolerance` of itself from an integer; a wrong k shows in a few weights."""
+    half = np.float32(1.5 * 2.0**23)  # as in `nearest`, for float32
+    for i in range(magnitudes.size):
+        x = magnitudes[i] * inverse
+        code = (x + half) - half
+        if abs(x - code) > code * tolerance:
+            return False
+    return True
+
+
 @jit
 def _prepare(bits: NDArray[np.uint32], row: int, source: int, block: NDArray[np.float64]) -> None:
     """Fill `block` `[4, n]` with |w| of a row, its lower and upper edge, and the largest code of its sign.
@@ -75,15 +96,6 @@ def _prepare(bits: NDArray[np.uint32], row: int, source: int, block: NDArray[np.
         block[1, i] = below * (1 + inward) if magnitude else 0.0
         block[2, i] = above * (1 - inward) if magnitude else np.inf
         block[3, i] = 7 + (bits[row, i] >> np.uint32(31))
-
-
-@reduction
-def _peak(block: NDArray[np.float64]) -> float:
-    """The largest |w| of a prepared block: a loop of its own, which vectorises."""
-    peak = 0.0
-    for i in range(block.shape[1]):
-        peak = max(peak, block[0, i])
-    return peak
 
 
 @jit
@@ -125,44 +137,57 @@ def _reproduces(block: NDArray[np.float64], scale: float) -> bool:
 
 
 @jit
-def _block_scale(block: NDArray[np.float64]) -> float:
-    """The scale of a prepared block in the narrowest dtype that has one (bf16, f16, f32); 0 for zeros, -1 for none.
+def _scale(block: NDArray[np.float64], k: int, peak: float) -> tuple[float, int]:
+    """A scale on which the largest weight of a prepared block has the code ±k, in the narrowest dtype that has one.
 
-    The coarsest grid wins: k ascends.
+    Its dtype is told by rank (bf16, f16, f32); the rank 3 means that there is none.
     """
-    peak = _peak(block)
-    if peak == 0:
-        return 0.0
-    found, found_rank = -1.0, 3
-    for k in range(1, 9):
-        low, high = _interval(block, k, peak)
-        if low > high:
-            continue
-        middle = (low + high) / 2
-        for rank in range(found_rank):
-            if rank == 0:
-                scale = _rounded(middle, 8, -126)
-            elif rank == 1:
-                scale = _rounded(middle, 11, -14)
-            else:
-                scale = _rounded(middle, 24, -126)
-            if scale > 0 and (rank != 1 or scale <= 65504.0) and _reproduces(block, scale):
-                found, found_rank = scale, rank
-                break
-        if found_rank == 0:
-            break
-    return found
+    low, high = _interval(block, k, peak)
+    if low > high:
+        return -1.0, 3
+    middle = (low + high) / 2
+    for rank in range(3):
+        if rank == 0:
+            scale = _rounded(middle, 8, -126)
+        elif rank == 1:
+            scale = _rounded(middle, 11, -14)
+        else:
+            scale = _rounded(middle, 24, -126)
+        if scale > 0 and (rank != 1 or scale <= 65504.0) and _reproduces(block, scale):
+            return scale, rank
+    return -1.0, 3
 
 
 @jit
 def _search(blocks: NDArray[np.uint32], source: int, scales: Floats) -> int:
-    """Fill `scales` `[n]` for blocks `[n, size]` of float32 patterns; returns the weights on the lattice."""
+    """Fill `scales` `[n]` for blocks `[n, size]` of float32 patterns; returns the weights on the lattice.
+
+    A block of zeros has the scale 0, one off the lattice -1. The coarsest grid wins: k ascends.
+    """
     on = 0
-    block = np.empty((4, blocks.shape[1]))
+    block, magnitudes = np.empty((4, blocks.shape[1])), np.empty(blocks.shape[1], np.float32)
+    # Half a step of the dtype on the weight's side and on the largest one's, and room for float32's own rounding. Close
+    # to the subnormal numbers, where steps are wider than that, every k goes through the sieve.
+    tolerance = np.float32(2.0**-6.9 if source == 0 else (2.0**-9.9 if source == 1 else 2.0**-20))
+    smallest = 2.0**-13 if source == 1 else 2.0**-100
     for row in range(blocks.shape[0]):
-        _prepare(blocks, row, source, block)
-        scales[row] = _block_scale(block)
-        if scales[row] >= 0:
+        for i in range(blocks.shape[1]):
+            magnitudes[i] = np.uint32(blocks[row, i] & np.uint32(0x7FFFFFFF)).view(np.float32)
+        peak = _peak(magnitudes)
+        found, rank, prepared = (0.0 if peak == 0 else -1.0), 3, False
+        for k in range(1, 9 if peak > 0 else 0):
+            if peak > smallest and not _near(magnitudes, np.float32(k) / peak, tolerance):
+                continue
+            if not prepared:
+                _prepare(blocks, row, source, block)
+                prepared = True
+            scale, other = _scale(block, k, np.float64(peak))
+            if other < rank:
+                found, rank = scale, other
+            if rank == 0:
+                break
+        scales[row] = found
+        if found >= 0:
             on += blocks.shape[1]
     return on
 

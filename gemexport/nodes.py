@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,9 +28,13 @@ from gemexport.report import (
     TokenizerReport,
     WeightsReport,
 )
-from gemexport.validators import divergence, prompts, tokenizer, weights
+from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
+
+if TYPE_CHECKING:
+    from gemexport.validators import divergence
+    from gemexport.validators.weights import TensorComparison
 
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
@@ -86,6 +90,8 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
 
     Progress in tokens, once for f32 and once for each of `noises`.
     """
+    from gemexport.validators import divergence
+
     checkpoint = open_checkpoint(place.model)
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
@@ -118,6 +124,8 @@ def _threads() -> int:
 
 def check_weights(place: Workplace, target: str, path: Path, progress: Progress) -> tuple[WeightsReport, str]:
     """The weights of an artefact against the source's, and the digest of the values read back; in weights."""
+    from gemexport.validators import weights
+
     stored = TARGETS[target].reader().tensors(path)
     found = weights.compare(place.open().tensors, stored, progress)
     tensors = tuple(_tensor_report(item) for item in found.tensors)
@@ -134,7 +142,7 @@ def check_weights(place: Workplace, target: str, path: Path, progress: Progress)
     return report, found.digest
 
 
-def _tensor_report(item: weights.TensorComparison) -> TensorReport:
+def _tensor_report(item: TensorComparison) -> TensorReport:
     return TensorReport(
         name=item.name,
         shape=item.shape,
@@ -208,6 +216,8 @@ class _Trial:
 
         The runtime is closed before a reference is loaded: a machine that can hold one model can do this.
         """
+        from gemexport.validators import divergence
+
         runtime = self._load(arithmetic)
         if self.tokenizer is None:
             self.tokenizer = self._compare_tokenizer(runtime)

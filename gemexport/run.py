@@ -123,7 +123,12 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     weights = checkpoint.architecture.parameters()
     nodes = [
         Node(
-            "grids", Call("gemexport.nodes:grids", {"place": place, "recipe": asked.recipe}), (), EXPORT_BYTES, weights
+            "grids",
+            Call("gemexport.nodes:grids", {"place": place, "recipe": asked.recipe}),
+            (),
+            EXPORT_BYTES,
+            weights,
+            light=True,
         )
     ]
     for step in wanted:
@@ -132,7 +137,7 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
             "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.nbytes()))
+        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
     return nodes

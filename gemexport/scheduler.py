@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from gemexport.worker import Call, Outcome
+from gemexport.worker import Call, Outcome, Request
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Node:
     memory: int = 0  # anonymous bytes, estimated
     total: int = 0  # units of progress
     all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
+    light: bool = False  # loads no runtime: it may share a process, one after the other, with other light ones
 
 
 @dataclass
@@ -38,12 +39,21 @@ class Events:
 
 
 @dataclass
-class _Running:
-    node: Node
+class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+@dataclass
+class _Running:
+    node: Node
+    worker: _Worker
     log: Path
-    outcome: Outcome | None = None
 
 
 @dataclass
@@ -58,6 +68,7 @@ class Scheduler:
     memory: int
     logs: Path
     events: Events = field(default_factory=Events)
+    _idle: list[_Worker] = field(default_factory=list, init=False)
 
     def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
         """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`."""
@@ -69,23 +80,25 @@ class Scheduler:
                 for node in self._startable(waiting, running, outcomes):
                     waiting.remove(node)
                     started = self._start(node)
-                    running[started.connection.fileno()] = started
+                    running[started.worker.connection.fileno()] = started
                 if not running:
                     continue
-                for ready in wait([item.connection for item in running.values()]):
+                for ready in wait([item.worker.connection for item in running.values()]):
                     assert isinstance(ready, Connection)
                     item = running[ready.fileno()]
                     outcome = self._receive(item)
                     if outcome is not None:
                         del running[ready.fileno()]
-                        ready.close()
-                        item.process.wait()
+                        if item.node.light and succeeded(outcome):
+                            self._idle.append(item.worker)
+                        else:
+                            item.worker.kill()
                         outcomes[item.node.name] = outcome
                         self.events.ended(item.node, outcome)
         finally:
-            for item in running.values():
-                item.process.kill()
-                item.process.wait()
+            for worker in [item.worker for item in running.values()] + self._idle:
+                worker.kill()
+            self._idle.clear()
         return outcomes
 
     def _drop_hopeless(self, waiting: list[Node], outcomes: dict[str, Outcome]) -> None:
@@ -112,8 +125,16 @@ class Scheduler:
         return chosen
 
     def _start(self, node: Node) -> _Running:
-        ours, theirs = socket.socketpair()
         log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
+        log.write_bytes(b"")
+        worker = self._idle.pop() if node.light and self._idle else self._hire(node, log)
+        worker.connection.send(Request(node.call, log))
+        self.events.started(node)
+        return _Running(node, worker, log)
+
+    def _hire(self, node: Node, log: Path) -> _Worker:
+        """A new process, with as many threads for its libraries as the node may have."""
+        ours, theirs = socket.socketpair()
         cores = os.cpu_count() or 1
         threads = str(cores if node.all_cores else max(1, cores // self.jobs))
         environment = {
@@ -123,7 +144,7 @@ class Scheduler:
             "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
             "PYTHONUNBUFFERED": "1",
         }
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "gemexport.worker", str(theirs.fileno())],
@@ -134,18 +155,15 @@ class Scheduler:
                 env=environment,
             )
         theirs.close()
-        connection: Connection[Any, Any] = Connection(ours.detach())
-        connection.send(node.call)
-        self.events.started(node)
-        return _Running(node, process, connection, log)
+        return _Worker(process, Connection(ours.detach()))
 
     def _receive(self, item: _Running) -> Outcome | None:
         """One message of a running node; its outcome when that was the last."""
         try:
-            message = item.connection.recv()
+            message = item.worker.connection.recv()
         except (EOFError, ConnectionResetError, pickle.UnpicklingError):
-            item.process.wait()
-            return Outcome(failure=f"the process ended with status {item.process.returncode}; see {item.log}")
+            status = item.worker.process.wait()
+            return Outcome(failure=f"the process ended with status {status}; see {item.log}")
         if isinstance(message, Outcome):
             return message
         self.events.advanced(item.node, message)

@@ -1,8 +1,9 @@
-"""A process for one node of the DAG: `python -m gemexport.worker FD` takes a call from the socket FD and answers there.
+"""A process for nodes of the DAG: `python -m gemexport.worker FD` takes calls from the socket FD and answers there.
 
 A process of its own means that a runtime that crashes takes nothing else along, that its memory can be told, and that
 what a library prints goes into the node's log. It is a fresh interpreter, not a fork or multiprocessing's spawn, which
-would import the caller's script again.
+would import the caller's script again. One that served a light node is kept for the next such: starting an interpreter
+and importing takes as long as some exports.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from gemexport.formats.errors import InputError
@@ -29,6 +31,14 @@ class Call:
 
     function: str
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call, and the file that takes what it prints."""
+
+    call: Call
+    log: Path
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,35 @@ def run(call: Call, report: Callable[[int], None]) -> Outcome:
     return Outcome(value, error, failure, time.monotonic() - started, memory.peak)
 
 
-def _leave_with_parent(connection: Connection[Any, Any]) -> None:
-    """End this process when the other side of the socket is gone: a run that was killed must not compute on."""
+def _receive(connection: Connection[Any, Any], requests: SimpleQueue[Request]) -> None:
+    """Put what comes in into the queue; end this process when the other side of the socket is gone.
+
+    A run that was killed must not compute on.
+    """
     try:
-        connection.recv()  # nothing more is ever sent
+        while True:
+            requests.put(connection.recv())
     except (EOFError, OSError):
         os._exit(1)
 
 
 def main() -> None:
-    """Serve one call, then leave without the libraries' own endings, of which some hang or crash."""
+    """Serve calls until the other side hangs up, then leave without the libraries' own endings: some hang or crash."""
     faulthandler.enable()
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    call = connection.recv()
-    threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()
+    requests: SimpleQueue[Request] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    while True:
+        request = requests.get()
+        with request.log.open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        _serve(connection, request.call)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _serve(connection: Connection[Any, Any], call: Call) -> None:
     pending, last = 0, 0.0
 
     def report(amount: int) -> None:
@@ -121,9 +146,6 @@ def main() -> None:
     outcome = run(call, report)
     connection.send(pending)
     connection.send(outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
