@@ -26,7 +26,7 @@ from rich.table import Table
 from gemexport import qat
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.grids import find_grids
-from gemexport.formats.lattice import likely_block, search_slices
+from gemexport.formats.lattice import search_all
 from gemexport.formats.recipe import RECIPES
 from gemexport.formats.tensor import ArrayTensor, from_bf16
 
@@ -44,8 +44,8 @@ def weights(rule: str | None, millions: float) -> ArrayTensor:
 
 def search(tensor: ArrayTensor) -> tuple[int, int]:
     """The block size that the search settles on, and how many weights lie on that grid."""
-    block = likely_block(tensor) or qat.BLOCK
-    return block, sum(on for _, _, on in search_slices(tensor, block))
+    found = list(search_all([tensor]))
+    return found[0].block, sum(part.on for part in found)
 
 
 def timed(action: Callable[[], object], count: int, rounds: int) -> dict[str, float]:

@@ -8,10 +8,11 @@ its own. The compiled loops are imported where they run: Numba takes longer to i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +23,9 @@ from gemexport.formats.files import atomic
 from gemexport.formats.parallel import ordered
 from gemexport.formats.recipe import Recipe, Scheme
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
+
+if TYPE_CHECKING:
+    from gemexport.formats.lattice import Found
 
 INDEX, SCALES = "grids.json", "scales.f32"
 # For formats that cannot hold a tensor's own grid: so fine that little is lost, in blocks that all of them have.
@@ -112,11 +116,9 @@ def find_grids(
                 _check_finite(tensor.numpy(), tensor, checkpoint)
         with (partial / SCALES).open("wb") as file:
             found = []
-            for tensor in checkpoint.tensors.values():
-                if len(tensor.shape) == 2:
-                    look = _find if tensor.grid is None else _keep
-                    found.append(look(tensor, file, checkpoint, threads))
-                    progress(tensor.shape[0] * tensor.shape[1])
+            for record in _look(checkpoint, file, threads):
+                found.append(record)
+                progress(int(np.prod(checkpoint.tensors[record.name].shape)))
             mixed = any(record.lossless for record in found)
             if not mixed or recipe.requantize_mixed:
                 found = [
@@ -131,45 +133,52 @@ def find_grids(
 
 
 def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> None:
-    if not np.isfinite(values).all():
-        kind = "NaN" if np.isnan(values).any() else "infinite"
-        raise InputError(
-            checkpoint.path, f"tensor {tensor.name} has {kind} weights", "repair or retrain the checkpoint"
-        )
+    from gemexport.formats.lattice import fault
+
+    if kind := fault(values):
+        raise _not_finite(checkpoint, tensor, kind)
 
 
-def _find(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
-    """Search one tensor; its scales go to the end of `file` when all of it lies on the lattice."""
-    from gemexport.formats.lattice import BITS, code_bits, encode, likely_block, search_slices
+def _not_finite(checkpoint: Checkpoint, tensor: Tensor, kind: str) -> InputError:
+    return InputError(checkpoint.path, f"tensor {tensor.name} has {kind} weights", "repair or retrain the checkpoint")
 
-    block = likely_block(tensor)
-    width = tensor.shape[1]
-    offset = file.tell()
-    # A sample that fits no grid still deserves a number: the fraction at the usual block.
-    tried = block or next((b for b in (32, 16) if width % b == 0), width)
-    on, bits, dtypes = 0, 2, set()
-    for values, scales, on_lattice in search_slices(tensor, tried, threads):
-        _check_finite(values, tensor, checkpoint)
-        on += on_lattice
-        if on_lattice == values.size:
-            bits = max(bits, code_bits(encode(values, scales, BITS)))
-            dtypes.add(narrowest(scales))
-            file.write(scales.data)
-    total = tensor.shape[0] * width
-    if on == total:
-        scale_dtype: DType = dtypes.pop() if len(dtypes) == 1 else "f32"
+
+def _look(checkpoint: Checkpoint, file: BinaryIO, threads: int | None) -> Iterator[GridRecord]:
+    """A record for every 2-D tensor, those with codes of their own first; scales go to the end of `file`."""
+    from gemexport.formats.lattice import search_all
+
+    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    for tensor in matrices:
+        if tensor.grid is not None:
+            yield _keep(tensor, file, checkpoint, threads)
+    found = search_all([tensor for tensor in matrices if tensor.grid is None], threads)
+    for name, parts in groupby(found, key=lambda part: part.tensor.name):
+        yield _record(checkpoint, name, parts, file)
+
+
+def _record(checkpoint: Checkpoint, name: str, parts: Iterable[Found], file: BinaryIO) -> GridRecord:
+    """One searched tensor; its scales stay in `file` when all of it lies on the lattice."""
+    offset, weights, on, bits, block = file.tell(), 0, 0, 2, 0
+    dtypes = set()
+    for part in parts:
+        if part.fault:
+            raise _not_finite(checkpoint, part.tensor, part.fault)
+        weights, on, bits, block = weights + part.weights, on + part.on, max(bits, part.bits), part.block
+        dtypes.add(narrowest(part.scales))
+        file.write(part.scales.data)
+    if on == weights:
         return GridRecord(
-            name=tensor.name,
+            name=name,
             lattice_fraction=1.0,
             lossless=True,
             bits=bits,
-            block=tried,
-            scale_dtype=scale_dtype,
+            block=block,
+            scale_dtype=dtypes.pop() if len(dtypes) == 1 else "f32",
             offset=offset,
         )
     file.seek(offset)
     file.truncate()
-    return GridRecord(name=tensor.name, lattice_fraction=on / total, lossless=False)
+    return GridRecord(name=name, lattice_fraction=on / weights, lossless=False)
 
 
 def _keep(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:

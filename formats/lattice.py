@@ -8,7 +8,8 @@ No scale is guessed; whichever rule made them, the intersection is where they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -75,9 +76,41 @@ def _near(magnitudes: NDArray[np.float32], inverse: np.float32, tolerance: np.fl
     for i in range(magnitudes.size):
         x = magnitudes[i] * inverse
         code = (x + half) - half
-        if abs(x - code) > code * tolerance:
+        if not abs(x - code) <= code * tolerance:  # so put, it leaves NaN out as well
             return False
     return True
+
+
+@reduction
+def _differs(
+    bits: NDArray[np.uint32], magnitudes: NDArray[np.float32], inverse: np.float32, scale: np.float32
+) -> np.uint32:
+    """Nought when the codes |w| * inverse, on a bf16 `scale`, round to every bf16 weight of the block.
+
+    A code has 4 bits and the scale 8, so float32 holds their product, and rounding it is integer arithmetic.
+    """
+    half = np.float32(1.5 * 2.0**23)
+    wrong = np.uint32(0)
+    for i in range(magnitudes.size):
+        code = (magnitudes[i] * inverse + half) - half
+        product = np.float32(code * scale).view(np.uint32)
+        even = (product >> np.uint32(16)) & np.uint32(1)
+        rounded = np.uint32(np.uint32(product + np.uint32(0x7FFF)) + even) & np.uint32(0xFFFF0000)
+        wrong |= np.uint32(rounded ^ (bits[i] & np.uint32(0x7FFFFFFF)))
+        wrong |= np.uint32(code > np.float32(7.0) + np.float32(bits[i] >> np.uint32(31)))
+    return wrong
+
+
+@jit
+def _bf16_scale(bits: NDArray[np.uint32], magnitudes: NDArray[np.float32], k: int, peak: np.float32) -> float:
+    """The bf16 number nearest to peak / k, or one beside it, when it is the scale of the bf16 block; else -1."""
+    inverse = np.float32(np.float32(k) / peak)
+    guess = np.uint32(np.float32(peak / np.float32(k)).view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    for step in (0, -0x10000, 0x10000):
+        scale = np.uint32(guess + step).view(np.float32)
+        if _differs(bits, magnitudes, inverse, scale) == 0:
+            return np.float64(scale)
+    return -1.0
 
 
 @jit
@@ -176,8 +209,14 @@ def _search(blocks: NDArray[np.uint32], source: int, scales: Floats) -> int:
         peak = _peak(magnitudes)
         found, rank, prepared = (0.0 if peak == 0 else -1.0), 3, False
         for k in range(1, 9 if peak > 0 else 0):
-            if peak > smallest and not _near(magnitudes, np.float32(k) / peak, tolerance):
-                continue
+            if peak > smallest:
+                if not _near(magnitudes, np.float32(k) / peak, tolerance):
+                    continue
+                # What QAT releases are, first: the rest finds every other scale, but takes four times as long.
+                scale = _bf16_scale(blocks[row], magnitudes, k, peak) if source == 0 else -1.0
+                if scale > 0:
+                    found = scale
+                    break
             if not prepared:
                 _prepare(blocks, row, source, block)
                 prepared = True
@@ -243,11 +282,43 @@ def likely_block(tensor: Tensor) -> int | None:
     return None
 
 
-def search_slices(tensor: Tensor, block: int, threads: int | None = None) -> Iterator[tuple[Floats, Floats, int]]:
-    """Yield `(values, scales, weights on the lattice)` for each slice of rows, in order, searched side by side."""
+@dataclass(frozen=True)
+class Found:
+    """What the search found in a slice of rows."""
 
-    def one(bounds: tuple[int, int]) -> tuple[Floats, Floats, int]:
-        values = tensor.rows(*bounds).values
-        return values, *search(values, block, tensor.dtype)
+    tensor: Tensor
+    block: int
+    scales: Floats  # [rows, in // block]
+    weights: int
+    on: int  # weights on the lattice
+    bits: int  # that their codes need; 0 when not all are on the lattice
+    fault: str  # of a weight that is no number
 
-    yield from ordered(one, slices(tensor, 8 << 20), threads)
+
+def search_all(tensors: Sequence[Tensor], threads: int | None = None) -> Iterator[Found]:
+    """Search 2-D tensors on the block that each likely has, slice by slice, in order, side by side.
+
+    A tensor whose sample fits no block still deserves a number: it is searched on the usual one.
+    """
+    blocks = ordered(likely_block, tensors, threads)
+    jobs = (
+        (tensor, block or next((b for b in (32, 16) if tensor.shape[1] % b == 0), tensor.shape[1]), bounds)
+        for tensor, block in zip(tensors, blocks, strict=True)
+        for bounds in slices(tensor, 8 << 20)
+    )
+    yield from ordered(lambda job: _examine(*job), jobs, threads)
+
+
+def _examine(tensor: Tensor, block: int, bounds: tuple[int, int]) -> Found:
+    values = tensor.rows(*bounds).values
+    scales, on = search(values, block, tensor.dtype)
+    whole = on == values.size
+    bits = code_bits(encode(values, scales, BITS)) if whole else 0
+    return Found(tensor, block, scales, values.size, on, bits, "" if whole else fault(values))
+
+
+def fault(values: Floats) -> str:
+    """`NaN` or `infinite` when one of the values is; else nothing."""
+    if np.isfinite(values).all():
+        return ""
+    return "NaN" if np.isnan(values).any() else "infinite"
