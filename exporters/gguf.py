@@ -2,11 +2,12 @@
 
 `Q4_0` is the mixed one: a 4-bit or 2-bit grid becomes Q4_0 with the grid's own scales, an 8-bit grid Q8_0, and a tensor
 without a grid keeps the source's dtype. Where a block type cannot hold a grid, the tensor keeps the source's dtype.
+The K-quants (`gguf_kquants`) are another thing: ggml's quantizer fits them to the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 
@@ -14,6 +15,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from gemexport.exporters.gguf_kquants import KQuants
 from gemexport.exporters.gguf_metadata import (
     ROPE_FREQUENCIES,
     check,
@@ -21,9 +23,11 @@ from gemexport.exporters.gguf_metadata import (
     q_norm_factor,
     rope_frequencies,
 )
+from gemexport.exporters.gguf_mix import MIXES
 from gemexport.exporters.gguf_tokenizer import tokenizer
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.gguf import file_names, norm_shift
 from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
@@ -42,17 +46,25 @@ from gemexport.formats.tensor import (
     to_bf16,
 )
 
-VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32")
+VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32", *MIXES)
 
 Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
 
 _PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
 
 
-def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], progress: Progress = ignore) -> Export:
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    imatrix: Path | None = None,
+    progress: Progress = ignore,
+) -> Export:
     """Write `checkpoint` to the file `path`; the notes name every tensor that the format could not hold as it is.
 
-    Raises InputError for a decoder or a tokenizer that llama.cpp cannot run, and for a path that cannot be written.
+    `imatrix` is a file of llama-imatrix, for K-quants. Raises InputError for a decoder or a tokenizer that llama.cpp
+    cannot run, for an importance matrix that does not fit, and for a path that cannot be written.
     """
     if variant not in VARIANTS:
         raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
@@ -62,13 +74,19 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
     tokens, notes = tokenizer(checkpoint)
     values = metadata(decoder, checkpoint.name, variant) | tokens
     names = file_names(decoder.family, len(decoder.layers))
+    kquants = _kquants(checkpoint, variant, names, imatrix)
+    if kquants:
+        values |= kquants.metadata()
+        notes += kquants.notes()
     frequencies = rope_frequencies(decoder)
     shapes = {names[name]: tensor.shape or (1,) for name, tensor in checkpoint.tensors.items()}
     if frequencies is not None:
         shapes[ROPE_FREQUENCIES] = frequencies.shape
     with atomic(path) as partial, Writer(partial, values, shapes) as out:
         for name, tensor in checkpoint.tensors.items():
-            if len(tensor.shape) == 2:
+            if kquants and names[name] in kquants:
+                _stream(out, names[name], *kquants.choose(names[name]), tensor)
+            elif len(tensor.shape) == 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
                 offset, factor = norm_shift(decoder.family, name, q_norm_factor(decoder))
@@ -77,6 +95,16 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
     return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
+
+
+def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:
+    """What a K-quant variant does with the matrices, None for the others; InputError for an imatrix without a use."""
+    if variant in MIXES:
+        return KQuants(checkpoint, variant, names, imatrix)
+    if imatrix is not None:
+        problem = f"is for K-quants, and {variant} keeps the checkpoint's own values or codes"
+        raise InputError(imatrix, problem, f"choose among the variants {', '.join(MIXES)}")
+    return None
 
 
 def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
@@ -119,6 +147,8 @@ def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
     if variant == "BF16":
         note = "" if tensor.dtype == "bf16" else f"rounded from {tensor.dtype} to bf16"
         return Type.BF16, _bf16(tensor.dtype), note
+    if variant in MIXES:  # what llama.cpp does not quantize
+        return *_plain(tensor), ""
     if width % BLOCK:
         note = f"rows of {width} weights are no multiple of {BLOCK}; {_stays(tensor)}"
         return *_plain(tensor), note if grid is not None or variant == "Q8_0" else ""

@@ -147,6 +147,7 @@ def _tensor_report(item: weights.TensorComparison) -> TensorReport:
         max_relative_error=item.max_relative_error,
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
+        requantized=item.requantized,
     )
 
 
