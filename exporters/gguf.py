@@ -2,11 +2,12 @@
 
 `Q4_0` is the mixed one: a 4-bit or 2-bit grid becomes Q4_0 with the grid's own scales, an 8-bit grid Q8_0, and a tensor
 without a grid keeps the source's dtype. Where a block type cannot hold a grid, the tensor keeps the source's dtype.
+The K-quants (`gguf_kquants`) are another thing: ggml's quantizer fits them to the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 
@@ -15,6 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.gguf_kquants import KQuants
 from gemexport.exporters.gguf_metadata import (
     ROPE_FREQUENCIES,
     check,
@@ -22,9 +24,11 @@ from gemexport.exporters.gguf_metadata import (
     q_norm_factor,
     rope_frequencies,
 )
+from gemexport.exporters.gguf_mix import MIXES
 from gemexport.exporters.gguf_tokenizer import tokenizer
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.gguf import file_names, norm_shift
 from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
@@ -45,7 +49,7 @@ from gemexport.formats.tensor import (
     to_bf16,
 )
 
-VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32")
+VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32", *MIXES)
 
 Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
 
@@ -55,10 +59,18 @@ _PACKS = {Type.Q4_0: pack_q4_0, Type.Q8_0: pack_q8_0}
 _PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
 
 
-def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], progress: Progress = ignore) -> Export:
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    imatrix: Path | None = None,
+    progress: Progress = ignore,
+) -> Export:
     """Write `checkpoint` to the file `path`; the notes name every tensor that the format could not hold as it is.
 
-    Raises InputError for a decoder or a tokenizer that llama.cpp cannot run, and for a path that cannot be written.
+    `imatrix` is a file of llama-imatrix, for K-quants. Raises InputError for a decoder or a tokenizer that llama.cpp
+    cannot run, for an importance matrix that does not fit, and for a path that cannot be written.
     """
     if variant not in VARIANTS:
         raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
@@ -68,15 +80,23 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
     tokens, notes = tokenizer(checkpoint)
     values = metadata(decoder, checkpoint.name, variant) | tokens
     names = file_names(decoder.family, len(decoder.layers))
+    kquants = _kquants(checkpoint, variant, names, imatrix)
+    if kquants:
+        values |= kquants.metadata()
+        notes += kquants.notes()
     frequencies = rope_frequencies(decoder)
-    tensors, _, dropped = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
-    notes += dropped if variant in _PACKED else []
+    tensors: Mapping[str, Tensor] = checkpoint.tensors
+    if variant in _PACKED:
+        tensors, _, dropped = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+        notes += dropped
     shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
     if frequencies is not None:
         shapes[ROPE_FREQUENCIES] = frequencies.shape
     with atomic(path) as partial, Writer(partial, values, shapes) as out:
         for name, tensor in tensors.items():
-            if len(tensor.shape) == 2:
+            if kquants and names[name] in kquants:
+                _stream(out, names[name], *kquants.choose(names[name]), tensor)
+            elif len(tensor.shape) == 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
                 offset, factor = norm_shift(decoder.family, name, q_norm_factor(decoder))
@@ -85,6 +105,16 @@ def export(checkpoint: Checkpoint, path: Path, *, variant: str = VARIANTS[0], pr
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
     return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
+
+
+def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:
+    """What a K-quant variant does with the matrices, None for the others; InputError for an imatrix without a use."""
+    if variant in MIXES:
+        return KQuants(checkpoint, variant, names, imatrix)
+    if imatrix is not None:
+        problem = f"is for K-quants, and {variant} keeps the checkpoint's own values or codes"
+        raise InputError(imatrix, problem, f"choose among the variants {', '.join(MIXES)}")
+    return None
 
 
 def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
@@ -100,7 +130,7 @@ def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor:
 def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant not in _PACKED:
-        return f"the variant {variant} holds plain numbers"
+        return f"the variant {variant} is made from the values"
     if width % BLOCK or grid.block % BLOCK:
         size = f"rows of {width} weights are" if width % BLOCK else f"blocks of {grid.block} weights are"
         return f"{size} no multiple of {BLOCK}"
@@ -144,6 +174,8 @@ def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
         return Type.F32, _f32, ""
     if variant == "BF16":
         return Type.BF16, _bf16(tensor.dtype), "" if tensor.dtype == "bf16" else f"was rounded from {tensor.dtype}"
+    if variant in MIXES:  # what llama.cpp does not quantize
+        return *_plain(tensor), ""
     if variant == "Q8_0" and (grid is None or not grid.lossless):
         if width % BLOCK:
             return *_plain(tensor), f"stays {tensor.dtype}: rows of {width} weights are no multiple of {BLOCK}"

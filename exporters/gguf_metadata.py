@@ -23,6 +23,11 @@ FILE_TYPES = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "BF16": LlamaFileType.MOSTLY_BF16,
     "F32": LlamaFileType.ALL_F32,
+    "Q4_K_S": LlamaFileType.MOSTLY_Q4_K_S,
+    "Q4_K_M": LlamaFileType.MOSTLY_Q4_K_M,
+    "Q5_K_S": LlamaFileType.MOSTLY_Q5_K_S,
+    "Q5_K_M": LlamaFileType.MOSTLY_Q5_K_M,
+    "Q6_K": LlamaFileType.MOSTLY_Q6_K,
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
 NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves pairs of a head unrotated

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import MODEL_ARCH, GGMLQuantizationType, Keys
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType, Keys, LlamaFileType
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 
@@ -53,6 +53,8 @@ _PER_LAYER = (
     "post_per_layer_input_norm",
     "layer_scalar",
 )
+# Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
+_REQUANTIZED = {kind.value for kind in LlamaFileType if "_K" in kind.name or "_IQ" in kind.name}
 _FLOATS: dict[GGMLQuantizationType, DType] = {
     GGMLQuantizationType.F32: "f32",
     GGMLQuantizationType.F16: "f16",
@@ -88,6 +90,7 @@ class StoredTensor:
         self.shape = stored.shape
         self.type = stored.type
         self.dtype: DType = _FLOATS.get(stored.type, "f32")
+        self.requantized = _is_requantized(container, stored)
         self.grid = Grid(BITS[stored.type], BLOCK, "f16", lossless=True) if stored.type in BITS else None
         self._container = container
         self._stored = stored
@@ -104,6 +107,18 @@ class StoredTensor:
             return values
         undone = values.astype(np.float64) / self._factor - self._offset
         return undone.astype(np.float32)
+
+
+def _is_requantized(container: Container, stored: Description) -> bool:
+    """Whether the file says that this matrix' codes were fitted to its values, which is what a K-quant file means.
+
+    F16 is what such a file has for rows that no block divides.
+    """
+    said = container.metadata.get(Keys.General.FILE_TYPE)
+    if not isinstance(said, int) or said not in _REQUANTIZED or len(stored.shape) < 2:
+        return False
+    odd = stored.type == GGMLQuantizationType.F16 and stored.shape[-1] % BLOCK != 0
+    return odd or stored.type not in _FLOATS
 
 
 def _evaluate(container: Container, stored: Description, start: int, stop: int) -> Rows:

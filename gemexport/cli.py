@@ -108,12 +108,19 @@ def _variant(known: str) -> Any:
 
 @app.command()
 def gguf(
-    model: Model, out: Out = None, variant: Annotated[str | None, _variant("Q4_0, Q8_0, BF16, F32")] = None,
+    model: Model, out: Out = None,
+    variant: Annotated[
+        str | None, _variant("Q4_0, Q8_0, BF16, F32, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importances for K-quants, from llama-imatrix; docs/kquants.md.")
+    ] = None,
     recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to GGUF, for llama.cpp and Ollama."""
-    _single("gguf", model, variant, {}, _common(out, recipe, memory, tokens, no_validate, fresh, as_json))
+    common = _common(out, recipe, memory, tokens, no_validate, fresh, as_json)
+    _single("gguf", model, variant, {"imatrix": imatrix}, common)
 
 
 @app.command()

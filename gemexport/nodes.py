@@ -155,6 +155,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         max_relative_error=item.max_relative_error,
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
+        requantized=item.requantized,
     )
 
 

@@ -30,6 +30,7 @@ class Target:
     packages: tuple[str, ...]  # import names that the extra brings
     arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
     noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
+    variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
 
     def path(self, out: Path, model: str, variant: str) -> Path:
         """Where the artefact of this variant lies."""
@@ -53,6 +54,11 @@ class Target:
         known = variant if variant in self.known_variants else self.variants[0]
         return lambda grid, width: not isinstance(container(grid, width, known), str)
 
+    def noises_of(self, variant: str) -> tuple[str, ...]:
+        """The noises that an artefact of this variant is held to; somebody else's may need any."""
+        foreign = variant not in self.known_variants
+        return (*self.noises, *(noise for noise, variants in self.variant_noises if foreign or variant in variants))
+
     def missing(self) -> list[str]:
         """Packages of the extra that are not installed."""
         return [package for package in self.packages if not _installed(package)]
@@ -70,13 +76,17 @@ def _installed(package: str) -> bool:
 # The evaluator runs everywhere; Core ML itself only on a Mac.
 _CORE_ML = ("f32", "f16", *(["device"] if platform.system() == "Darwin" else []))
 
+# Fitted to the values by ggml's quantizer, which the extra `kquants` brings.
+_K_QUANTS = ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
-            "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32"), "gguf/{name}-{variant}.gguf",
+            "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32", *_K_QUANTS), "gguf/{name}-{variant}.gguf",
             "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
             arithmetics=(None, "f32"), noises=("bf16", "int8-activations"),
+            variant_noises=(("int8-activations-256", _K_QUANTS),),
         ),
         Target(
             "mlx", "MLX", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",

@@ -21,7 +21,7 @@ from gemexport.formats.files import atomic
 from gemexport.formats.tensor import DType, Grid, Kind
 
 Status = Literal["pass", "fail", "error", "skipped"]
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations"]
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256"]
 
 SCHEMA = 1
 _PACKAGES = (
@@ -34,6 +34,7 @@ _PACKAGES = (
         "numba",
         "gguf",
         "xllamacpp",
+        "libggml-python",
         "mlx",
         "mlx-lm",
     ),
@@ -132,6 +133,7 @@ class TensorReport(_Model):
     max_relative_error: float
     rms_relative_error: float | None = None
     scale_rounded: bool = False
+    requantized: bool = False
 
 
 class WeightsReport(_Model):

@@ -147,7 +147,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted:
     """The reference and the validators: those of artefacts that lie there, or wait for their export."""
     weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
     affordable = room <= asked.memory
-    noises = tuple(sorted({noise for step in wanted for noise in step.target.noises}))
+    noises = tuple(sorted({noise for step in wanted for noise in step.target.noises_of(step.variant)}))
     nodes = []
     if affordable:
         call = Call("gemexport.nodes:reference", {"place": place, "noises": noises})

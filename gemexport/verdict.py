@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from gemexport.formats.recipe import Recipe
@@ -14,7 +15,15 @@ F32_KLD = 1e-5
 F32_TOP1 = 0.999
 # A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
 NOISE_FACTOR = 2.0
-NOISES = {"int8-activations": ("bf16", "int8-activations"), "bf16": ("bf16",), "f16": ("bf16",)}
+NOISES = {
+    "int8-activations-256": ("bf16", "int8-activations", "int8-activations-256"),
+    "int8-activations": ("bf16", "int8-activations"),
+    "bf16": ("bf16",),
+    "f16": ("bf16",),
+}
+# Of a requantized matrix, relative to it: Q4_K to Q6_K stay below 0.2, the coarsest type of ggml below 0.7, and another
+# matrix is at 1.4 (docs/kquants.md).
+REQUANTIZED_RMS = 0.75
 
 
 Holds = Callable[[Grid, int], bool]
@@ -40,7 +49,7 @@ def bounds(
 
 
 def _weights(found: Validation, holds: Holds) -> list[Bound]:
-    """Nothing is missing, and what lies on the source's lattice, or has no grid at all, kept its values."""
+    """Nothing missing; what lies on the source's lattice, or has no grid at all, kept its values, the rest is near."""
     report = found.weights
     held = [item for item in report.tensors if _must_be_exact(item, holds)]
     result = [Bound.at_most("weights.missing", len(report.missing), 0, "an artefact holds every tensor of the decoder")]
@@ -48,6 +57,11 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin))
+    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized]
+    if errors:
+        worst = max(errors, key=lambda error: (math.isnan(error), error))
+        origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
+        result.append(Bound.at_most("weights.rms_relative_error", worst, REQUANTIZED_RMS, origin))
     return result
 
 
@@ -55,9 +69,11 @@ def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
     """Whether the artefact could hold this tensor as it is.
 
     A plain tensor that was put on a grid could not, nor could one whose grid has no container in the format, or whose
-    scales were rounded to the dtype that the format prescribes. An artefact without a grid that still differs is a
-    plain one in a narrower dtype.
+    scales were rounded to the dtype that the format prescribes, nor one that was quantized anew because somebody asked
+    for it. An artefact without a grid that still differs is a plain one in a narrower dtype.
     """
+    if item.requantized:
+        return False
     if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
         return not (item.scale_rounded and item.exact < item.compared)
     return item.grid is None and len(item.shape) == 2

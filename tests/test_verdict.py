@@ -8,6 +8,7 @@ import pytest
 
 from gemexport.formats.recipe import RECIPES, Recipe
 from gemexport.nodes import Validation
+from gemexport.registry import TARGETS
 from gemexport.report import (
     Divergence,
     GreedyReport,
@@ -87,10 +88,36 @@ def test_what_the_format_cannot_hold_is_no_fault() -> None:
     assert broken(found(tensor(), rounded, compressed, norm)) == []
 
 
+def test_what_was_quantized_anew_need_not_be_exact_but_must_be_near() -> None:
+    """A swapped matrix is 1.4 times its size away."""
+    near, far, lost = (
+        tensor(exact=3, requantized=True, rms_relative_error=error) for error in (0.1, 1.41, float("nan"))
+    )
+    assert broken(found(tensor(), near)) == []
+    assert broken(found(tensor(), near, far)) == ["weights.rms_relative_error"]
+    assert broken(found(lost, near)) == ["weights.rms_relative_error"]
+    assert broken(found(tensor(exact=3), near)) == ["weights.exact_fraction"]
+
+
 def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
     validation = found(tensor(), logits=logits("int8-activations", kld=0.005, top1=0.9))
     assert broken(validation, bf16=figures(0.001), **{"int8-activations": figures(0.003)}) == []
     assert broken(validation, bf16=figures(0.001)) == ["conversion.kld_mean in int8-activations"]
+
+
+def test_k_quants_are_held_to_the_noise_of_wider_blocks() -> None:
+    validation = found(tensor(), logits=logits("int8-activations-256", kld=0.013, top1=0.9))
+    noises = {"bf16": figures(0.001), "int8-activations": figures(0.005)}
+    assert broken(validation, **noises, **{"int8-activations-256": figures(0.01)}) == []
+    assert broken(validation, **noises) == ["conversion.kld_mean in int8-activations-256"]
+
+
+def test_noises_are_measured_for_who_needs_them() -> None:
+    target = TARGETS["gguf"]
+    assert "int8-activations-256" not in target.noises_of("Q4_0")
+    assert "int8-activations-256" in target.noises_of("Q6_K")
+    assert "int8-activations-256" in target.noises_of("somebody-elses"), "its types are not known yet"
+    assert TARGETS["mlx"].noises_of("4bit") == ()
 
 
 def test_further_arithmetics_are_held_to_their_own_bounds() -> None:

@@ -1,8 +1,9 @@
 """Runs a GGUF file in llama.cpp, ours or anybody's: logits of every position, greedy continuation, tokenizer.
 
-llama.cpp rounds activations to 8 bits before Q4_0 and Q8_0 matrices and to bf16 before BF16 ones. That noise can hide
-a fault, so a file can also be run with its numbers evaluated to float32: then only GELU, which llama.cpp looks up in a
-table of f16 numbers, is rounded. The key/value cache is float32 and flash attention is off either way.
+llama.cpp rounds activations to 8 bits before quantized matrices (in blocks of 32, before K-quants of 256) and to bf16
+before BF16 ones. That noise can hide a fault, so a file can also be run with its numbers evaluated to float32: then
+only GELU, which llama.cpp looks up in a table of f16 numbers, is rounded. The key/value cache is float32 and flash
+attention is off either way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemexport.formats.errors import InputError
@@ -46,9 +48,14 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] |
 def arithmetic_of(path: Path) -> Arithmetic:
     """What llama.cpp computes products of the file's matrices in; the coarsest one of them decides."""
     kinds = {tensor.type for tensor in read(path).tensors.values() if len(tensor.shape) > 1}
-    found = {_ARITHMETIC.get(kind, "int8-activations") for kind in kinds}
-    order: tuple[Arithmetic, ...] = ("int8-activations", "bf16", "f16", "f32")
+    found = {_ARITHMETIC.get(kind) or _rounded(kind) for kind in kinds}
+    order: tuple[Arithmetic, ...] = ("int8-activations-256", "int8-activations", "bf16", "f16", "f32")
     return next(kind for kind in order if kind in found or kind == "f32")
+
+
+def _rounded(kind: Type) -> Arithmetic:
+    """Types in blocks of 256 are multiplied with Q8_K, the others with Q8_0 or Q8_1."""
+    return "int8-activations-256" if GGML_QUANT_SIZES[kind][0] == 256 else "int8-activations"
 
 
 class LlamaCpp:

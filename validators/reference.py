@@ -18,13 +18,16 @@ import transformers
 
 from gemexport.formats.tensor import Floats, Tensor, slices
 
-Arithmetic = Literal["f32", "bf16", "int8-activations"]
+Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256"]
 
 DTYPES: dict[Arithmetic, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
     "int8-activations": torch.float32,
+    "int8-activations-256": torch.float32,
 }
+# Inputs of a row that are rounded together: those of ggml's Q8_0 and Q8_K, which its K-quants are multiplied with.
+_ROUNDED: dict[Arithmetic, tuple[int, ...]] = {"int8-activations": (32,), "int8-activations-256": (256, 32)}
 
 # What a config says about how weights were stored: the weights given here are plain numbers already.
 STORAGE_KEYS = ("quantization_config", "quantization", "dtype", "torch_dtype")
@@ -40,9 +43,10 @@ def reference(
     """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
 
     `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
-    (`gemma3_text`, `gemma4_text`). Two ways to compute exist to be measured against "f32": "bf16", as the
+    (`gemma3_text`, `gemma4_text`). The other ways to compute exist to be measured against "f32": "bf16", as the
     checkpoint is served, and "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8
-    bits in blocks of 32. Memory: one copy of the weights, 4 or 2 bytes each, and in bf16 the widest one in f32.
+    bits in blocks of 32, or, for K-quants ("int8-activations-256"), of 256 where these divide the row. Memory: one
+    copy of the weights, 4 or 2 bytes each, and in bf16 the widest one in f32.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
@@ -65,8 +69,10 @@ def reference(
     if any(wrong.values()):
         raise ValueError(f"the tensors do not make up a {config.model_type}: {wrong}")
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and dtype == "int8-activations":
-            module.register_forward_pre_hook(lambda _, inputs: (_round_to_int8(inputs[0]), *inputs[1:]))
+        if isinstance(module, torch.nn.Linear) and dtype in _ROUNDED:
+            module.register_forward_pre_hook(
+                lambda _, inputs: (_round_to_int8(inputs[0], _ROUNDED[dtype]), *inputs[1:])
+            )
         elif isinstance(module, torch.nn.Linear) and dtype == "bf16":
             module.forward = MethodType(_bf16_linear, module)
     return Reference(model, dtype, threads or os.cpu_count() or 1)
@@ -81,9 +87,13 @@ def _bf16_linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x.float(), module.weight.float(), bias).to(torch.bfloat16)
 
 
-def _round_to_int8(x: torch.Tensor, block: int = 32) -> torch.Tensor:
-    """`x` `[…, in]` rounded to 8-bit codes on one f16 scale a block, ggml's Q8_0 (ggml-common.h, block_q8_0)."""
-    if x.shape[-1] % block:
+def _round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """`x` `[…, in]` rounded to 8-bit codes on one f16 scale a block, of the first of `sizes` that divides the row.
+
+    Blocks of 32 are ggml's Q8_0, blocks of 256 its Q8_K but for the scale, which is f32 there (ggml-common.h).
+    """
+    block = next((size for size in sizes if x.shape[-1] % size == 0), None)
+    if block is None:
         return x
     blocks = x.reshape(*x.shape[:-1], -1, block)
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()

@@ -34,6 +34,7 @@ class TensorComparison:
     max_relative_error: float
     rms_relative_error: float
     scale_rounded: bool  # the source's codes, on scales that differ only by the artefact's rounding of them
+    requantized: bool  # the artefact says itself that its codes were fitted to the values anew, as was asked
 
     @property
     def exact_fraction(self) -> float:
@@ -127,6 +128,7 @@ def _tensor(source: Tensor, stored: Tensor, digest: hashlib.blake2b, threads: in
         max_relative_error=worst / peak if peak else worst,
         rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
         scale_rounded=same_codes,
+        requantized=getattr(stored, "requantized", False),
     )
 
 

@@ -61,7 +61,7 @@ def _random_lattice(shape: tuple[int, int], block: int, bits: int, dtype: DType 
     return _lattice("model.embed_tokens.weight", codes, scales, bits, dtype)
 
 
-@pytest.mark.parametrize("variant", exporter.VARIANTS)
+@pytest.mark.parametrize("variant", ["Q4_0", "Q8_0", "BF16", "F32"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_every_weight_of_a_lattice_is_exact(
     family: str, variant: str, tmp_path: Path, request: pytest.FixtureRequest

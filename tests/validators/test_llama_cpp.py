@@ -50,7 +50,7 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     checkpoint = attach(checkpoint, folder / "grids")
     return {
         variant: exporter.export(checkpoint, folder / f"{variant}.gguf", variant=variant).path
-        for variant in exporter.VARIANTS
+        for variant in ("Q4_0", "Q8_0", "BF16", "F32")
     }
 
 

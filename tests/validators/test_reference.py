@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from gemexport.formats.tensor import ArrayTensor, Tensor
-from gemexport.validators.reference import reference
+from gemexport.validators.reference import _round_to_int8, reference
 
 TOKENS = [2, 17, 5, 99, 100, 3, 64, 42, 7, 11, 12, 13, 90, 91, 92, 93, 94, 95, 33, 34]
 
@@ -76,6 +76,34 @@ def test_bf16_rounds_and_says_so() -> None:
     assert logits.dtype == np.float32
     difference = np.abs(logits - exact.logits(TOKENS)).max()
     assert 0 < difference < 0.1 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes", "block"), [(512, (256, 32), 256), (96, (256, 32), 32), (96, (32,), 32), (48, (256, 32), None)]
+)
+def test_activations_are_rounded_in_the_widest_blocks_that_fit(
+    width: int, sizes: tuple[int, ...], block: int | None
+) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, width)).astype(np.float32))
+    rounded = _round_to_int8(x, sizes)
+    if block is None:
+        assert rounded is x
+        return
+    scales = (x.reshape(3, -1, block).abs().amax(-1, keepdim=True) / 127).half().float()
+    codes = rounded.reshape(3, -1, block) / scales
+    assert (codes - codes.round()).abs().max() < 1e-4
+    assert ((rounded - x).reshape(3, -1, block).abs() <= 0.501 * scales).all()
+
+
+def test_wider_blocks_round_coarser() -> None:
+    settings = {**GEMMA3, "hidden_size": 256, "intermediate_size": 256}
+    raw, tensors = {**settings, "model_type": "gemma3_text"}, _tensors(_model("gemma3_text", settings))
+    exact = reference(raw, tensors, 2).logits(TOKENS)
+    errors = [
+        float(np.square(reference(raw, tensors, 2, dtype=dtype).logits(TOKENS) - exact).mean())
+        for dtype in ("int8-activations", "int8-activations-256")
+    ]
+    assert 0 < errors[0] < errors[1]
 
 
 def test_storage_settings_do_not_reach_the_model() -> None:
