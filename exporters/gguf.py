@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.gguf_metadata import (
-    ROPE_FREQUENCIES,
     check,
     metadata,
     q_norm_factor,
@@ -27,6 +26,7 @@ from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.gguf import file_names, norm_shift
+from gemexport.formats.gguf_config import ROPE_FREQUENCIES
 from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
 from gemexport.formats.gguf_container import Writer
 from gemexport.formats.parallel import ordered
