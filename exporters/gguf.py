@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.gguf_kquants import KQuants
 from gemexport.exporters.gguf_metadata import (
-    ROPE_FREQUENCIES,
     check,
     metadata,
     q_norm_factor,
@@ -32,6 +31,7 @@ from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.gguf import file_names, norm_shift
 from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
+from gemexport.formats.gguf_config import ROPE_FREQUENCIES
 from gemexport.formats.gguf_container import Writer
 from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import (

@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType, RopeScalingT
 from gemexport.formats.architecture import Architecture, Layer, Rope
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf import Q_NORM_FACTOR
+from gemexport.formats.gguf_config import GEMMA3_PATTERN, NOT_ROTATED, attention_scale
 from gemexport.formats.gguf_container import Value, boolean, float32, string, uint32
 from gemexport.formats.tensor import Floats
 
@@ -29,9 +30,6 @@ FILE_TYPES = {
     "Q5_K_M": LlamaFileType.MOSTLY_Q5_K_M,
     "Q6_K": LlamaFileType.MOSTLY_Q6_K,
 }
-ROPE_FREQUENCIES = "rope_freqs.weight"
-NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves pairs of a head unrotated
-GEMMA3_PATTERN = 6  # llama.cpp's default for Gemma 3: every sixth layer sees everything
 
 
 def check(decoder: Architecture, path: Path) -> None:
@@ -64,15 +62,10 @@ def check(decoder: Architecture, path: Path) -> None:
 def q_norm_factor(decoder: Architecture) -> float:
     """What the query norms must be multiplied by so that llama.cpp's attention scale comes out as the model's.
 
-    llama.cpp has no key for Gemma's scale: it is 1 for Gemma 4, head_dim ** -0.5 for Gemma 3, and for the 62 layers of
-    the 27B one from its width. Queries are normed, so a factor on the norm's weight is a factor on the scores.
+    Queries are normed, so a factor on the norm's weight is a factor on the scores.
     """
-    if decoder.family == "gemma4":
-        built_in = 1.0
-    elif len(decoder.layers) == 62:
-        built_in = float(decoder.hidden_size // decoder.heads) ** -0.5
-    else:
-        built_in = float(decoder.layers[0].head_dim) ** -0.5
+    head_dim = decoder.layers[0].head_dim
+    built_in = attention_scale(decoder.family, len(decoder.layers), head_dim, decoder.hidden_size, decoder.heads)
     factor = float(np.float32(decoder.attention_scale / built_in))
     return 1.0 if abs(factor - 1.0) < 1e-6 else factor
 

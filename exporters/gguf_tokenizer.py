@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
 from gemexport.formats.errors import InputError
+from gemexport.formats.gguf_config import EOS_IDS
 from gemexport.formats.gguf_container import Value, boolean, float32, int32, string, uint32
+from gemexport.formats.gguf_vocabulary import SAMPLING, SPACE
 from gemexport.formats.lattice import jit
 
-SPACE = "▁"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 LOWEST_SCORE = -1e6  # below that of any merged token: for tokens that no merge makes
 # Markup of Gemma 4's answers that llama.cpp's chat parser must see; control tokens would be left out of the text.
@@ -57,7 +58,9 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
         vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
         merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
         values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
-    values |= _special(checkpoint, source, settings, vocabulary)
+    generation = _read_json(checkpoint.assets / "generation_config.json")
+    values |= _special(checkpoint, source, settings, generation, vocabulary)
+    values |= sampling(generation)
     values |= _chat_template(checkpoint.assets, settings)
     return values, [*vocabulary.notes, *_foreign(source), *notes]
 
@@ -187,14 +190,18 @@ def _model(
 
 
 def _special(
-    checkpoint: Checkpoint, source: Mapping[str, Any], settings: Mapping[str, Any], vocabulary: Vocabulary
+    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    vocabulary: Vocabulary,
 ) -> dict[str, Value]:
     """Ids of the special tokens, and what is put before a text."""
     decoder = checkpoint.architecture
     ids = {text: index for index, text in enumerate(vocabulary.texts)}
     named = {kind: ids.get(_content(settings.get(f"{kind}_token")) or "") for kind in ("bos", "eos", "unk", "pad")}
-    generation = _read_json(checkpoint.assets / "generation_config.json").get("eos_token_id")
-    stops = [*([generation] if isinstance(generation, int) else generation or []), *decoder.eos_token_ids]
+    listed = generation.get("eos_token_id")
+    stops = [*([listed] if isinstance(listed, int) else listed or []), *decoder.eos_token_ids]
     eos = named["eos"] if named["eos"] is not None else next(iter(stops), None)
     bos = named["bos"] if named["bos"] is not None else decoder.bos_token_id
     found = {
@@ -205,10 +212,23 @@ def _special(
         Keys.Tokenizer.PAD_ID: named["pad"] if named["pad"] is not None else decoder.pad_token_id,
     }
     values = {key: uint32(index) for key, index in found.items() if index is not None and 0 <= index < len(ids)}
+    ends = [index for index in (eos, found[Keys.Tokenizer.EOT_ID]) if index is not None]
+    if ends != [*decoder.eos_token_ids]:
+        values[EOS_IDS] = uint32([index for index in decoder.eos_token_ids if 0 <= index < len(ids)])
     values[Keys.Tokenizer.ADD_BOS] = boolean(_adds_bos(source, settings, bos))
     values[Keys.Tokenizer.ADD_EOS] = boolean(False)
     values[Keys.Tokenizer.ADD_PREFIX] = boolean(False)
     return values
+
+
+def sampling(generation: Mapping[str, Any]) -> dict[str, Value]:
+    """How generation_config.json says that tokens are chosen, under llama.cpp's keys; none where it does not sample."""
+    given = {name: generation.get(name) for name in SAMPLING.values()} if generation.get("do_sample", True) else {}
+    return {
+        key: int32(int(value)) if name == "top_k" else float32(float(value))
+        for key, name in SAMPLING.items()
+        if isinstance(value := given.get(name), (int, float))
+    }
 
 
 def _adds_bos(source: Mapping[str, Any], settings: Mapping[str, Any], bos: int | None) -> bool:

@@ -1,11 +1,15 @@
-"""A checkpoint in Hugging Face layout: a decoder's tensors under their canonical names, mapped, none read yet."""
+"""A checkpoint, a folder in Hugging Face layout or a GGUF file: a decoder's tensors under their canonical names.
+
+They are mapped, none read yet.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,7 +22,7 @@ from pydantic_core import from_json
 from gemexport.formats.architecture import Architecture, architecture, text_config
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedTensor, read_folder
-from gemexport.formats.tensor import Tensor
+from gemexport.formats.tensor import ITEM_BYTES, Tensor
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,25 +63,29 @@ class Checkpoint:
     text_config: dict[str, Any]  # the decoder's own part of it
     architecture: Architecture
     tensors: Mapping[str, Tensor]  # exactly architecture.tensor_shapes(), in that order
-    assets: Path  # the folder with tokenizer.json and the other settings
+    unpack: Callable[[], Path]  # the folder with tokenizer.json and the other settings, made when it is first wanted
+    files: tuple[Path, ...] = ()  # that hold the weights, where they are not those of a folder
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep
     fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
 
+    @property
+    def assets(self) -> Path:
+        """The folder with tokenizer.json and the other settings."""
+        return self.unpack()
+
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings that came with the weights."""
-        return [self.assets / name for name in TOKENIZER_FILES if (self.assets / name).is_file()]
+        folder = self.assets
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
     def nbytes(self) -> int:
-        """Bytes of the decoder's tensors as stored."""
-        sizes = {"bf16": 2, "f16": 2, "f32": 4}
-        total = 0
-        for tensor in self.tensors.values():
-            count = 1
-            for size in tensor.shape:
-                count *= size
-            total += count * sizes[tensor.dtype]
-        return total
+        """Bytes of the decoder's tensors as stored; of a model in files of its own, bytes of these."""
+        return sum(file.stat().st_size for file in self.files) if self.files else self.plain_nbytes()
+
+    def plain_nbytes(self) -> int:
+        """Bytes of the decoder's tensors in their dtypes, without codes: what an exporter's progress counts."""
+        return sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in self.tensors.values())
 
 
 def canonical_name(name: str) -> str:
@@ -88,15 +96,51 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in folder `path`; reads headers only.
+def open_checkpoint(path: str | Path, scratch: Path | None = None) -> Checkpoint:
+    """The checkpoint in the folder or the GGUF file `path`; reads headers only.
 
-    Raises InputError for what is missing, truncated, contradictory or not known.
+    What a file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that
+    is gone when the process ends. Raises InputError for what is missing, truncated, contradictory or not known.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "there is no such folder"
-        raise InputError(folder, problem, "give the folder of a checkpoint in Hugging Face layout")
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if is_gguf(path):
+        return _gguf(path, scratch)
+    problem = "is a file of no format that is known" if path.exists() else "there is no such file or folder"
+    raise InputError(path, problem, "give the folder of a checkpoint in Hugging Face layout, or a .gguf file")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint is called: its folder, or its file without the ending and the number of a part."""
+    path = path.resolve()
+    return path.name if path.is_dir() else re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE)
+
+
+def _gguf(path: Path, scratch: Path | None) -> Checkpoint:
+    """The checkpoint in a GGUF file."""
+    try:
+        reader = import_module("gemexport.formats.gguf_model")
+    except ModuleNotFoundError as error:
+        problem = f"is GGUF, which needs {error.name}"
+        raise InputError(path, problem, "pip install 'gemexport[llama]'") from error
+    found: Checkpoint = reader.checkpoint(path, scratch)
+    return found
+
+
+def _folder(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder in Hugging Face layout."""
     config = read_config(folder)
     decoder = architecture(config, folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
@@ -106,13 +150,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     found = _source(folder, config, decoder)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
-        name=folder.resolve().name,
+        name=checkpoint_name(folder),
         path=folder,
         config=plain,
         text_config=text_config(plain, folder / "config.json"),
         architecture=decoder,
         tensors=found.tensors,
-        assets=folder,
+        unpack=lambda: folder,
         left_out=found.left_out,
         notes=found.notes,
     )

@@ -15,13 +15,16 @@ from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 
 from gemexport.formats.errors import InputError
-from gemexport.formats.gguf_blocks import BITS, BLOCK, UNPACK
-from gemexport.formats.gguf_container import Container, Description, Writer, read
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, expand, from_bf16
+from gemexport.formats.gguf_blocks import BLOCK, Bytes
+from gemexport.formats.gguf_container import MENDED, Container, Description, Writer
+from gemexport.formats.gguf_layouts import LAYOUTS
+from gemexport.formats.gguf_parts import Parts, read_parts
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16
 
 ARCHITECTURES = {"gemma3": MODEL_ARCH.GEMMA3, "gemma4": MODEL_ARCH.GEMMA4}
 NORM_OFFSETS = {"gemma3": 1.0, "gemma4": 0.0}
 SLICE_BYTES = 16 << 20  # of numbers evaluated at once
+MAX_LAYERS = 512  # llama.cpp's own limit
 
 Q_NORM_FACTOR = "gemexport.q_norm_factor"
 """Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
@@ -55,7 +58,7 @@ _PER_LAYER = (
 )
 # Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
 _REQUANTIZED = {kind.value for kind in LlamaFileType if "_K" in kind.name or "_IQ" in kind.name}
-_FLOATS: dict[GGMLQuantizationType, DType] = {
+FLOATS: dict[GGMLQuantizationType, DType] = {
     GGMLQuantizationType.F32: "f32",
     GGMLQuantizationType.F16: "f16",
     GGMLQuantizationType.BF16: "bf16",
@@ -87,11 +90,13 @@ class StoredTensor:
         self, container: Container, stored: Description, name: str, offset: float = 0.0, factor: float = 1.0
     ) -> None:
         self.name = name
+        self.stored_name = stored.name
         self.shape = stored.shape
         self.type = stored.type
-        self.dtype: DType = _FLOATS.get(stored.type, "f32")
+        self.dtype: DType = FLOATS.get(stored.type, "f32")
         self.requantized = _is_requantized(container, stored)
-        self.grid = Grid(BITS[stored.type], BLOCK, "f16", lossless=True) if stored.type in BITS else None
+        matrix = len(stored.shape) == 2  # only of rows can a part be asked for, with its codes
+        self.grid: Grid | None = LAYOUTS[stored.type].grid if matrix and stored.type in LAYOUTS else None
         self._container = container
         self._stored = stored
         self._offset = offset
@@ -99,6 +104,10 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> Rows:
         return _evaluate(self._container, self._stored, start, stop)
+
+    def blocks(self, start: int, stop: int) -> Bytes:
+        """The bytes of rows `start` to `stop` as they are in the file, `[rows, bytes of a row]`, mapped."""
+        return self._container.rows(self._stored, start, stop)
 
     def numpy(self) -> Floats:
         count = self._stored.nbytes // self._stored.row_bytes
@@ -118,18 +127,17 @@ def _is_requantized(container: Container, stored: Description) -> bool:
     if not isinstance(said, int) or said not in _REQUANTIZED or len(stored.shape) < 2:
         return False
     odd = stored.type == GGMLQuantizationType.F16 and stored.shape[-1] % BLOCK != 0
-    return odd or stored.type not in _FLOATS
+    return odd or stored.type not in FLOATS
 
 
 def _evaluate(container: Container, stored: Description, start: int, stop: int) -> Rows:
     """Rows of a tensor as numbers; leading axes count as one."""
     data = container.rows(stored, start, stop)
-    if stored.type in UNPACK:
-        codes, scales = UNPACK[stored.type](data)
-        return Rows(codes * expand(scales, BLOCK), codes, scales)
+    if stored.type in LAYOUTS:
+        return LAYOUTS[stored.type].rows(data)
     if stored.type == GGMLQuantizationType.BF16:
         return Rows(from_bf16(data.view("<u2")))
-    if stored.type in _FLOATS:
+    if stored.type in FLOATS:
         numbers = data.view("<f4" if stored.type == GGMLQuantizationType.F32 else "<f2")
         return Rows(numbers.astype(np.float32))
     return Rows(np.asarray(dequantize(data, stored.type), dtype=np.float32))
@@ -141,10 +149,10 @@ def write_f32(source: Path, target: Path) -> None:
     llama.cpp computes it without rounding activations, which shows what the file's numbers and metadata mean. Raises
     InputError for a broken file and for types that gguf cannot evaluate.
     """
-    container = read(Path(source))
-    shapes = {name: stored.shape for name, stored in container.tensors.items()}
-    with Writer(target, container.packed, shapes) as out:
-        for name, stored in container.tensors.items():
+    parts = read_parts(source)
+    shapes = {name: stored.shape for name, (_, stored) in parts.stored.items()}
+    with Writer(target, parts.containers[0].packed, shapes) as out:
+        for name, (container, stored) in parts.stored.items():
             _check_type(container, stored)
             step = max(1, SLICE_BYTES // (4 * stored.shape[-1]))
             count = stored.nbytes // stored.row_bytes
@@ -154,34 +162,60 @@ def write_f32(source: Path, target: Path) -> None:
 
 
 def tensors(path: Path) -> Mapping[str, Tensor]:
-    """The decoder's tensors in the GGUF file at `path`, mapped, by canonical name.
+    """The decoder's tensors in the GGUF file at `path` and its other parts, mapped, by canonical name.
 
     Raises InputError for a broken file, for one of another architecture, and for types that gguf cannot evaluate.
     """
-    container = read(Path(path))
-    family = str(container.metadata.get(Keys.General.ARCHITECTURE))
-    if family not in ARCHITECTURES:
-        known = " or ".join(ARCHITECTURES)
-        raise InputError(path, f"the architecture {family!r} is not known", f"give a GGUF file of {known}")
-    layers = container.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family))
-    if not isinstance(layers, int) or not 0 < layers <= 4096:
-        raise InputError(path, f"says that it has {layers} layers", "download or export the file again")
-    factor = container.metadata.get(Q_NORM_FACTOR, 1.0)
-    if not isinstance(factor, float) or not 0 < factor < np.inf:
-        raise InputError(path, f"{Q_NORM_FACTOR} is {factor}", "download or export the file again")
-    found: dict[str, Tensor] = {}
+    return stored_tensors(read_parts(path))
+
+
+def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
+    """As `tensors`, of files that are read already."""
+    family, layers = family_of(parts), layers_of(parts)
+    factor = q_norm_factor_of(parts)
+    found: dict[str, StoredTensor] = {}
     for name, stored_name in file_names(family, layers).items():
-        stored = container.tensors.get(stored_name)
-        if stored is not None:
+        if stored_name in parts.stored:
+            container, stored = parts.stored[stored_name]
             _check_type(container, stored)
+            if (second := f"{stored_name.removesuffix('.weight')}.scale") in parts.stored:
+                problem = (
+                    f"tensor {stored_name} has another scale beside its blocks ({second}), which is not known here"
+                )
+                raise InputError(container.path, problem, "use a file of another type")
             offset, multiplied = norm_shift(family, name, factor)
             found[name] = StoredTensor(container, stored, name, offset, multiplied)
     return found
 
 
+def family_of(parts: Parts) -> str:
+    """The architecture, one of ARCHITECTURES."""
+    family = str(parts.metadata.get(Keys.General.ARCHITECTURE))
+    if family not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise InputError(parts.path, f"the architecture {family!r} is not known", f"give a GGUF file of {known}")
+    return family
+
+
+def layers_of(parts: Parts) -> int:
+    """How many layers the file says that it has: not more than it has tensors."""
+    layers = parts.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family_of(parts)))
+    if not isinstance(layers, int) or not 0 < layers <= min(len(parts.stored), MAX_LAYERS):
+        raise InputError(parts.path, f"says that it has {layers} layers", MENDED)
+    return layers
+
+
+def q_norm_factor_of(parts: Parts) -> float:
+    """What the query norms were multiplied by (see Q_NORM_FACTOR)."""
+    factor = parts.metadata.get(Q_NORM_FACTOR, 1.0)
+    if not isinstance(factor, float) or not 0 < factor < np.inf:
+        raise InputError(parts.path, f"{Q_NORM_FACTOR} is {factor}", MENDED)
+    return factor
+
+
 def _check_type(container: Container, stored: Description) -> None:
     """Raise InputError when `gguf` cannot evaluate the tensor's type."""
-    if stored.type in _FLOATS or stored.type in UNPACK:
+    if stored.type in FLOATS or stored.type in LAYOUTS:
         return
     try:
         dequantize(container.rows(stored, 0, 1), stored.type)

@@ -24,6 +24,8 @@ VERSION = 3  # 2 is the same bytes; 1 had 32-bit lengths
 MENDED = "download or export the file again"
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # ggml keeps a terminating zero
+MAX_ENTRIES = 1 << 16  # tensors, and keys: more of them is a lie that would cost a hundred times its size in memory
+SPLIT = "split."  # keys that tell which part of a model a file is
 
 _NUMPY: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -119,7 +121,7 @@ def row_bytes(kind: GGMLQuantizationType, width: int) -> int:
 class Strings(Sequence[str]):
     """An array of strings in a mapped file, decoded when asked for."""
 
-    def __init__(self, data: NDArray[np.uint8], offsets: list[int]) -> None:
+    def __init__(self, data: memoryview, offsets: list[int]) -> None:
         self._data = data
         self._offsets = offsets  # of each string's length field
 
@@ -135,8 +137,8 @@ class Strings(Sequence[str]):
         return map(self._at, self._offsets)
 
     def _at(self, offset: int) -> str:
-        length = int.from_bytes(self._data[offset : offset + 8].tobytes(), "little")
-        return self._data[offset + 8 : offset + 8 + length].tobytes().decode("utf-8", "replace")
+        length = int.from_bytes(self._data[offset : offset + 8], "little")
+        return bytes(self._data[offset + 8 : offset + 8 + length]).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Container:
 
     path: Path
     metadata: dict[str, Any]  # numbers, strings, NumPy arrays, Strings
-    packed: Packed
+    packed: Packed  # but for what makes it a part of several
     tensors: dict[str, Description]
     data: NDArray[np.uint8]
 
@@ -231,7 +233,7 @@ class _Cursor:
         for _ in range(count):
             offsets.append(self.position)
             self.take(self.integer(8))
-        return Strings(self.data, offsets)
+        return Strings(self.view, offsets)
 
 
 def read(path: Path) -> Container:
@@ -254,22 +256,27 @@ def read(path: Path) -> Container:
     if version not in (2, 3):
         raise InputError(path, f"has GGUF version {version}", "convert it with a newer tool to version 3")
     tensor_count, value_count = cursor.integer(8), cursor.integer(8)
-    metadata = {}
+    if max(tensor_count, value_count) > MAX_ENTRIES:
+        raise cursor.fail(f"{tensor_count} tensors and {value_count} keys")
+    metadata: dict[str, Any] = {}
+    kept = []
     for _ in range(value_count):
-        key = cursor.text()
+        start, key = cursor.position, cursor.text()
+        if key in metadata:
+            raise cursor.fail(f"the key {key} is there twice")
         metadata[key] = cursor.value()
+        if not key.startswith(SPLIT):
+            kept.append(data[start : cursor.position].tobytes())
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.fail(f"an alignment of {alignment}")
-    packed = Packed(value_count, data[24 : cursor.position].tobytes(), alignment)
+    packed = Packed(len(kept), b"".join(kept), alignment)
     return Container(path, metadata, packed, _descriptions(cursor, tensor_count, alignment), data)
 
 
 def _descriptions(cursor: _Cursor, count: int, alignment: int) -> dict[str, Description]:
     """The tensor table at the cursor, its offsets made absolute and checked against the file."""
-    entries = [_entry(cursor) for _ in range(count)] if count * 24 <= len(cursor.view) else None
-    if entries is None:
-        raise cursor.fail(f"{count} tensors would not fit in it")
+    entries = [_entry(cursor) for _ in range(count)]
     base = aligned(cursor.position, alignment)
     tensors: dict[str, Description] = {}
     end = base

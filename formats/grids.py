@@ -84,8 +84,7 @@ class GridTensor:
 def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """A digest of what the grids depend on: sizes and times of the weight files, the config, the recipe."""
     digest = hashlib.sha256(recipe.model_dump_json().encode())
-    files = sorted(checkpoint.path.glob("*")) if checkpoint.path.is_dir() else [checkpoint.path]
-    for path in files:
+    for path in checkpoint.files or sorted(checkpoint.path.glob("*")):
         if path.suffix in (".safetensors", ".json", ".gguf"):
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -31,6 +31,7 @@ from gemexport.report import (
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
+from gemexport.workspace import SOURCE
 
 if TYPE_CHECKING:
     from gemexport.validators import divergence
@@ -56,9 +57,13 @@ class Workplace:
         """Folder of the scales that the lattice search found."""
         return self.work / "grids"
 
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
+        return open_checkpoint(self.model, self.work / SOURCE)
+
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""
-        return attach(open_checkpoint(self.model), self.grids)
+        return attach(self.checkpoint(), self.grids)
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
         """The token sequences that every model is judged on."""
@@ -72,7 +77,9 @@ class Workplace:
 
 def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
-    return find_grids(open_checkpoint(place.model), place.grids, recipe, progress)
+    checkpoint = place.checkpoint()
+    checkpoint.unpack()  # before the exports, which would all do it at once
+    return find_grids(checkpoint, place.grids, recipe, progress)
 
 
 def export(
@@ -92,7 +99,7 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     """
     from gemexport.validators import divergence
 
-    checkpoint = open_checkpoint(place.model)
+    checkpoint = place.checkpoint()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
     store = place.store("source", checkpoint, tensors)

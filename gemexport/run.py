@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.exporters.result import Export
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
@@ -84,7 +84,7 @@ def request(
         chosen[name] = asked
     return Request(
         model=path,
-        out=Path(out) if out else Path(f"{path.resolve().name}-gemexport"),
+        out=Path(out) if out else Path(f"{checkpoint_name(path)}-gemexport"),
         variants=chosen,
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
@@ -137,7 +137,7 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
             "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.nbytes(), light=True))
+        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
     return nodes

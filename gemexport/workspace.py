@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
-from gemexport.formats.files import atomic, explained, remove
+from gemexport.formats.files import PARTIAL, atomic, explained, remove
 
 WORK = ".gemexport"
 OWNER = "model.json"
+SOURCE = "source"  # folder in it of what is unpacked from a model in one file
 
 
 class Owner(BaseModel):
@@ -58,7 +59,10 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
         raise InputError(out, "is a file", "choose another folder with -o")
     if fresh:
         remove(work / "grids")
+        remove(work / SOURCE)
     _make(work)
+    for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
+        remove(left)
     with atomic(marker) as partial:
         partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
     return work

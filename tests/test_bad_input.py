@@ -133,7 +133,7 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["all", "nowhere"], "nowhere: there is no such folder"),
+        (["all", "nowhere"], "nowhere: there is no such file or folder"),
         (["all", "MODEL", "--only", "gguf,tflite"], "tflite: is not a format"),
         (["all", "MODEL", "--memory", "lots"], "--memory lots: is not a size"),
         (["all", "MODEL", "--recipe", "magic"], "magic: is neither a recipe nor a file"),

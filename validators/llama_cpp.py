@@ -20,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf import write_f32
-from gemexport.formats.gguf_container import read
+from gemexport.formats.gguf_parts import read_parts
 from gemexport.formats.tensor import Floats
 from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, api
 from gemexport.validators.runtime import Arithmetic
@@ -47,7 +47,7 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] |
 
 def arithmetic_of(path: Path) -> Arithmetic:
     """What llama.cpp computes products of the file's matrices in; the coarsest one of them decides."""
-    kinds = {tensor.type for tensor in read(path).tensors.values() if len(tensor.shape) > 1}
+    kinds = {tensor.type for _, tensor in read_parts(path).stored.values() if len(tensor.shape) > 1}
     found = {_ARITHMETIC.get(kind) or _rounded(kind) for kind in kinds}
     order: tuple[Arithmetic, ...] = ("int8-activations-256", "int8-activations", "bf16", "f16", "f32")
     return next(kind for kind in order if kind in found or kind == "f32")
