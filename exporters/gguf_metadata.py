@@ -60,9 +60,7 @@ def q_norm_factor(decoder: Architecture) -> float:
     Queries are normed, so a factor on the norm's weight is a factor on the scores.
     """
     head_dim = decoder.layers[0].head_dim
-    built_in = attention_scale(
-        decoder.family, len(decoder.layers), head_dim, decoder.hidden_size, decoder.heads
-    )
+    built_in = attention_scale(decoder.family, len(decoder.layers), head_dim, decoder.hidden_size, decoder.heads)
     factor = float(np.float32(decoder.attention_scale / built_in))
     return 1.0 if abs(factor - 1.0) < 1e-6 else factor
 
