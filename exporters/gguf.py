@@ -1,15 +1,17 @@
 """Writes a GGUF file that llama.cpp runs: every tensor streams from the checkpoint, and grids pass through unchanged.
 
-`Q4_0` is the mixed one: a 4-bit or 2-bit grid becomes Q4_0 with the grid's own scales, an 8-bit grid Q8_0, and a tensor
-without a grid keeps the source's dtype. Where a block type cannot hold a grid, the tensor keeps the source's dtype.
+`Q4_0` is the mixed one: each grid goes into the smallest block type that holds its codes (Q4_0 for a QAT lattice), and
+a tensor without a grid keeps the source's dtype. What lies in GGUF's own blocks already keeps them byte for byte.
 The K-quants (`gguf_kquants`) are another thing: ggml's quantizer fits them to the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from typing import TypeGuard
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -29,14 +31,27 @@ from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
-from gemexport.formats.gguf import file_names, norm_shift
-from gemexport.formats.gguf_blocks import BLOCK, half, pack_q4_0, pack_q8_0, quantize_q8_0
+from gemexport.formats.gguf import StoredTensor, file_names, norm_shift
+from gemexport.formats.gguf_blocks import (
+    BLOCK,
+    E2M1,
+    WIDE_BLOCK,
+    half,
+    pack_mxfp4,
+    pack_q4_0,
+    pack_q4_1,
+    pack_q5_0,
+    pack_q5_1,
+    pack_q8_0,
+    pack_tq2_0,
+    power_of_two,
+    quantize_q8_0,
+)
 from gemexport.formats.gguf_config import ROPE_FREQUENCIES
 from gemexport.formats.gguf_container import Writer
 from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import (
     ITEM_BYTES,
-    Codes,
     DType,
     Floats,
     Grid,
@@ -55,7 +70,14 @@ Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
 
 F16_MAX = 65504.0
 _PACKED = ("Q4_0", "Q8_0")
-_PACKS = {Type.Q4_0: pack_q4_0, Type.Q8_0: pack_q8_0}
+_PACKS: dict[Type, Callable[..., NDArray[np.uint8]]] = {  # of codes, f16 scales and perhaps f16 biases
+    Type.Q4_0: pack_q4_0,
+    Type.Q4_1: pack_q4_1,
+    Type.Q5_0: pack_q5_0,
+    Type.Q5_1: pack_q5_1,
+    Type.Q8_0: pack_q8_0,
+    Type.TQ2_0: pack_tq2_0,
+}
 _PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
 
 
@@ -85,10 +107,8 @@ def export(
         values |= kquants.metadata()
         notes += kquants.notes()
     frequencies = rope_frequencies(decoder)
-    tensors: Mapping[str, Tensor] = checkpoint.tensors
-    if variant in _PACKED:
-        tensors, _, dropped = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
-        notes += dropped
+    tensors, dropped = _fitting(checkpoint, variant)
+    notes += dropped
     shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
     if frequencies is not None:
         shapes[ROPE_FREQUENCIES] = frequencies.shape
@@ -117,6 +137,26 @@ def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], ima
     return None
 
 
+def _fitting(checkpoint: Checkpoint, variant: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors as a variant holds them, and notes on those that it does not hold as they are.
+
+    What is in GGUF's blocks needs no container, and may have none: the codes of a K-quant are no use without its nested
+    scales.
+    """
+    if variant not in _PACKED:  # made from the values
+        return dict(checkpoint.tensors), []
+    blocks = {name: tensor for name, tensor in checkpoint.tensors.items() if keeps_blocks(tensor, variant)}
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in blocks}
+    fitted, _, notes = fitting(replace(checkpoint, tensors=others), lambda grid, width: container(grid, width, variant))
+    both: Mapping[str, Tensor] = {**blocks, **fitted}
+    return {name: both[name] for name in checkpoint.tensors}, notes
+
+
+def keeps_blocks(tensor: Tensor, variant: str) -> TypeGuard[StoredTensor]:
+    """Whether a tensor comes out of a GGUF file in blocks of codes that the variant leaves as they are."""
+    return variant == VARIANTS[0] and isinstance(tensor, StoredTensor) and tensor.grid is not None
+
+
 def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
     """A norm or a scalar, always F32, with what llama.cpp expects added and multiplied."""
     values = tensor.numpy().reshape(tensor.shape or (1,))
@@ -135,25 +175,41 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
         size = f"rows of {width} weights are" if width % BLOCK else f"blocks of {grid.block} weights are"
         return f"{size} no multiple of {BLOCK}"
     kind = _type(grid, variant)
-    return kind if isinstance(kind, str) else Container(kind.name, "f16")
+    return kind if isinstance(kind, str) else Container(kind.name, "bf16" if kind == Type.MXFP4 else "f16")
 
 
 def _type(grid: Grid, variant: str) -> Type | str:
-    """The block type for a grid."""
-    if grid.kind != "symmetric":
+    """The block type for a grid: the smallest that has a place for every code."""
+    if grid.kind == "symmetric":
+        if variant == "Q8_0" or grid.bits > 5:
+            return Type.Q8_0
+        if grid.bits <= 2 and grid.block % WIDE_BLOCK == 0:
+            return Type.TQ2_0
+        return Type.Q4_0 if grid.bits <= 4 else Type.Q5_0
+    if variant == "Q8_0":
+        return f"the variant Q8_0 has no place for {grid.bits}-bit codes of the kind {grid.kind}"
+    # FP4 with a scale for 32 weights is MXFP4, whose scales are powers of two; `_mxfp4` looks whether they are.
+    if grid.kind == "codebook" and grid.levels == E2M1 and grid.scale_dtype == "bf16":
+        return Type.MXFP4
+    if grid.kind == "codebook" or grid.bits > 5:
         return f"GGUF has no type for {grid.bits}-bit codes of the kind {grid.kind}"
-    return Type.Q4_0 if grid.bits <= 4 and variant == "Q4_0" else Type.Q8_0
+    return Type.Q4_1 if grid.bits <= 4 else Type.Q5_1
 
 
 def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[str]:
     """A 2-D tensor in the type of the variant, or in the source's dtype when that type cannot hold it."""
+    if keeps_blocks(tensor, variant):
+        for start, stop in slices(tensor):
+            out.write(name, tensor.type, tensor.blocks(start, stop))
+        return []
     kind, pack, note = choose(tensor, variant)
     notes = [f"{tensor.name} {note}"] if note else []
     if not _stream(out, name, kind, pack, tensor):
         # Scales are seen while they stream past: a second try is cheaper than reading every tensor twice.
         out.restart(name)
+        wanted = "power of two" if kind == Type.MXFP4 else "f16 number"
         kind, pack, note = choose(Plain(tensor), variant)
-        notes = [f"{tensor.name} is stored as {kind.name}: a scale is no f16 number"]
+        notes = [f"{tensor.name} is stored as {kind.name}: a scale is no {wanted}"]
         _stream(out, name, kind, pack, tensor)
     return notes
 
@@ -184,7 +240,7 @@ def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
         return *_plain(tensor), ""
     kind = _type(grid, variant)
     assert not isinstance(kind, str)  # `fitting` left grids that have a type
-    return kind, _grid(grid, _PACKS[kind], tensor.dtype), ""
+    return kind, _mxfp4(grid) if kind == Type.MXFP4 else _grid(grid, kind, tensor.dtype), ""
 
 
 def _plain(tensor: Tensor) -> tuple[Type, Pack]:
@@ -192,20 +248,45 @@ def _plain(tensor: Tensor) -> tuple[Type, Pack]:
     return _PLAIN[tensor.dtype], packs[tensor.dtype]
 
 
-def _grid(grid: Grid, pack: Callable[[Codes, NDArray[np.float16]], NDArray[np.uint8]], dtype: DType) -> Pack:
-    """Pack codes as they are, a wide block's scale repeated for each 32 weights.
+def _grid(grid: Grid, kind: Type, dtype: DType) -> Pack:
+    """Pack codes as they are, a wide block's scale repeated for each block of the type.
 
-    Scales that are no f16 numbers are rounded where the tensor has no shorter plain form than f32, else refused.
+    Scales and biases that are no f16 numbers are rounded where the tensor has no shorter plain form than f32, else
+    refused.
     """
+    block = WIDE_BLOCK if kind == Type.TQ2_0 else BLOCK
+
+    def narrow(numbers: Floats) -> NDArray[np.float16] | None:
+        repeated = reblock(numbers, grid.block, block)
+        assert repeated is not None
+        found = half(repeated)
+        if found is None and dtype == "f32" and np.abs(repeated).max() <= F16_MAX:
+            found = half(round_to(repeated, "f16"))
+        return found
+
+    def rows(part: Rows) -> NDArray[np.uint8] | None:
+        codes, scales = part.grid()
+        stored = [narrow(scales)] if part.shifts is None else [narrow(scales), narrow(biases(grid, part))]
+        return None if any(numbers is None for numbers in stored) else _PACKS[kind](codes, *stored)
+
+    return rows
+
+
+def biases(grid: Grid, part: Rows) -> Floats:
+    """What is added to scale * code in each block of a zero-point or affine grid, `[rows, in // block]`."""
+    _, scales, shifts = part.shifted()
+    return -shifts * scales if grid.kind == "zero-point" else shifts
+
+
+def _mxfp4(grid: Grid) -> Pack:
+    """Pack codes of FP4 as they are, with the exponents of scales that are powers of two."""
 
     def rows(part: Rows) -> NDArray[np.uint8] | None:
         codes, scales = part.grid()
         repeated = reblock(scales, grid.block, BLOCK)
         assert repeated is not None
-        narrow = half(repeated)
-        if narrow is None and dtype == "f32" and np.abs(repeated).max() <= F16_MAX:
-            narrow = half(round_to(repeated, "f16"))
-        return None if narrow is None else pack(codes, narrow)
+        exponents = power_of_two(repeated)
+        return None if exponents is None else pack_mxfp4(codes, exponents)
 
     return rows
 

@@ -179,9 +179,7 @@ def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
             container, stored = parts.stored[stored_name]
             _check_type(container, stored)
             if (second := f"{stored_name.removesuffix('.weight')}.scale") in parts.stored:
-                problem = (
-                    f"tensor {stored_name} has another scale beside its blocks ({second}), which is not known here"
-                )
+                problem = f"tensor {stored_name} has another scale beside its blocks ({second}), which is not known"
                 raise InputError(container.path, problem, "use a file of another type")
             offset, multiplied = norm_shift(family, name, factor)
             found[name] = StoredTensor(container, stored, name, offset, multiplied)

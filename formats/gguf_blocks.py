@@ -69,7 +69,7 @@ def unpack_q4_1(data: Bytes) -> tuple[Codes, Floats, Floats]:
 
 
 def pack_q5_0(codes: Codes, scales: Halves) -> Bytes:
-    """Q5_0 bytes `[rows, in // 32 * 22]` of codes -16…15 and scales: d, the fifth bits of codes + 16, their low four."""
+    """Q5_0 bytes `[rows, in // 32 * 22]` of codes -16…15 and scales: d, the fifth bits of codes + 16, the low four."""
     rows, width = codes.shape
     out = np.empty((rows, width // BLOCK, Q5_0_BYTES), np.uint8)
     out[:, :, :2] = _scale_bytes(scales)
@@ -183,7 +183,7 @@ def quantize_q8_0(values: Floats) -> Bytes:
 
 
 def _nibbles(packed: Bytes) -> NDArray[np.uint8]:
-    """Four-bit numbers `[rows, in]` out of bytes `[rows, blocks, 16]`: byte i has weight i low and weight i + 16 high."""
+    """Four-bit numbers `[rows, in]` of bytes `[rows, blocks, 16]`: byte i has weight i low and weight i + 16 high."""
     rows, count, size = packed.shape
     out = np.empty((rows, count, 2, size), np.uint8)
     np.bitwise_and(packed, np.uint8(15), out=out[:, :, 0])

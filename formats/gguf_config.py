@@ -41,11 +41,11 @@ def attention_scale(family: str, layers: int, head_dim: int, hidden: int, heads:
     """
     if family == "gemma4":
         return 1.0
-    return float(hidden // heads if layers == 62 else head_dim) ** -0.5
+    return 1.0 / math.sqrt(hidden // heads if layers == 62 else head_dim)
 
 
 def config_json(parts: Parts) -> dict[str, Any]:
-    """The config of the decoder in a GGUF file; InputError for metadata that are missing, contradictory or not known."""
+    """The config of the decoder in a GGUF file; InputError for metadata that are missing or contradict each other."""
     family, layers = family_of(parts), layers_of(parts)
     facts = Metadata(parts.path, parts.metadata, family)
     types = _types(facts, family, layers)
@@ -158,16 +158,15 @@ def _key_value_heads(facts: Metadata, parts: Parts, types: list[str], full: int,
         raise facts.wrong(Keys.Attention.HEAD_COUNT_KV, "the same for all layers of one attention type")
     usual = next(iter(by_type.get(SLIDING) or by_type[FULL]))
     other = next(iter(by_type.get(FULL) or by_type[SLIDING]))
-    owners = [
-        index for index, kind in enumerate(types) if kind == FULL and f"blk.{index}.attn_k.weight" in parts.stored
-    ]
+    every = [index for index, kind in enumerate(types) if kind == FULL]
+    owners = [index for index in every if f"blk.{index}.attn_k.weight" in parts.stored]
     # Values that are the keys: llama.cpp knows it by the matrix that is not there.
     same = bool(owners) and not any(f"blk.{index}.attn_v.weight" in parts.stored for index in owners)
     common = {"attention_k_eq_v": same, "num_key_value_heads": usual}
     if same or usual == other:
         return {**common, "global_head_dim": full, "num_global_key_value_heads": other if same else None}
     own = {"head_dim": full, "num_key_value_heads": other}
-    return {**common, "per_layer_config": {str(index): own for index, kind in enumerate(types) if kind == FULL}}
+    return {**common, "per_layer_config": {str(index): own for index in every}}
 
 
 def _proportional(facts: Metadata, parts: Parts, head_dim: int) -> dict[str, Any]:
@@ -226,9 +225,8 @@ def _turn_end(facts: Metadata, size: int) -> int | None:
     """The control token that ends a turn of a chat model, by its text."""
     kinds = facts.array(Keys.Tokenizer.TOKEN_TYPE, size, "iu", "token types")
     texts = facts.texts(Keys.Tokenizer.LIST)
-    return next(
-        (index for index, kind in enumerate(kinds) if kind == TokenType.CONTROL and texts[index] in TURN_ENDS), None
-    )
+    control = int(TokenType.CONTROL)
+    return next((index for index, kind in enumerate(kinds) if kind == control and texts[index] in TURN_ENDS), None)
 
 
 def _rows(parts: Parts, name: str) -> int:

@@ -172,8 +172,8 @@ def _added(vocabulary: Vocabulary) -> list[dict[str, Any]]:
 def sentencepiece_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece model, best first: every pair of tokens whose union is a token.
 
-    By the union's score, then the longer first half, then the longer second one, then the union's id, which is the order
-    in which Hugging Face's converter sorts them. Symbols that users define have the score 0, whatever the file says.
+    By the union's score, then the longer first half, then the longer second one, then the union's id: the order in
+    which Hugging Face's converter sorts them. Symbols that users define have the score 0, whatever the file says.
     """
     texts, kinds = vocabulary.texts, vocabulary.kinds
     known = {text: index for index, text in enumerate(texts) if kinds[index] in _MERGED and text}
@@ -185,11 +185,11 @@ def sentencepiece_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> lis
                 cuts.append(cut)
     if not unions:
         return []
-    union, cut = np.array(unions), np.array(cuts)
+    union, first = np.array(unions), np.array(cuts)
     score = np.where(np.array(kinds) == USER_DEFINED, 0.0, np.array(scores, np.float64))[union]
-    length = np.array([len(text) for text in texts])[union]
-    order = np.lexsort((union, cut - length, -cut, -score))
-    return [(texts[union[i]][: cut[i]], texts[union[i]][cut[i] :]) for i in order]
+    second = np.array([len(text) for text in texts])[union] - first
+    order = np.lexsort((union, -second, -first, -score))
+    return [(texts[unions[i]][: cuts[i]], texts[unions[i]][cuts[i] :]) for i in order]
 
 
 def _listed_merges(facts: Metadata, vocabulary: Vocabulary) -> list[tuple[str, str]]:
