@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gemexport.exporters.coreml_forms import code_type, held
 from gemexport.exporters.coreml_weights import Sources
 from gemexport.exporters.decoder import logits
 from gemexport.exporters.fitting import Answer, Container, fitting
@@ -68,18 +71,25 @@ def export(
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:
-    """What holds a grid in rows of `width` weights in a variant; any block that divides a row will do."""
+    """What holds a grid in rows of `width` weights in a variant; any block that divides a row will do.
+
+    Scales and shifts are f16 where that holds all of a tensor's, else f32.
+    """
     if variant != "int4":
         return f"the variant {variant} holds plain numbers"
-    if grid.kind != "symmetric":
-        return f"there is no operation for {grid.bits}-bit codes of the kind {grid.kind}"
-    return Container(f"constexpr_blockwise_shift_scale int{4 if grid.bits <= 4 else 8}, block {grid.block}", "f16")
+    if grid.kind == "codebook" and not held(np.asarray(grid.levels), "fp32"):
+        return "levels of its codebook are no f32 numbers"
+    codes, block = code_type(grid), f"block {grid.block}"
+    if codes in ("int4", "int8", "uint4", "uint8") and grid.kind != "codebook":
+        name = f"constexpr_blockwise_shift_scale {codes}, {block}"
+    else:
+        name = f"constexpr_lut_to_dense {codes} and constexpr_blockwise_shift_scale, {block}"
+    return Container(f"{name}, biases beside it" if grid.kind == "affine" else name, "f32")
 
 
 def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:
     """The decoder as a MIL program, its weights placeholders that `sources` will fill."""
     import coremltools as ct
-    import numpy as np
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
 

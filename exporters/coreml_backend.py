@@ -15,7 +15,8 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
-from gemexport.exporters.coreml_weights import Sources, placeholder, storage
+from gemexport.exporters.coreml_constants import Matrix, matrix
+from gemexport.exporters.coreml_weights import Sources, placeholder
 from gemexport.formats.architecture import Architecture, Layer
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import stored_name
@@ -60,7 +61,7 @@ class MILBackend:
         self._architecture, self._tensors = checkpoint.architecture, checkpoint.tensors
         self._inputs, self._sources, self._context = inputs, sources, context
         self._compute = "fp32" if sources.variant == "f32" else "fp16"
-        self._weights: dict[str, Var] = {}
+        self._weights: dict[str, Matrix] = {}
         self._shared: dict[Any, Any] = {}
         self._count = 0
         self._normed: set[str] = set()
@@ -83,50 +84,46 @@ class MILBackend:
     def _number(self, value: float, like: Var) -> Any:
         return np.float16(value) if like.dtype == types.fp16 else np.float32(value)
 
-    def _weight(self, name: str) -> Var:
-        """A 2-D weight, in the compute type or one that dequantizes to it; one constant however many read it."""
-        if name in self._weights:
-            return self._weights[name]
-        tensor, stored = self._tensors[name], stored_name(name)
-        kind = storage(tensor, self._sources.variant)
-        if kind in ("fp16", "fp32"):
-            dtype = np.float16 if kind == "fp16" else np.float32
-            var = mb.const(val=placeholder(tensor.shape, dtype), name=stored)
-            self._sources.floats(stored, tensor, kind)
-        else:
-            assert tensor.grid is not None
-            codes, scales = f"{stored}_codes", f"{stored}_scales"
-            blocks = (tensor.shape[0], tensor.shape[1] // tensor.grid.block)
-            integer = types.nptype_from_builtin(types.int4 if kind == "int4" else types.int8)
-            var = mb.constexpr_blockwise_shift_scale(
-                data=mb.const(val=placeholder(tensor.shape, integer), name=codes),
-                scale=mb.const(val=placeholder(blocks, np.float16), name=scales),
-                name=stored,
-            )
-            self._sources.grid(codes, scales, tensor)
-        self._weights[name] = var
-        return var
+    def _weight(self, name: str) -> Matrix:
+        """A 2-D weight; one constant however many read it."""
+        if name not in self._weights:
+            self._weights[name] = matrix(self._tensors[name], self._sources)
+        return self._weights[name]
 
     def embedding(self, weight: str, scale: float) -> Var:
-        rows = mb.gather(x=self._weight(weight), indices=self._inputs[INPUT_IDS], axis=0, name=self._name("gather"))
-        return self.scale(self._cast(rows, "fp32"), scale)
+        table, ids = self._weight(weight), self._inputs[INPUT_IDS]
+        rows = self._cast(mb.gather(x=table.weight, indices=ids, axis=0, name=self._name("gather")), "fp32")
+        if table.biases is not None:
+            width = rows.shape[-1]
+            biases = mb.gather(x=table.biases, indices=ids, axis=0, name=self._name("gather"))
+            biases = self._reshape(self._cast(biases, "fp32"), (1, -1, width // table.block, 1))
+            rows = self.merge(self.add(self._reshape(rows, (1, -1, width // table.block, table.block)), biases))
+        return self.scale(rows, scale)
 
     def linear(self, x: Var, weight: str) -> Var:
-        matrix = self._weight(weight)
+        stored = self._weight(weight)
         # Large and small by turns: only what a norm gave is known to fit float16 as it is.
         wild = self._compute == "fp16" and x.dtype == types.fp32 and x.name not in self._normed
-        x = self.scale(x, HEADROOM) if wild else x
-        bias = self._zeros(matrix.shape[0])
+        part = self.scale(x, HEADROOM) if wild else x
         name = stored_name(weight).removesuffix("_weight") + "_linear"
-        y = mb.linear(x=self._cast(x, self._compute), weight=matrix, bias=bias, name=name)
-        return self.scale(self._cast(y, "fp32"), 1 / HEADROOM) if wild else y
+        y = self._times(self._cast(part, self._compute), stored.weight, name)
+        y = self.scale(self._cast(y, "fp32"), 1 / HEADROOM) if wild else y
+        if stored.biases is None:
+            return y
+        # The same bias for all weights of a block: times the sum of what the block reads.
+        shape = (*x.shape[:1], -1, x.shape[-1] // stored.block, stored.block)
+        blocks = self._reshape(self._cast(x, "fp32"), shape)
+        sums = mb.reduce_sum(x=blocks, axes=[-1], keep_dims=False, name=self._name("sums"))
+        return self.add(y, self._times(sums, stored.biases, f"{name}_biases"))
 
-    def _zeros(self, size: int) -> Var:
+    def _times(self, x: Var, weight: Var, name: str) -> Var:
+        """x times the transpose of `weight`, in the type of x; since iOS 17 the weight may have another."""
         # MIL's linear has a bias always; one of zeros serves all matrices of that height.
-        if ("zeros", size) not in self._shared:
-            dtype = np.float16 if self._compute == "fp16" else np.float32
-            self._shared["zeros", size] = mb.const(val=np.zeros(size, dtype), name=f"zeros_{size}")
-        return self._shared["zeros", size]
+        key = ("zeros", weight.shape[0], types.builtin_to_string(weight.dtype))
+        if key not in self._shared:
+            zeros = np.zeros(key[1], types.nptype_from_builtin(weight.dtype))
+            self._shared[key] = mb.const(val=zeros, name=f"zeros_{key[1]}_{key[2]}")
+        return mb.linear(x=x, weight=weight, bias=self._shared[key], name=name)
 
     def rms_norm(self, x: Var, weight: str | None, eps: float, offset: float) -> Var:
         x = self._cast(x, "fp32")

@@ -1,4 +1,4 @@
-"""How each tensor is stored in an ML program, and the filling of its blobs from rows of the source.
+"""The filling of an ML program's blobs from rows of the source.
 
 The graph is built over placeholders that occupy no memory (a single element, broadcast); the numbers go from the
 source's rows to weight.bin when the graph is done.
@@ -8,30 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.exporters.coreml_forms import NUMBERS, Float, Form, halves, row_slices, split
+from gemexport.formats.coreml import BIASES
 from gemexport.formats.coreml_blob import BlobWriter
 from gemexport.formats.errors import InputError
-from gemexport.formats.tensor import ITEM_BYTES, Floats, Tensor, slices
+from gemexport.formats.tensor import ITEM_BYTES, Floats, Grid, Tensor
 
-Storage = Literal["int4", "int8", "fp16", "fp32"]
 Fill = Callable[[BlobWriter], None]
 F16_MAX = 65504.0
-
-
-def storage(tensor: Tensor, variant: str) -> Storage:
-    """What a 2-D tensor is stored as: its grid's codes where the variant and the tensor have them, else floats.
-
-    Codes of fewer than four bits go into int4. Core ML takes any block that divides a row.
-    """
-    if variant == "f32":
-        return "fp32"
-    if variant == "int4" and tensor.grid is not None:
-        return "int4" if tensor.grid.bits <= 4 else "int8"
-    return "fp16"
 
 
 def placeholder(shape: tuple[int, ...], dtype: Any) -> NDArray:
@@ -41,36 +30,49 @@ def placeholder(shape: tuple[int, ...], dtype: Any) -> NDArray:
 
 @dataclass
 class Sources:
-    """What fills each blob of the program, and what the containers could not hold."""
+    """What fills each blob of the program, and what float16 could not hold."""
 
     variant: str
     path: str  # of the checkpoint, for errors
     progress: Callable[[int], None]
     fills: list[Fill] = field(default_factory=list)
     rounded: dict[str, int] = field(default_factory=dict)  # tensor -> weights that f16 could not hold
-    rescaled: dict[str, int] = field(default_factory=dict)  # tensor -> scales that f16 could not hold
 
-    def floats(self, blob: str, tensor: Tensor, kind: Storage) -> None:
+    def floats(self, blob: str, tensor: Tensor, kind: Float) -> None:
         """Fill `blob` with the tensor's values, rounded to f16 where `kind` says so."""
 
         def fill(writer: BlobWriter) -> None:
-            for start, stop in slices(tensor):
+            for start, stop in row_slices(tensor):
                 values = tensor.rows(start, stop).values
-                self._note(self.rounded, tensor, values, kind)
+                if kind == "fp16":
+                    self._check(tensor, values)
+                    self._note(tensor, values)
                 writer.write(blob, halves(values) if kind == "fp16" else values)
                 self._advance(tensor, stop - start)
 
         self.fills.append(fill)
 
-    def grid(self, codes_blob: str, scales_blob: str, tensor: Tensor) -> None:
-        """Fill two blobs with the tensor's codes and scales, the codes unchanged."""
+    def grid(self, stored: str, tensor: Tensor, form: Form) -> None:
+        """Fill the blobs of a matrix on a grid, whose form holds every number as it is."""
+        grid = tensor.grid
+        assert grid is not None
+        # A signed code's place in a table that begins with the lowest one.
+        first = 1 << (grid.bits - 1) if grid.kind == "symmetric" and form.table is not None else 0
+        largest = _largest_level(grid)
 
         def fill(writer: BlobWriter) -> None:
-            for start, stop in slices(tensor):
-                codes, scales = tensor.rows(start, stop).grid()
-                self._note(self.rescaled, tensor, scales, "fp16")
-                writer.write(codes_blob, codes)
-                writer.write(scales_blob, halves(scales))
+            for start, stop in row_slices(tensor):
+                rows = tensor.rows(start, stop)
+                codes, scales = rows.grid()
+                if form.scales == "fp16":
+                    self._check(tensor, scales * np.float32(largest))
+                writer.write(f"{stored}_codes", codes + codes.dtype.type(first) if first else codes)
+                writer.write(f"{stored}_scales", scales.astype(NUMBERS[form.scales]))
+                if rows.shifts is not None:
+                    zeros, rest = split(grid, scales, rows.shifts) if grid.kind == "affine" else (rows.shifts, None)
+                    writer.write(f"{stored}_offsets", zeros)
+                    if rest is not None and form.biases is not None:
+                        writer.write(f"{stored}{BIASES}", rest)
                 self._advance(tensor, stop - start)
 
         self.fills.append(fill)
@@ -94,31 +96,28 @@ class Sources:
                 writer.write(name, values)
 
     def notes(self) -> list[str]:
-        """One sentence for each kind of loss."""
-        found = []
-        if self.rounded:
-            count = sum(self.rounded.values())
-            found.append(f"{count} weights of {len(self.rounded)} tensors are no f16 numbers and were rounded")
-        if self.rescaled:
-            count = sum(self.rescaled.values())
-            found.append(f"{count} scales of {len(self.rescaled)} tensors are no f16 numbers and were rounded")
-        return found
+        """What was lost, in a sentence; none where nothing was."""
+        if not self.rounded:
+            return []
+        count = sum(self.rounded.values())
+        return [f"{count} weights of {len(self.rounded)} tensors are no f16 numbers and were rounded"]
 
     def _advance(self, tensor: Tensor, rows: int) -> None:
         self.progress(rows * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
 
-    def _note(self, losses: dict[str, int], tensor: Tensor, values: Floats, kind: Storage) -> None:
-        if kind != "fp16":
-            return
+    def _check(self, tensor: Tensor, values: Floats) -> None:
         if np.abs(values).max(initial=0.0) > F16_MAX:
             problem = f"tensor {tensor.name} has numbers beyond 65504, which float16 cannot hold"
             raise InputError(self.path, problem, "export the f32 variant")
+
+    def _note(self, tensor: Tensor, values: Floats) -> None:
         lost = int(np.count_nonzero(halves(values).astype(np.float32) != values))
         if lost:
-            losses[tensor.name] = losses.get(tensor.name, 0) + lost
+            self.rounded[tensor.name] = self.rounded.get(tensor.name, 0) + lost
 
 
-def halves(values: Floats) -> NDArray[np.float16]:
-    """Float32 values rounded to float16, ties to even."""
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16)
+def _largest_level(grid: Grid) -> float:
+    """The largest magnitude that a scale is multiplied with."""
+    if grid.kind == "codebook":
+        return max(abs(level) for level in grid.levels)
+    return float(1 << (grid.bits - 1 if grid.kind == "symmetric" else grid.bits))

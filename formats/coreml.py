@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport.formats.coreml_arrays import Array, ShiftScale
-from gemexport.formats.coreml_blob import TYPES
+from gemexport.formats.coreml_arrays import Array
+from gemexport.formats.coreml_grids import coded
 from gemexport.formats.coreml_package import Package, Value, constant, open_package
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor
 
 NORM_OFFSET = "gemexport.norm_offset"  # metadata: what was added to the weights of the norms
+BIASES = "_biases"  # after a weight's stored name: the constant of what its program adds to each of its blocks
 _LAYER = (
     "self_attn.q_proj.weight",
     "self_attn.k_proj.weight",
@@ -75,11 +76,15 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     """
     package = open_package(path)
     offset = float(package.metadata.get(NORM_OFFSET, 0.0))
+    values = dict(constants(package))
     found: dict[str, Tensor] = {}
-    for stored, value in constants(package):
+    for stored, value in values.items():
         name = canonical_name(stored)
-        if name is not None and not isinstance(value, str | list) and value.kind in ("fp16", "fp32"):
-            found[name] = CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
+        if name is None or isinstance(value, str | list) or value.kind not in ("fp16", "fp32"):
+            continue
+        biases = values.get(f"{stored}{BIASES}")
+        tensor = coded(name, value, None if isinstance(biases, str | list) else biases)
+        found[name] = tensor or CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
     return found
 
 
@@ -94,42 +99,17 @@ def constants(package: Package) -> Iterator[tuple[str, Value]]:
 
 
 class CoreMLTensor:
-    """A constant of a program as a tensor; `norm_offset` was added to it and is taken off again."""
+    """A constant without a grid as a tensor; `norm_offset` was added to it and is taken off again."""
+
+    grid: Grid | None = None
 
     def __init__(self, name: str, array: Array, norm_offset: float = 0.0) -> None:
         self.name, self.shape = name, array.shape
         self.dtype: DType = "f16" if array.kind == "fp16" else "f32"
-        self.grid = _grid(array) if isinstance(array, ShiftScale) else None
         self._array, self._norm_offset = array, np.float32(norm_offset)
 
     def rows(self, start: int, stop: int) -> Rows:
-        if self.grid is None or not isinstance(self._array, ShiftScale):
-            return Rows(np.asarray(self._array.rows(start, stop), np.float32))
-        codes = self._codes(self._array, start, stop)
-        scales = np.ascontiguousarray(self._array.scales(start, stop), np.float32)
-        values = codes.astype(np.float32)
-        values.reshape(*scales.shape, -1)[...] *= scales[..., None]
-        return Rows(values, codes, scales)
-
-    def _codes(self, array: ShiftScale, start: int, stop: int) -> Codes:
-        data, offsets = array.data.rows(start, stop), array.offsets(start, stop)
-        if offsets is None or not offsets.any():
-            return np.asarray(data, np.int8)
-        shift = np.repeat(offsets.astype(np.int16), data.shape[1] // offsets.shape[1], axis=1)
-        return (data.astype(np.int16) - shift).astype(np.int8)
+        return Rows(np.asarray(self._array.rows(start, stop), np.float32))
 
     def numpy(self) -> Floats:
         return np.asarray(self._array.numpy(), np.float32) - self._norm_offset
-
-
-def _grid(array: ShiftScale) -> Grid | None:
-    """The signed symmetric grid of a quantized matrix; None for no matrix, or a zero that is not the codes' middle."""
-    kind = TYPES[array.data.kind]
-    if len(array.shape) != 2 or kind.bits not in (4, 8):
-        return None
-    middle = 0 if array.data.kind.startswith("int") else 1 << (kind.bits - 1)
-    zero = np.zeros(1) if array.offset is None else array.offset.numpy()
-    if not (zero == middle).all():
-        return None
-    block = array.shape[1] // array.scale.shape[1]
-    return Grid(kind.bits, block, "f16" if array.kind == "fp16" else "f32", lossless=True)

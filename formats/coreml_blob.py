@@ -65,8 +65,12 @@ _BY_CODE = {kind.code: kind for kind in TYPES.values()}
 def pack(codes: NDArray, bits: int) -> Bytes:
     """Codes of `bits` bits each, in row-major order, as bytes: lowest bits first, two's complement if signed."""
     flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & np.uint8((1 << bits) - 1)
-    if bits == 4 and flat.size % 2 == 0:
-        return flat[0::2] | (flat[1::2] << np.uint8(4))
+    share = 8 // bits
+    if 8 % bits == 0 and flat.size % share == 0:
+        packed = flat[0::share].copy()
+        for i in range(1, share):
+            packed |= flat[i::share] << np.uint8(i * bits)
+        return packed
     return np.packbits(np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
 
 
@@ -74,10 +78,11 @@ def unpack(packed: Bytes, bits: int, start: int, count: int, signed: bool) -> ND
     """`count` codes from the `start`-th on, as int8 where `signed`, else uint8."""
     first, skip = divmod(start * bits, 8)
     raw = np.asarray(packed[first : -(-(start + count) * bits // 8)])
-    if bits == 4 and skip == 0 and count % 2 == 0:
+    share = 8 // bits
+    if 8 % bits == 0 and skip == 0 and count % share == 0:
         codes = np.empty(count, np.uint8)
-        np.bitwise_and(raw, 15, out=codes[0::2])
-        np.right_shift(raw, 4, out=codes[1::2])
+        for i in range(share):
+            codes[i::share] = (raw >> np.uint8(i * bits)) & np.uint8((1 << bits) - 1)
     else:
         stream = np.unpackbits(raw, bitorder="little")[skip : skip + count * bits].reshape(count, bits)
         codes = np.packbits(stream, axis=1, bitorder="little").reshape(count)

@@ -77,6 +77,10 @@ class GridTensor:
         scales = np.asarray(self._scales[start:stop])
         return Rows(values, encode(values, scales, self.grid.bits), scales)
 
+    def scales(self, start: int, stop: int) -> Floats:
+        """Scales of these rows by themselves, without looking at the weights."""
+        return np.asarray(self._scales[start:stop])
+
     def numpy(self) -> Floats:
         return self._base.numpy()
 

@@ -18,7 +18,7 @@ from gemexport.formats.coreml import tensors
 from gemexport.formats.coreml_package import open_package
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import RECIPES
-from gemexport.formats.tensor import ArrayTensor, Floats, Grid, round_to
+from gemexport.formats.tensor import ArrayTensor, Floats, round_to
 from gemexport.validators.coreml import Program, load
 from gemexport.validators.divergence import Divergence
 from gemexport.validators.reference import reference
@@ -206,39 +206,6 @@ def test_progress_is_the_source_bytes_of_the_matrices(checkpoints: dict[str, Che
 
 def replaced(checkpoint: Checkpoint, name: str, tensor: Any) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: tensor})
-
-
-@pytest.mark.parametrize(("bits", "block"), [(8, 32), (4, 16), (2, 64), (8, None)])
-def test_any_grid_is_held(bits: int, block: int | None, checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    checkpoint = checkpoints["gemma3"]
-    rows, width = checkpoint.tensors[name].shape
-    block = block or width
-    rng = np.random.default_rng(bits)
-    codes = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, width)).astype(np.int8)
-    scales = rng.uniform(0.001, 0.01, (rows, width // block)).astype(np.float16).astype(np.float32)
-    values = codes * np.repeat(scales, block, axis=1)
-    tensor = ArrayTensor(name, values, "f32", codes, scales, Grid(bits, block, "f16", lossless=True))
-    result = coreml.export(replaced(checkpoint, name, tensor), tmp_path / "a.mlpackage", context=16)
-    stored = tensors(result.path)[name]
-    assert stored.grid is not None
-    assert stored.grid.block == block
-    np.testing.assert_array_equal(stored.numpy(), values)
-    assert result.notes == []
-
-
-def test_scales_that_float16_cannot_hold_are_noted(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    checkpoint = checkpoints["gemma3"]
-    rows, width = checkpoint.tensors[name].shape
-    codes = np.ones((rows, width), np.int8)
-    scales = np.full((rows, width // 32), np.float32(2**-24 * 1.25))
-    tensor = ArrayTensor(
-        name, codes * np.repeat(scales, 32, axis=1), "f32", codes, scales, Grid(4, 32, "f32", lossless=True)
-    )
-    result = coreml.export(replaced(checkpoint, name, tensor), tmp_path / "a.mlpackage", context=16)
-    assert result.notes == [f"{scales.size} scales of 1 tensors are no f16 numbers and were rounded"]
-    assert (tensors(result.path)[name].rows(0, 2).grid()[0] == 1).all()
 
 
 def test_numbers_beyond_float16_are_refused_and_nothing_is_left(

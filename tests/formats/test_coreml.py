@@ -92,16 +92,62 @@ def test_signed_and_unsigned_codes_are_one_grid(package: Path) -> None:
         assert (tensor.numpy() == wanted).all()
 
 
-def test_what_is_no_symmetric_grid_has_values_only(package: Path) -> None:
+def test_other_offsets_are_zero_points_and_a_palette_has_values_only(package: Path) -> None:
     tensors = coreml.tensors(package)
     shifted = tensors["model.layers.1.mlp.up_proj.weight"]
-    assert shifted.grid is None
+    assert shifted.grid is not None
+    assert (shifted.grid.bits, shifted.grid.kind) == (4, "zero-point")
+    codes, scales, zeros = shifted.rows(2, 6).shifted()
+    assert (codes == CODES[2:] + 8).all()
+    assert (scales == SCALES[2:]).all()
+    assert (zeros == 2).all()
     wanted = (CODES + 6).astype(np.float32) * np.repeat(SCALES.astype(np.float32), 32, axis=1)
     np.testing.assert_array_equal(shifted.rows(0, 6).values, wanted)
     palette = tensors["model.layers.2.mlp.up_proj.weight"]
     assert palette.grid is None
     assert len(np.unique(palette.rows(0, 6).values)) == 4
     assert (tensors["model.norm.weight"].numpy() == np.arange(64)).all()
+
+
+def narrow(values: np.ndarray, kind: str) -> np.ndarray:
+    return values.astype(types.nptype_from_builtin(types.string_to_builtin(kind)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "offset", "wanted", "zero"),
+    [
+        ("int4", 0, None, "symmetric", None),
+        ("int8", 0, np.zeros((6, 2), np.int8), "symmetric", None),
+        ("int4", 0, narrow(np.full((6, 2), -3), "int4"), "zero-point", 5),
+        ("uint4", 8, None, "zero-point", 0),
+        ("uint4", 8, np.full((6, 2), 8, np.float16), "symmetric", None),
+        ("uint4", 8, np.full((6, 2), 16, np.float32), "zero-point", 16),
+        ("uint8", 8, narrow(np.full((6, 2), 200), "uint8"), "zero-point", 200),
+        ("uint4", 8, np.full((6, 2), 7.5, np.float16), None, None),
+    ],
+)
+def test_codes_however_they_are_stored(
+    kind: str, shift: int, offset: np.ndarray | None, wanted: str | None, zero: int | None, tmp_path: Path
+) -> None:
+    @mb.program(input_specs=[mb.TensorSpec((1, 64), types.fp16)], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        beside = {} if offset is None else {"offset": offset}
+        data = narrow(CODES + shift, kind)
+        return mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=data, scale=SCALES, **beside, name=UP))
+
+    path = tmp_path / "a.mlpackage"
+    ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True).save(str(path))
+    (tensor,) = coreml.tensors(path).values()
+    offsets = 0 if offset is None else np.repeat(offset.astype(np.float32), 32, axis=1)
+    values = (CODES + shift - offsets) * np.repeat(SCALES.astype(np.float32), 32, axis=1)
+    np.testing.assert_array_equal(tensor.numpy(), values)
+    assert (None if tensor.grid is None else tensor.grid.kind) == wanted
+    if zero is not None:
+        codes, _, zeros = tensor.rows(0, 6).shifted()
+        assert (zeros == zero).all()
+        assert (codes == CODES + shift + (0 if kind[0] == "u" else 8)).all()
+    elif wanted:
+        assert (tensor.rows(0, 6).grid()[0] == CODES).all()
 
 
 def test_forms_of_older_systems(tmp_path: Path) -> None:

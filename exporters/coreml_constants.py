@@ -1,0 +1,57 @@
+"""The matrices of a decoder as constants of an ML program, in whatever form holds their grid.
+
+Affine grids have no operation of their own: an offset in units of the scale cannot hold every bias. What the nearest
+zero point leaves of a bias is a constant `[out, in // block]` beside the matrix, and whoever reads the matrix adds it
+(`coreml_backend.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import types
+
+from gemexport.exporters.coreml_forms import Float, form
+from gemexport.exporters.coreml_weights import Sources, placeholder
+from gemexport.formats.coreml import BIASES, stored_name
+from gemexport.formats.tensor import Tensor
+
+Var = Any
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix `[out, in]` of the graph; `biases` `[out, in // block]` belong to it where its grid is affine."""
+
+    weight: Var
+    biases: Var | None = None
+    block: int = 0
+
+
+def matrix(tensor: Tensor, sources: Sources) -> Matrix:
+    """A tensor's constants, placeholders until `sources` fills them: on its grid where it has one and may keep it."""
+    stored = stored_name(tensor.name)
+    if tensor.grid is None or sources.variant != "int4":
+        kind: Float = "fp32" if sources.variant == "f32" else "fp16"
+        sources.floats(stored, tensor, kind)
+        return Matrix(_empty(stored, tensor.shape, kind))
+    kept = form(tensor)
+    blocks = (tensor.shape[0], tensor.shape[1] // tensor.grid.block)
+    data = _empty(f"{stored}_codes", tensor.shape, kept.codes)
+    if kept.table is not None:
+        table = mb.const(val=kept.table.reshape(1, 1, -1, 1), name=f"{stored}_table")
+        data = mb.constexpr_lut_to_dense(indices=data, lut=table, name=f"{stored}_levels")
+    beside = {"scale": _empty(f"{stored}_scales", blocks, kept.scales)}
+    if kept.offsets is not None:
+        beside["offset"] = _empty(f"{stored}_offsets", blocks, kept.offsets)
+    weight = mb.constexpr_blockwise_shift_scale(data=data, **beside, name=stored)
+    biases = None if kept.biases is None else _empty(f"{stored}{BIASES}", blocks, kept.biases)
+    sources.grid(stored, tensor, kept)
+    return Matrix(weight, biases, tensor.grid.block)
+
+
+def _empty(name: str, shape: tuple[int, ...], kind: str) -> Var:
+    dtype = types.nptype_from_builtin(types.string_to_builtin(kind))
+    return mb.const(val=placeholder(shape, dtype), name=name)
