@@ -177,7 +177,8 @@ class _TextConfig(BaseModel):
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: float | None = None
     query_pre_attn_scalar: float = 256
-    rope_parameters: dict[str, dict[str, Any] | None] | None = None
+    # By attention type; transformers saves a config in the older spelling with settings of none of them beside these.
+    rope_parameters: dict[str, Any] | None = None
     rope_theta: float | None = None
     rope_local_base_freq: float | None = None
     rope_scaling: dict[str, Any] | None = None

@@ -1,6 +1,6 @@
-"""Integer codes as a dense stream of bits, the lowest first, row by row: the layout of MLX and compressed-tensors.
+"""Integer codes as a dense stream of bits, the lowest first, row by row: what MLX, compressed-tensors and GPTQ pack.
 
-Both store an unsigned code, q + 2**(bits - 1) for the signed q, and pad a row with zero bits to whole 32-bit words
+They store an unsigned code, q + 2**(bits - 1) for a signed q, and pad a row with zero bits to whole 32-bit words
 (mlx.core.quantize; compressed_tensors.compressors.pack_quantized.helpers). For 4 bits the low nibble comes first.
 """
 
@@ -26,37 +26,52 @@ def words(width: int, bits: int) -> int:
 
 
 def pack(codes: Codes, bits: int) -> Words:
-    """Signed codes `[rows, in]` of 2, 4 or 8 bits as words `[rows, words(in, bits)]`."""
-    row = words(codes.shape[1], bits) * 32 // bits
-    if row != codes.shape[1]:
+    """Codes `[rows, in]` of 1 to 8 bits as words `[rows, words(in, bits)]`; int8 codes are signed, uint8 ones not."""
+    row = words(codes.shape[1], bits) * 32
+    # Codes that straddle bytes are packed in groups of eight, which take `bits` bytes.
+    width = row // bits if bits in (2, 4, 8) else -(-row // (8 * bits)) * 8
+    signed_ = codes.dtype == np.int8
+    if width != codes.shape[1]:
         # The padding is zero bits, which is the lowest signed code.
-        padding = ((0, 0), (0, row - codes.shape[1]))
-        codes = np.pad(codes, padding, constant_values=-zero_code(bits))
+        padding = ((0, 0), (0, width - codes.shape[1]))
+        codes = np.pad(codes, padding, constant_values=-zero_code(bits) if signed_ else 0)
     stored = np.ascontiguousarray(codes).view(np.uint8)
+    # In two's complement q + 2**(bits - 1) is q with its highest bit flipped.
+    flip = zero_code(bits) if signed_ else 0
     if bits == 8:
-        return (stored ^ np.uint8(0x80)).view("<u4")
+        return (stored ^ np.uint8(flip)).view("<u4")
     if bits == 4:
-        # In two's complement q + 8 is q with bit 3 flipped, so a pair of codes becomes a byte without arithmetic.
+        # A pair of codes becomes a byte without arithmetic.
         pairs = stored.view("<u2")
-        return (((pairs & 0xF) | ((pairs >> 4) & 0xF0)) ^ 0x88).astype(np.uint8).view("<u4")
-    fours = stored.view("<u4")
-    folded = (fours & 0x3) | ((fours >> 6) & 0xC) | ((fours >> 12) & 0x30) | ((fours >> 18) & 0xC0)
-    return (folded ^ 0xAA).astype(np.uint8).view("<u4")
+        return (((pairs & 0xF) | ((pairs >> 4) & 0xF0)) ^ (flip * 0x11)).astype(np.uint8).view("<u4")
+    if bits == 2:
+        fours = stored.view("<u4")
+        folded = (fours & 0x3) | ((fours >> 6) & 0xC) | ((fours >> 12) & 0x30) | ((fours >> 18) & 0xC0)
+        return (folded ^ (flip * 0x55)).astype(np.uint8).view("<u4")
+    eights = ((stored ^ np.uint8(flip)) & np.uint8((1 << bits) - 1)).reshape(len(stored), -1, 8).astype("<u8")
+    joined = np.bitwise_or.reduce(eights << (np.arange(8, dtype=np.uint64) * np.uint64(bits)), axis=2)
+    stream = joined[..., None].view(np.uint8)[..., :bits].reshape(len(stored), -1)
+    return np.ascontiguousarray(stream[:, : row // 8]).view("<u4")
 
 
-def unpack(packed: Words, bits: int, width: int) -> Unsigned:
-    """Unsigned codes `[rows, width]` out of words `[rows, words(width, bits)]`; 1 to 8 bits."""
+def unpack(packed: NDArray[np.generic], bits: int, width: int) -> Unsigned:
+    """Unsigned codes `[rows, width]` of 1 to 8 bits out of packed rows of any integer dtype."""
     stored = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return stored[:, :width]
-    if bits in (2, 4):
+    if bits in (1, 2, 4):
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         mask = np.uint8((1 << bits) - 1)
         return ((stored[..., None] >> shifts) & mask).reshape(len(stored), -1)[:, :width]
-    stream = np.unpackbits(stored, axis=1, bitorder="little")[:, : width * bits]
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    codes: Unsigned = (stream.reshape(len(stored), width, bits) * weights).sum(axis=2, dtype=np.uint8)
-    return codes
+    groups = -(-width // 8)
+    stream = np.zeros((len(stored), groups * bits), np.uint8)
+    kept = min(stored.shape[1], stream.shape[1])
+    stream[:, :kept] = stored[:, :kept]
+    eights = np.zeros((len(stored), groups, 8), np.uint8)
+    eights[..., :bits] = stream.reshape(len(stored), groups, bits)
+    shifted = eights.view("<u8") >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))
+    codes: Unsigned = (shifted.astype(np.uint8) & np.uint8((1 << bits) - 1)).reshape(len(stored), -1)
+    return codes[:, :width]
 
 
 def signed(codes: Unsigned, bits: int) -> Codes:

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 
 from gemexport.formats.architecture import Architecture, architecture, text_config
 from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedTensor, read_folder
+from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import ITEM_BYTES, Tensor
 
 TOKENIZER_FILES = (
@@ -34,7 +34,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
-READERS: dict[str, str] = {}
+READERS: dict[str, str] = {
+    "awq": "gemexport.formats.awq",
+    "compressed-tensors": "gemexport.formats.compressed_tensors",
+    "gptq": "gemexport.formats.gptq",
+    "mlx": "gemexport.formats.mlx",
+}
 # The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
@@ -188,18 +193,22 @@ def _plain(folder: Path, decoder: Architecture) -> Source:
     stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
     tensors: dict[str, Tensor] = {}
     for name, shape in decoder.tensor_shapes().items():
-        array = stored.pop(name, None)
-        if array is None:
-            raise InputError(folder, f"the tensor {name} is missing", "save the whole model, or mend config.json")
-        if array.entry.dtype not in FLOAT_DTYPES:
-            remedy = "give the model in bf16, f16 or f32"
-            raise InputError(array.path, f"tensor {name} is stored as {array.entry.dtype}", remedy)
-        if array.entry.shape != shape and not (shape == (1,) and array.entry.shape == ()):
-            found, wanted = list(array.entry.shape), list(shape)
-            problem = f"tensor {name} has the shape {found} where config.json says {wanted}"
-            raise InputError(array.path, problem, "use the config.json that came with the model")
-        tensors[name] = MappedTensor(array, name)
+        tensors[name] = plain_tensor(folder, name, shape, stored.pop(name, None))
     return Source(tensors, left_out=tuple(sorted(stored)))
+
+
+def plain_tensor(folder: Path, name: str, shape: tuple[int, ...], array: MappedArray | None) -> Tensor:
+    """A tensor that is stored as floats; InputError when it is missing, or is no tensor of that shape."""
+    if array is None:
+        raise InputError(folder, f"the tensor {name} is missing", "save the whole model, or mend config.json")
+    if array.entry.dtype not in FLOAT_DTYPES:
+        remedy = "give the model in bf16, f16 or f32"
+        raise InputError(array.path, f"tensor {name} is stored as {array.entry.dtype}", remedy)
+    if array.entry.shape != shape and not (shape == (1,) and array.entry.shape == ()):
+        found, wanted = list(array.entry.shape), list(shape)
+        problem = f"tensor {name} has the shape {found} where config.json says {wanted}"
+        raise InputError(array.path, problem, "use the config.json that came with the model")
+    return MappedTensor(array, name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,102 +1,37 @@
-"""compressed-tensors folders: Hugging Face checkpoints whose quantized modules hold packed codes and scales.
+"""compressed-tensors folders: Hugging Face checkpoints whose quantized modules hold codes and scales.
 
-In the format `pack-quantized` a module has `weight_packed` (int32 words as in bitpack), `weight_scale`
-`[out, in / group]` and `weight_shape`; a weight is code * scale, or (code - zero point) * scale in files of other tools
-(compressed_tensors.compressors.pack_quantized). `int-quantized` keeps int8 codes in `weight`.
+A module has `weight_packed` (32-bit words or bytes of codes, packed as in bitpack) or a `weight` of int8 or fp8 codes;
+`weight_scale` for a tensor, a row, a group or a 2-D block; perhaps `weight_zero_point`, and for nvfp4
+`weight_global_scale`. A weight is (code - zero point) * scale, and scale is divided by the global one
+(compressed_tensors.compressors; quantization.lifecycle.forward_helpers).
 """
 
 from __future__ import annotations
 
-import json
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.architecture import architecture
-from gemexport.formats.bitpack import signed, unpack, words
-from gemexport.formats.checkpoint import canonical_name
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
-from gemexport.formats.tensor import (
-    Codes,
-    DType,
-    Floats,
-    Grid,
-    Rows,
-    Tensor,
-    expand,
-    from_bf16,
-    narrowest,
-    slices,
-)
+from gemexport.formats.bitpack import Unsigned, unpack, words, zero_code
+from gemexport.formats.checkpoint import Source
+from gemexport.formats.checkpoint import read_config as read_json
+from gemexport.formats.compressed_tensors_settings import Args, Quantization, quantization
+from gemexport.formats.minifloat import E2M1, E2M3, E4M3, from_e4m3, from_e8m0
+from gemexport.formats.modules import Module, apart, finite_e4m3, read_source, reordered_note
+from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float, misshapen, runs
+from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray
+from gemexport.formats.tensor import Floats, Tensor
 
-FORMATS = ("pack-quantized", "int-quantized")
-SCALE_ROWS = 1 << 16
-
-
-class PackedTensor:
-    """A module's weight `[out, in]`, read from mapped codes and scales."""
-
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        codes: MappedArray,
-        scales: MappedArray,
-        zero_points: MappedArray | None = None,
-    ) -> None:
-        self.name, self.shape = name, shape
-        self._codes, self._scales = codes, scales
-        self.dtype: DType = FLOAT_DTYPES[scales.entry.dtype]
-        self.block = shape[1] // scales.entry.shape[1]
-        self.bits = 8 if codes.entry.dtype == "I8" else _bits(codes.entry.shape[1], shape[1])
-        self._zero_points = None if zero_points is None else self._unpack_zero_points(zero_points)
-
-    def _unpack_zero_points(self, stored: MappedArray) -> Codes:
-        """Zero points `[out, in / group]`: packed down the columns, unlike the weights."""
-        packed = np.ascontiguousarray(stored.array.T).view("<u4")
-        return np.ascontiguousarray(signed(unpack(packed, self.bits, self.shape[0]), self.bits).T)
-
-    @cached_property
-    def grid(self) -> Grid | None:
-        """The signed grid; none where zero points shift it."""
-        if self._zero_points is not None:
-            return None
-        order: tuple[DType, ...] = ("bf16", "f16", "f32")
-        found: DType = "bf16"
-        for start in range(0, self.shape[0], SCALE_ROWS):
-            found = max(found, narrowest(self._scale(start, start + SCALE_ROWS)), key=order.index)
-        return Grid(self.bits, self.block, found, lossless=True)
-
-    def rows(self, start: int, stop: int) -> Rows:
-        """Rows with code * scale evaluated without rounding on the way."""
-        codes, scales = self._code(start, stop), self._scale(start, stop)
-        if self._zero_points is None:
-            return Rows(codes * expand(scales, self.block), codes, scales)
-        shifted = codes.astype(np.int16) - np.repeat(self._zero_points[start:stop], self.block, axis=1)
-        return Rows(shifted * expand(scales, self.block))
-
-    def numpy(self) -> Floats:
-        parts = [self.rows(start, stop).values for start, stop in slices(self)]
-        return np.concatenate(parts)
-
-    def _code(self, start: int, stop: int) -> Codes:
-        stored: NDArray[Any] = self._codes.array[start:stop]
-        if self._codes.entry.dtype == "I8":
-            return np.asarray(stored)
-        return signed(unpack(stored.view("<u4"), self.bits, self.shape[1]), self.bits)
-
-    def _scale(self, start: int, stop: int) -> Floats:
-        stored = self._scales.array[start:stop]
-        return from_bf16(stored) if self.dtype == "bf16" else np.asarray(stored, dtype=np.float32)
-
-
-def _bits(row: int, width: int) -> int:
-    """Bits a code when `width` codes take `row` words."""
-    return next((bits for bits in range(1, 9) if words(width, bits) == row), 0)
+# Codes in bytes: bits of a code, and what the codes mean.
+PACKED_FLOATS = ((4, E2M1), (6, E2M3))
+SCALES = (*FLOAT_DTYPES, "F8_E4M3", "U8")
+ACTIVATION_SCALES = ("input_scale", "output_scale", "input_global_scale")
+Read = Callable[[int, int], Floats]
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
@@ -104,63 +39,223 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises InputError when a file is broken, a tensor is missing, or the quantization is none that is known here.
     """
-    folder = Path(path)
-    config = read_config(folder)
-    stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
-    shapes = architecture(config, folder / "config.json").tensor_shapes()
-    return {name: _tensor(folder, name, shape, stored) for name, shape in shapes.items()}
+    return dict(source(Path(path), read_config(Path(path))).tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; InputError when there is none, or its quantization format is not known here."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        quantization = config.get("quantization_config") or {}
-        groups = quantization.get("config_groups") or {}
-        formats = {group.get("format") or quantization.get("format") for group in groups.values()}
-    except (OSError, ValueError, AttributeError) as error:
-        problem, remedy = f"cannot be read as a config ({error})", "give a folder in Hugging Face layout"
-        raise InputError(path, problem, remedy) from error
-    unknown = sorted(map(str, formats - set(FORMATS)))
-    if unknown:
-        remedy = f"give a folder in the format {' or '.join(FORMATS)}"
-        raise InputError(path, f"the format {', '.join(unknown)} of compressed-tensors is not known", remedy)
-    return dict(config)
+    config = read_json(folder)
+    quantization(folder / "config.json", config)
+    return config
 
 
-def _tensor(folder: Path, name: str, shape: tuple[int, ...], stored: dict[str, MappedArray]) -> Tensor:
-    module = name.removesuffix(".weight")
-    packed, scales = stored.get(f"{module}.weight_packed"), stored.get(f"{module}.weight_scale")
-    plain = stored.get(name)
-    if packed is None and plain is not None and plain.entry.dtype in FLOAT_DTYPES:
-        if plain.entry.shape != shape and not (shape == (1,) and plain.entry.shape == ()):
-            raise _misshapen(name, plain, shape)
-        return MappedTensor(plain, name)
-    codes = packed or plain
-    if codes is None:
-        raise InputError(folder, f"the tensor {name} is missing", "export or download the model again")
-    if scales is None or codes.entry.dtype not in ("I32", "I8") or scales.entry.dtype not in FLOAT_DTYPES:
-        problem = f"tensor {name} is {codes.entry.dtype} without scales"
-        raise InputError(codes.path, problem, f"give a folder in the format {' or '.join(FORMATS)}")
-    if f"{module}.weight_g_idx" in stored:
-        raise InputError(codes.path, f"tensor {name} has its columns reordered (g_idx)", "use another scheme")
-    rows, row = codes.entry.shape[0], codes.entry.shape[-1]
-    groups = scales.entry.shape[-1] if len(scales.entry.shape) == 2 else 0
-    whole = (
-        len(shape) == 2
-        and len(codes.entry.shape) == 2
-        and rows == shape[0]
-        and (row == shape[1] if codes.entry.dtype == "I8" else _bits(row, shape[1]) > 0)
-        and groups > 0
-        and scales.entry.shape == (shape[0], groups)
-        and shape[1] % groups == 0
-    )
-    if not whole:
-        raise _misshapen(name, codes, shape)
-    return PackedTensor(name, shape, codes, scales, stored.get(f"{module}.weight_zero_point"))
+def source(folder: Path, config: dict[str, Any]) -> Source:
+    """The decoder in compressed-tensors folder `folder`: quantized modules on the grids of their codes."""
+    reader = _Reader(quantization(folder / "config.json", config))
+    found = read_source(folder, config, reader.read)
+    return Source(found.tensors, found.left_out, tuple(reader.notes()))
 
 
-def _misshapen(name: str, found: MappedArray, shape: tuple[int, ...]) -> InputError:
-    problem = f"tensor {name} is stored as {list(found.entry.shape)}, which does not make {list(shape)}"
-    return InputError(found.path, problem, "use the config.json that came with the model")
+class _Reader:
+    """Makes tensors of modules, and remembers what it had to leave out."""
+
+    def __init__(self, settings: Quantization) -> None:
+        self._settings = settings
+        self._activations: Counter[str] = Counter()
+        self._reordered = 0
+
+    def read(self, module: Module) -> Tensor | None:
+        """The module's weight on its grid; None when it is plain."""
+        packed, plain = module.arrays.get("weight_packed"), module.arrays.get("weight")
+        stored = packed or plain
+        if stored is None or is_float(stored):
+            if stored is not None and "weight_scale" in module.arrays:
+                raise module.wrong("is to be rounded while the model runs", "save it with save_compressed=True")
+            return None
+        scheme = self._settings.scheme(module)
+        if "weight_scale" not in module.arrays:
+            raise module.wrong(f"is {stored.entry.dtype} without scales", "download or save the model again")
+        for kind, args in (
+            ("input", scheme and scheme.input_activations),
+            ("output", scheme and scheme.output_activations),
+        ):
+            if args is not None:
+                self._activations[f"{kind} activations ({args})"] += 1
+        if scheme is None and any(key in module.arrays for key in ACTIVATION_SCALES):
+            self._activations["activations (static)"] += 1
+        _check_shape(module)
+        layout = _layout(module, stored, scheme.weights if scheme else None)
+        self._reordered += apart(layout, module)
+        return QuantizedTensor(module.name, module.shape, layout)
+
+    def notes(self) -> list[str]:
+        """What the tensors do not tell, one sentence each."""
+        found = [f"the {kind} of {count} modules are left out" for kind, count in self._activations.items()]
+        if self._settings.kv_cache_scheme is not None:
+            found.append(f"the KV cache scheme ({self._settings.kv_cache_scheme}) is left out")
+        return [*found, *reordered_note(self._reordered)]
+
+
+def _check_shape(module: Module) -> None:
+    """Raise InputError when `weight_shape` is not the shape that config.json gives the module."""
+    stored = module.arrays.get("weight_shape")
+    if stored is not None and tuple(stored.array.ravel().tolist()) != module.shape:
+        found = stored.array.ravel().tolist()
+        raise module.wrong(f"is a packed {found} where config.json says {list(module.shape)}")
+
+
+def _layout(module: Module, stored: MappedArray, args: Args | None) -> Layout:
+    """How the module's numbers lie, from the dtypes and shapes of its arrays; the scheme decides what these leave."""
+    dtype, (out, width), shape = stored.entry.dtype, module.shape, stored.entry.shape
+    block, scales = _scales(module, args)
+    if "weight_packed" in module.arrays and dtype == "I32":
+        bits = _packed_bits(module, stored, args)
+        codes = _codes(stored, bits, width)
+        return Layout(bits, block, codes, scales, _zero_points(module, bits, block, args))
+    if "weight_packed" in module.arrays and dtype == "U8":
+        known = [item for item in PACKED_FLOATS if shape == (out, width * item[0] // 8) and width * item[0] % 8 == 0]
+        if not known:
+            raise misshapen(module.name, stored, module.shape)
+        bits, levels = known[0]
+        return Layout(bits, block, _codes(stored, bits, width), scales, kind="codebook", levels=levels)
+    if shape != module.shape:
+        raise misshapen(module.name, stored, module.shape)
+    if dtype == "I8":
+        bits = args.num_bits if args else 8
+        if not 2 <= bits <= 8:
+            raise module.wrong(f"has codes of {bits} bits", "use codes of 2 to 8 bits")
+        return Layout(bits, block, _bytes(module, stored, bits), scales, _zero_points(module, bits, block, args))
+    if dtype == "F8_E4M3":
+        codes = finite_e4m3(module, _codes(stored, 8, width))
+        return Layout(8, block, codes, scales, kind="codebook", levels=E4M3)
+    raise module.wrong(f"is stored as {dtype}", "use codes of 2 to 8 bits, fp4, fp6 or fp8 (E4M3)")
+
+
+def _packed_bits(module: Module, stored: MappedArray, args: Args | None) -> int:
+    """Bits of a code in 32-bit words: what the scheme says, if that many words are there."""
+    out, width = module.shape
+    fitting = [bits for bits in range(2, 9) if stored.entry.shape == (out, words(width, bits))]
+    if args is not None and args.num_bits in fitting:
+        return args.num_bits
+    if args is not None or len(fitting) != 1:
+        raise misshapen(module.name, stored, module.shape)
+    return fitting[0]
+
+
+def _codes(stored: MappedArray, bits: int, width: int) -> Callable[[int, int], Unsigned]:
+    return lambda start, stop: unpack(stored.array[start:stop].view(np.uint8), bits, width)
+
+
+def _bytes(module: Module, stored: MappedArray, bits: int) -> Callable[[int, int], Unsigned]:
+    """Codes that have a byte each, signed."""
+
+    def codes(start: int, stop: int) -> Unsigned:
+        found = stored.array[start:stop].view(np.uint8) + np.uint8(zero_code(bits))
+        if bits < 8 and found.size and found.max() >= 1 << bits:
+            raise module.wrong(f"has codes of more than the {bits} bits that its scheme says")
+        return found
+
+    return codes
+
+
+def _scales(module: Module, args: Args | None) -> tuple[int, Read]:
+    """The block that shares a scale, and the scales `[rows, in // block]`."""
+    stored = module.need("weight_scale")
+    if stored.entry.dtype not in SCALES:
+        raise module.wrong(f"has scales of {stored.entry.dtype}", f"use scales of {', '.join(SCALES)}")
+    global_scale = module.arrays.get("weight_global_scale")
+    if global_scale is not None and (global_scale.entry.dtype != "F32" or global_scale.array.size != 1):
+        raise misshapen(module.name, global_scale, (1,))
+    # The library divides in float32 as well.
+    divisor = np.float32(1 if global_scale is None else global_scale.array.ravel()[0])
+    if divisor == 0:
+        raise module.wrong("has a global scale of 0", "download or save the model again")
+
+    def decoded(start: int, stop: int) -> Floats:
+        if stored.entry.dtype == "U8":
+            return from_e8m0(stored.array[start:stop])
+        if stored.entry.dtype == "F8_E4M3":
+            return from_e4m3(stored.array[start:stop]) / divisor
+        return floats(stored, start, stop) / divisor if divisor != 1 else floats(stored, start, stop)
+
+    block, read = _spread(module, stored, decoded, args)
+    reordered = _reordered(module, block)
+    if reordered is None:
+        return block, read
+    narrow, order = reordered
+    return narrow, lambda start, stop: read(start, stop)[:, order]
+
+
+def _spread(module: Module, stored: MappedArray, decoded: Read, args: Args | None) -> tuple[int, Read]:
+    """Numbers for a tensor, a row, a group or a 2-D block, as one for each block of each row."""
+    (out, width), shape = module.shape, stored.entry.shape
+    if args is not None and args.strategy == "block" and args.block_structure is not None:
+        high, wide = args.block_structure
+        if high < 1 or wide < 1 or shape != (-(-out // high), -(-width // wide)):
+            raise misshapen(module.name, stored, module.shape)
+        # The last block may be cut short; what divides both is a block of every row.
+        block = gcd(wide, width)
+        column = np.arange(0, width, block) // wide
+
+        def blocks(start: int, stop: int) -> Floats:
+            return decoded(start // high, -(-stop // high))[np.arange(start, stop) // high - start // high][:, column]
+
+        return block, blocks
+    if stored.array.size == 1:
+        return width, lambda start, stop: np.repeat(decoded(0, 1).reshape(1, 1), stop - start, axis=0)
+    groups = shape[1] if len(shape) == 2 else 1
+    if shape not in ((out,), (out, groups)) or groups < 1 or width % groups:
+        raise misshapen(module.name, stored, module.shape)
+    return width // groups, lambda start, stop: decoded(start, stop).reshape(stop - start, groups)
+
+
+def _reordered(module: Module, block: int) -> tuple[int, NDArray[np.intp]] | None:
+    """Where columns are assigned to groups one by one: a block of columns that share one, and the group of each."""
+    stored = module.arrays.get("weight_g_idx")
+    if stored is None or (stored.array == -1).all():  # -1: not reordered
+        return None
+    width = module.shape[1]
+    found = runs(stored.array, width // block) if stored.entry.shape == (width,) else None
+    if found is None:
+        raise misshapen(module.name, stored, module.shape)
+    return found
+
+
+def _zero_points(module: Module, bits: int, block: int, args: Args | None) -> Read | None:
+    """Unsigned zero points as one for each block of each row; None where the middle is everywhere."""
+    stored = module.arrays.get("weight_zero_point")
+    if stored is None:
+        if args is not None and not args.symmetric:
+            raise module.wrong("is asymmetric, and has no zero points", "download or save the model again")
+        return None
+    (out, width), shape = module.shape, stored.entry.shape
+    if stored.entry.dtype == "I8":
+
+        def signed(start: int, stop: int) -> Floats:
+            return stored.array[start:stop].astype(np.float32) + zero_code(bits)
+
+        own, read = _spread(module, stored, signed, args)
+    elif stored.entry.dtype == "I32" and len(shape) == 2 and shape[0] == words(out, bits) and width % shape[1] == 0:
+        own, read = width // shape[1], _packed_down(stored, bits)
+    else:
+        raise misshapen(module.name, stored, module.shape)
+    reordered = _reordered(module, own)
+    if reordered is not None:
+        return lambda start, stop: read(start, stop)[:, reordered[1]]
+    if own == block:
+        return read
+    if own % block:
+        raise misshapen(module.name, stored, module.shape)
+    return lambda start, stop: np.repeat(read(start, stop), own // block, axis=1)
+
+
+def _packed_down(stored: MappedArray, bits: int) -> Read:
+    """Zero points `[out, groups]`, which are packed down the columns, unlike the weights."""
+
+    def read(start: int, stop: int) -> Floats:
+        first = start // 32 * 32  # 32 codes end at a word's end, whatever their width
+        packed = stored.array[first * bits // 32 : words(stop, bits)].T
+        found = unpack(np.ascontiguousarray(packed), bits, stop - first)
+        return found[:, start - first :].T.astype(np.float32)
+
+    return read

@@ -15,15 +15,20 @@ def _codes(rows: int, width: int, bits: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(low, -low, (rows, width)).astype(np.int8)
 
 
-@given(st.integers(1, 9), st.integers(1, 150), st.sampled_from([2, 4, 8]), st.integers(0, 1000))
-def test_unpack_undoes_pack(rows: int, width: int, bits: int, seed: int) -> None:
+BITS = st.integers(1, 8)
+
+
+@given(st.integers(1, 9), st.integers(1, 150), BITS, st.booleans(), st.integers(0, 1000))
+def test_unpack_undoes_pack(rows: int, width: int, bits: int, unsigned: bool, seed: int) -> None:
     codes = _codes(rows, width, bits, seed)
-    packed = pack(codes, bits)
+    given_codes = (codes.astype(int) + zero_code(bits)).astype(np.uint8) if unsigned else codes
+    packed = pack(given_codes, bits)
     assert packed.shape == (rows, words(width, bits))
     np.testing.assert_array_equal(signed(unpack(packed, bits, width), bits), codes)
+    np.testing.assert_array_equal(unpack(packed.view(np.uint8), bits, width), unpack(packed, bits, width))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("width", [8, 32, 36, 41, 96])
 def test_compressed_tensors_packs_the_same_bits(bits: int, width: int) -> None:
     torch = pytest.importorskip("torch")
@@ -52,5 +57,4 @@ def test_mlx_packs_the_same_bits(bits: int) -> None:
     unsigned = unpack(np.array(packed), bits, 128)
     np.testing.assert_array_equal(unsigned, np.array(codes).astype(np.uint8))
     assert np.array(scales).shape == np.array(biases).shape == (6, 2)
-    if bits in (2, 4, 8):
-        np.testing.assert_array_equal(pack(signed(unsigned, bits), bits), np.array(packed))
+    np.testing.assert_array_equal(pack(signed(unsigned, bits), bits), np.array(packed))

@@ -1,0 +1,126 @@
+"""Folders in Hugging Face layout whose modules keep their weight in several arrays: codes, scales, zero points.
+
+What a reader of such a format shares with the others is here: the arrays by module, plain tensors as they are, and
+what is left over. The reader itself says what a quantized module's arrays mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from gemexport.formats.architecture import architecture
+from gemexport.formats.bitpack import Unsigned
+from gemexport.formats.checkpoint import Source, canonical_name, plain_tensor
+from gemexport.formats.errors import InputError
+from gemexport.formats.minifloat import is_nan_e4m3
+from gemexport.formats.quantized import Layout
+from gemexport.formats.safetensors import MappedArray, read_folder
+from gemexport.formats.tensor import Tensor
+
+NARROWEST = 16  # the narrowest block that any format has a container for
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the decoder that has a weight `[out, in]`, and the arrays that the files keep of it."""
+
+    name: str  # canonical, of the weight: "model.layers.0.mlp.up_proj.weight"
+    shape: tuple[int, ...]
+    arrays: Mapping[str, MappedArray]  # by what follows the module's name: "qweight", "scales" …
+
+    def need(self, key: str) -> MappedArray:
+        """One of the arrays; InputError when it is missing."""
+        found = self.arrays.get(key)
+        if found is None:
+            path = next(iter(self.arrays.values())).path
+            raise InputError(path, f"{self.stem}.{key} is missing", "download or save the model again")
+        return found
+
+    @property
+    def stem(self) -> str:
+        """The module's canonical name."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def stored_name(self) -> str:
+        """The module's name in the files, which is what settings call it."""
+        return next(iter(self.arrays.values())).entry.name.rpartition(".")[0]
+
+    def wrong(self, problem: str, remedy: str = "use the config.json that came with the model") -> InputError:
+        """An error that names the module and its file."""
+        return InputError(next(iter(self.arrays.values())).path, f"tensor {self.name} {problem}", remedy)
+
+
+def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], Tensor | None]) -> Source:
+    """The decoder's tensors in `folder`; `read` makes one of a quantized module, and gives None for a plain one.
+
+    Raises InputError for a tensor that is missing or has not the shape that `config` says, for a linear with a bias,
+    which a Gemma does not have, and whatever `read` raises.
+    """
+    modules: dict[str, dict[str, MappedArray]] = {}
+    for name, array in read_folder(folder).items():
+        module, _, key = canonical_name(name).rpartition(".")
+        modules.setdefault(module, {})[key] = array
+    tensors: dict[str, Tensor] = {}
+    used: dict[str, set[str]] = {}
+    for name, shape in architecture(config, folder / "config.json").tensor_shapes().items():
+        stem, _, key = name.rpartition(".")
+        arrays = modules.get(stem, {})
+        tensor = read(Module(name, shape, arrays)) if arrays and len(shape) == 2 else None
+        if tensor is None:
+            tensors[name] = plain_tensor(folder, name, shape, arrays.get(key))
+            used.setdefault(stem, set()).add(key)
+        else:
+            _refuse_bias(stem, arrays)
+            tensors[name] = tensor
+            used.setdefault(stem, set()).update(arrays)
+    left = (f"{stem}.{key}" for stem, arrays in modules.items() for key in arrays.keys() - used.get(stem, set()))
+    return Source(tensors, left_out=tuple(sorted(left)))
+
+
+def _refuse_bias(stem: str, arrays: Mapping[str, MappedArray]) -> None:
+    """Raise InputError for a bias that is not zero: some tools write one that is for every linear."""
+    bias = arrays.get("bias")
+    if bias is not None and bias.array.any():
+        remedy = "give a model of a family that is known here"
+        raise InputError(bias.path, f"{stem} has a bias, which no Gemma has", remedy)
+
+
+def apart(layout: Layout, module: Module) -> bool:
+    """Whether the columns of a group lie apart, so that nothing but their own format holds them."""
+    return layout.block < min(NARROWEST, module.shape[1])
+
+
+def reordered_note(count: int) -> list[str]:
+    """A sentence about modules whose groups are not blocks of consecutive weights; none when there are none."""
+    problem = "modules have the columns of a group apart (activation order), which no other format holds"
+    return [f"{count} {problem}"] if count else []
+
+
+def finite_e4m3(module: Module, codes: Callable[[int, int], Unsigned]) -> Callable[[int, int], Unsigned]:
+    """Reads E4M3 codes, and raises InputError for one that is NaN."""
+
+    def checked(start: int, stop: int) -> Unsigned:
+        found = codes(start, stop)
+        if is_nan_e4m3(found):
+            raise module.wrong("has NaN weights", "repair or retrain the checkpoint")
+        return found
+
+    return checked
+
+
+def settings(model: type[Settings], path: Path, found: object) -> Settings:
+    """A part of config.json as the reader knows it; InputError when it is something else."""
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "quantization_config"
+        problem = f"the quantization settings are not understood ({where}: {first['msg']})"
+        raise InputError(path, problem, "use the config.json that came with the model") from error
