@@ -26,6 +26,7 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
+CALIBRATED = tuple(PRECISIONS)  # those that want token sequences to measure activations on
 CONTEXT, PREFILL = 2048, 128
 SCRIPT = Path(__file__).with_name("onnx_generate.py")  # goes along: it runs the graphs with nothing of ours
 

@@ -50,8 +50,8 @@ def _statistics(graph: QdqGraph, key: str, value: ir.Value, percentile: float) -
 def chunks(sequences: Sequence[Sequence[int]], length: int, context: int) -> Iterator[tuple[list[int], int]]:
     """The sequences as one stream in pieces of `length` tokens, each with the position of its first.
 
-    Padding would be measured along with the tokens, so there is none: what is left over at the end is dropped, and a
-    stream shorter than a piece repeats. Positions start again where the context is full.
+    Padding would be measured along with the tokens, so there is none: the last piece reaches back where too little is
+    left for it, and a stream shorter than a piece repeats. Positions start again where the context is full.
     """
     stream = [token for sequence in sequences for token in sequence]
     if not stream:
@@ -61,6 +61,8 @@ def chunks(sequences: Sequence[Sequence[int]], length: int, context: int) -> Ite
     per_context = max(context // length, 1)
     for number in range(len(stream) // length):
         yield stream[number * length : (number + 1) * length], number % per_context * length
+    if len(stream) % length:
+        yield stream[-length:], 0
 
 
 def measure(

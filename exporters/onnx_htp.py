@@ -16,9 +16,11 @@ from gemexport.exporters.onnx_graph import Weights
 from gemexport.exporters.onnx_npu import INT, MASKED, WEIGHTS, NpuBackend
 from gemexport.exporters.onnx_qdq import DTYPES, QdqGraph, constant_encoding
 from gemexport.formats.architecture import Architecture, Layer
-from gemexport.formats.onnx import SCALES
+from gemexport.formats.onnx import DERIVED, EMBEDDING, HEAD, OFFSET, SCALES
 from gemexport.formats.onnx_blocks import pack_signed
 from gemexport.formats.tensor import Grid, Rows, Tensor
+
+ZERO_POINTS = ".zero_points"  # what those of a weight are called, after its own name
 
 
 class HtpBackend(NpuBackend):
@@ -39,11 +41,13 @@ class HtpBackend(NpuBackend):
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
         g, settings = self.graph, self.graph.activations
         name = weight.removesuffix(".weight")
-        if f"{name}.input" in settings.given or settings.linear_bits != settings.bits:
-            key = f"{name}.input"
+        key, output = f"{name}.input", f"{name}.output"
+        if key in settings.given or settings.linear_bits != settings.bits:
             x = g.recoded(x, key, None if g.measuring else settings.encoding(key, settings.linear_bits))
+            # The NPU multiplies into integers of the width that it reads.
+            x = x if settings.width(output, settings.linear_bits) == 8 else g.wide(x)
         values = self._rows(self.weights.tensors[weight])
-        y = g.op("MatMul", [x, values], key=f"{name}.output", bits=settings.linear_bits)
+        y = g.op("MatMul", [x, values], key=output, bits=settings.linear_bits)
         y = y if settings.bits == 8 else g.wide(y)
         self._widths[y] = self.weights.tensors[weight].shape[0]
         return y
@@ -70,13 +74,23 @@ class HtpBackend(NpuBackend):
         plan, name = self.weights.plan, tensor.name
         packed = plan(name, "row columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
         factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=True)
-        weight = self._weight(name, packed)
-        inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", factors), self._zeros(out, bits)]
+        weight = self._weight(name, packed) if own else self._derived(name, packed)
+        inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", factors), self._zeros(f"{weight.name}", out, bits)]
         return self.graph.raw("DequantizeLinear", inputs, axis=1)
 
-    def _zeros(self, count: int, bits: int) -> ir.Value:
-        """Zero points: without them ONNX Runtime 1.32 breaks its own graph when it makes signed weights unsigned."""
-        name = f"/zeros/{count}x{bits}"
+    def _derived(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
+        """A weight on another grid than its own; of a tied one the lookup's table is what counts."""
+        if name == EMBEDDING:
+            return self.graph.external(HEAD, stored, metadata={DERIVED: EMBEDDING})
+        return self.graph.external(name, stored)
+
+    def _zeros(self, weight: str, count: int, bits: int) -> ir.Value:
+        """Zero points, one tensor a weight.
+
+        ONNX Runtime 1.32, told to make signed weights unsigned (session.x64quantprecision), breaks its own graph where
+        there are none, and where two weights share them.
+        """
+        name = f"{weight}{ZERO_POINTS}"
         return self.graph.initializer(name, ir.Tensor(np.zeros(count, INT[bits].numpy()), dtype=INT[bits], name=name))
 
     def rms_norm(self, x: ir.Value, weight: str | None, eps: float, offset: float) -> ir.Value:
@@ -97,7 +111,8 @@ class HtpBackend(NpuBackend):
         encoding = constant_encoding(values, self.graph.activations.bits)
         layout, dtype = f"{encoding.bits} bits", DTYPES[encoding.numpy.name]
         stored = self.weights.plan(weight, layout, dtype, values.shape, encoding.encode(values), file=WEIGHTS)
-        return self.graph.dequantized(self.graph.external(weight, stored), encoding)
+        metadata = {OFFSET: repr(offset)} if offset else None
+        return self.graph.dequantized(self.graph.external(weight, stored, metadata=metadata), encoding)
 
     def number(self, value: float) -> ir.Value:
         return self.graph.constant_activation(np.array([value], np.float32))

@@ -137,6 +137,10 @@ class Activations(BaseModel):
             return self.given[key]
         return affine(*self._limits(key), bits or self.bits)
 
+    def width(self, key: str, bits: Bits | None = None) -> Bits:
+        """How many bits the integers of an activation have."""
+        return self.given[key].bits if key in self.given else bits or self.bits
+
     def cache(self, key: str) -> Encoding:
         """The integers of cached keys or values: the NPU multiplies by signed 16-bit ones, or by unsigned 8-bit ones."""
         if key in self.given:

@@ -35,11 +35,19 @@ def _weights(found: Validation) -> list[Bound]:
     """Nothing is missing, and what lies on the source's lattice, or has no grid at all, kept its values."""
     report = found.weights
     held = [item for item in report.tensors if _must_be_exact(item)]
+    moved = [item for item in report.tensors if _requantized(item)]
     result = [Bound.at_most("weights.missing", len(report.missing), 0, "an artefact holds every tensor of the decoder")]
     if held:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin))
+    if moved:
+        bits = min(item.grid.bits for item in moved if item.grid is not None)
+        # A float32 scale is off by 2^-24 of itself, times a code of up to 127.
+        limit = 0.5 / ((1 << (bits - 1)) - 1) * (1 + 1e-4)
+        worst = max(item.max_relative_error for item in moved)
+        origin = f"half a step of the {bits}-bit codes that the format has instead"
+        result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
     return result
 
 
@@ -49,9 +57,19 @@ def _must_be_exact(item: TensorReport) -> bool:
     A plain tensor that was put on a grid could not, nor could one whose scales were rounded to the dtype that the
     format prescribes. An artefact without a grid that still differs is a plain one in a narrower dtype.
     """
+    if _requantized(item):
+        return False
     if item.source_grid is not None and item.source_grid.lossless:
         return not (item.scale_rounded and item.exact < item.compared)
     return item.grid is None and len(item.shape) == 2
+
+
+def _requantized(item: TensorReport) -> bool:
+    """Whether codes became wider ones with fewer scales, as in a format that knows one scale a row and no blocks."""
+    source, stored = item.source_grid, item.grid
+    if source is None or stored is None or not source.lossless:
+        return False
+    return stored.block > source.block and stored.bits > source.bits
 
 
 def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[Bound]:
@@ -60,7 +78,7 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[
         return []
     if report.arithmetic == "f32":
         return _in_f32(report, conversion)
-    noises = {name: floors[name] for name in NOISES[report.arithmetic] if name in floors}
+    noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
     if not noises:
         return []
     noise, floor = max(noises.items(), key=lambda item: item[1].kld_mean)

@@ -6,7 +6,8 @@ themselves, which is nothing beside a step of 16 bits. It is what a runtime is j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import pi, sqrt
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,22 @@ Array = NDArray[Any]
 Compute = Callable[["ir.Node", list[Any]], Any]
 
 
+@dataclass(frozen=True)
+class GraphValue:
+    """An input or output: its type as ONNX Runtime spells it, `tensor(uint8)`."""
+
+    name: str
+    shape: list[int | str | None]
+    type: str
+
+
+def _described(value: ir.Value) -> GraphValue:
+    assert value.shape is not None
+    assert value.dtype is not None
+    kind = value.dtype.name.lower()
+    return GraphValue(str(value.name), list(value.shape), f"tensor({kind})")
+
+
 class ExactGraph:
     """A graph of ONNX's standard operators, those that the NPU variants are made of."""
 
@@ -31,16 +48,21 @@ class ExactGraph:
         if unknown:
             remedy = "give one of the graphs of an NPU variant"
             raise InputError(file, f"its operators {', '.join(unknown)} have no exact arithmetic here", remedy)
-        self.outputs = [str(value.name) for value in self._graph.outputs]
         self._last = {value: i for i, node in enumerate(self._graph) for value in node.inputs if value is not None}
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs by name; floating point comes as float64."""
-        found: dict[str, Array] = {}
-        for name, value in self.values(feeds):
-            if name in self.outputs:
-                found[name] = value
-        return found
+    def get_inputs(self) -> list[GraphValue]:
+        """The graph's inputs, as an ONNX Runtime session has them."""
+        return [_described(value) for value in self._graph.inputs]
+
+    def get_outputs(self) -> list[GraphValue]:
+        """The graph's outputs."""
+        return [_described(value) for value in self._graph.outputs]
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs called `names`, or all of them; floating point comes as float64."""
+        wanted = list(names or (output.name for output in self.get_outputs()))
+        found = {name: value for name, value in self.values(feeds) if name in wanted}
+        return [found[name] for name in wanted]
 
     def values(self, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
         """Every value as it is computed, by name; what no operator reads any more is not held."""
