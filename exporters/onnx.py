@@ -1,13 +1,15 @@
-"""Writes a Gemma decoder as ONNX: for ONNX Runtime (`int4`, `f32`) and for NPU compilers (`npu`).
+"""Writes a Gemma decoder as ONNX: for ONNX Runtime (`int4`, `f32`) and for NPU compilers (`npu`, `npu-a8`, `npu-a16`).
 
 `int4` keeps codes packed in ONNX Runtime's fused operators and `f32` keeps every weight in the source's dtype; both
-compute in f32. `npu` has static shapes and the standard's operators alone.
+compute in f32. `npu` has static shapes and the standard's operators alone; the other two are that with integers of 8
+or 16 bits for activations.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +18,19 @@ import onnx_ir as ir
 from gemexport.exporters import decoder
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.genai_config import genai_config
-from gemexport.exporters.onnx_graph import GraphBuilder, Weights
-from gemexport.exporters.onnx_npu import NpuBackend
+from gemexport.exporters.onnx_graph import PRODUCER, GraphBuilder, Weights
+from gemexport.exporters.onnx_htp import held_by_rows
+from gemexport.exporters.onnx_npu import NpuBackend, add_decoder, lookup
+from gemexport.exporters.onnx_quantized import PRECISIONS, write_quantized
 from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.formats.activations import Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Grid
 
-VARIANTS = ("int4", "npu", "f32")
-PRODUCER = "gemexport"
+VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
+CALIBRATED = tuple(PRECISIONS)  # those that want token sequences to measure activations on
 CONTEXT, PREFILL = 2048, 128
 SCRIPT = Path(__file__).with_name("onnx_generate.py")  # goes along: it runs the graphs with nothing of ours
 
@@ -37,22 +42,32 @@ def export(
     variant: str = VARIANTS[0],
     context: int = CONTEXT,
     prefill: int = PREFILL,
+    calibration: Sequence[Sequence[int]] = (),
+    ranges: str | Path | None = None,
+    range_method: Method = "minmax",
     progress: Progress = ignore,
 ) -> Export:
     """Write `checkpoint`, with its grids, to the folder `path`; it appears when it is whole.
 
     `context` and `prefill`, in positions, are the fixed sizes of `npu`: what its caches hold, and how many tokens
-    its prompt graph takes at once. Raises InputError when the folder cannot be written or the disk is full.
+    its prompt graph takes at once. `npu-a8` and `npu-a16` measure activations on the token sequences `calibration`, or
+    take the `ranges` of a JSON file that an earlier export wrote. Raises InputError when the folder cannot be written
+    or the disk is full.
     """
     path = Path(path)
+    context = min(context, checkpoint.architecture.max_positions)
     notes: list[str] = []
-    if variant != "f32":
+    if variant not in ("f32", *PRECISIONS):
         tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
         checkpoint = replace(checkpoint, tensors=tensors)
     with atomic(path) as partial:
         partial.mkdir()
-        if variant == "npu":
-            _write_npu(checkpoint, partial, min(context, checkpoint.architecture.max_positions), prefill, progress)
+        if variant in PRECISIONS:
+            measured = None if ranges is None else read_ranges(Path(ranges))
+            activations = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": measured})
+            notes = write_quantized(checkpoint, partial, activations, calibration, context, prefill, progress)
+        elif variant == "npu":
+            _write_npu(checkpoint, partial, context, prefill, progress)
         else:
             _write_runtime(checkpoint, partial, variant == "int4", progress)
         shutil.copyfile(SCRIPT, partial / "generate.py")
@@ -68,6 +83,10 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
         return "the variant f32 holds plain numbers"
     if grid.kind != "symmetric":
         return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
+    if variant in PRECISIONS:
+        if held_by_rows(grid, width):
+            return Container(f"DequantizeLinear INT{grid.bits}, a row", "f32")
+        return "the NPU knows signed 4- and 8-bit codes with one scale a row"
     if variant == "npu":
         return Container(f"DequantizeLinear INT{grid.bits}, block {grid.block}", "f32")
     block = block_of(grid)
@@ -94,18 +113,10 @@ def _write_npu(checkpoint: Checkpoint, folder: Path, context: int, prefill: int,
     """The lookup, and the decoder for a prompt's chunk and for one token, over the same weights."""
     a = checkpoint.architecture
     weights = Weights(checkpoint.tensors)
-    lookup = GraphBuilder(f"{checkpoint.name} embeddings")
-    x, tokens = decoder.embed(a, NpuBackend(a, lookup, weights, prefill, context))
-    lookup.output(x, "inputs_embeds", ir.DataType.FLOAT, [1, "sequence_length", a.hidden_size])
-    if tokens is not None and a.per_layer is not None:
-        width = len(a.layers) * a.per_layer.dim
-        lookup.output(tokens, "per_layer_inputs", ir.DataType.FLOAT, [1, "sequence_length", width])
-    graphs = {"embeddings": lookup}
+    graphs = {"embeddings": lookup(a, GraphBuilder(f"{checkpoint.name} embeddings"), weights)}
     for name, length in (("prefill", prefill), ("decode", 1)):
-        graph = graphs[name] = GraphBuilder(f"{checkpoint.name} {name}")
-        backend = NpuBackend(a, graph, weights, length, context)
-        logits = decoder.head(a, backend, decoder.layers(a, backend, *backend.embedded()))
-        graph.output(logits, "logits", ir.DataType.FLOAT, [1, length, a.vocab_size])
+        graph = GraphBuilder(f"{checkpoint.name} {name}")
+        graphs[name] = add_decoder(NpuBackend(a, graph, weights, length, context))
     weights.write(folder, progress)
     for name, graph in graphs.items():
         graph.save(folder / f"{name}.onnx", PRODUCER)

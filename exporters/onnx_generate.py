@@ -16,12 +16,15 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 Arrays = dict[str, Any]
+DTYPES = {"tensor(float)": "f4", "tensor(uint8)": "u1", "tensor(uint16)": "u2", "tensor(int16)": "i2"}
 
 
 def session(file: Path) -> onnxruntime.InferenceSession:
     """One graph on the CPU, computing in f32."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Where activations are integers: without it kernels of processors without VNNI saturate.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
@@ -39,7 +42,7 @@ def empty(graph: onnxruntime.InferenceSession) -> Arrays:
     for item in graph.get_inputs():
         if item.name.startswith("past_key_values."):
             shape = [size if isinstance(size, int) else int(axis == 0) for axis, size in enumerate(item.shape)]
-            caches[item.name] = np.zeros(shape, np.float32)
+            caches[item.name] = np.zeros(shape, DTYPES[item.type])
     return caches
 
 

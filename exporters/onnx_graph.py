@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gemexport.exporters.result import Progress
 from gemexport.formats.tensor import ITEM_BYTES, DType, Rows, Tensor, to_bf16
 
+PRODUCER = "gemexport"
 OPSET = 23  # the first with RMSNormalization; blocked DequantizeLinear came with 21
 IR_VERSION = 11  # the one that came with it
 FLOATS: dict[DType, ir.DataType] = {
@@ -53,6 +54,7 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.sizes: dict[str, int] = {}  # bytes by file name
+        self.written = False
         self._slots: dict[str, list[Slot]] = {}  # by the tensor they come from
         self._planned: dict[tuple[str, str], ir.ExternalTensor] = {}
 
@@ -71,6 +73,8 @@ class Weights:
         known = self._planned.get((tensor, layout))
         if known is not None:
             return known
+        if self.written:
+            raise ValueError(f"{tensor} was not planned before the weights were written")
         nbytes = -(-int(np.prod(shape, dtype=np.int64)) * dtype.bitwidth // 8)
         alignment = MAPPED_ALIGNMENT if nbytes >= MAPPED_BYTES else ALIGNMENT
         offset = -(-self.sizes.get(file, 0) // alignment) * alignment
@@ -91,6 +95,7 @@ class Weights:
             self._write_tensor(data, tensor, slots, progress)
         for whole in data.values():
             whole.flush()
+        self.written = True
 
     def _write_tensor(
         self, data: Mapping[str, NDArray[np.uint8]], name: str, slots: list[Slot], progress: Progress

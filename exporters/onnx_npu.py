@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gemexport.exporters import decoder
 from gemexport.exporters.onnx_common import StandardOperations
 from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.architecture import Architecture, Layer, Rope
@@ -34,6 +35,7 @@ class NpuBackend(StandardOperations):
         self._cache: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._rotations: dict[tuple[Rope, int], tuple[ir.Value, ir.Value]] = {}
         self._biases: dict[bool, ir.Value] = {}
+        self._visible: dict[bool, ir.Value] = {}
 
     # What is looked up: a graph of its own, that may stay on the CPU beside a table too large for an NPU.
 
@@ -195,8 +197,15 @@ class NpuBackend(StandardOperations):
         return g.op("Transpose", [read], perm=[0, 2, 1, 3])
 
     def _bias(self, layer: Layer) -> ir.Value:
-        """`[n, length + n]`: 0 where a query sees a key, MASKED elsewhere; both positions follow from the last one."""
+        """`[n, length + n]`: 0 where a query sees a key, MASKED elsewhere."""
         if layer.sliding not in self._biases:
+            choice = [self._sees(layer), self.number(0.0), self.number(MASKED)]
+            self._biases[layer.sliding] = self.graph.op("Where", choice)
+        return self._biases[layer.sliding]
+
+    def _sees(self, layer: Layer) -> ir.Value:
+        """`[n, length + n]`: whether a query sees a key; both positions follow from the last one."""
+        if layer.sliding not in self._visible:
             g, seen = self.graph, self.cache_length(layer) + self.length
             last = g.op("Gather", [self.positions(), g.constant([self.length - 1], np.int64)], axis=1)
             keys = g.op("Add", [last, g.constant(np.arange(1 - seen, 1)[None, :], np.int32)])
@@ -206,8 +215,26 @@ class NpuBackend(StandardOperations):
             if layer.sliding:
                 near = g.op("Less", [ago, g.constant(self.a.sliding_window, np.int32)])
                 sees = g.op("And", [sees, near])
-            self._biases[layer.sliding] = g.op("Where", [sees, self.number(0.0), self.number(MASKED)])
-        return self._biases[layer.sliding]
+            self._visible[layer.sliding] = sees
+        return self._visible[layer.sliding]
+
+
+def lookup(a: Architecture, graph: GraphBuilder, weights: Weights) -> GraphBuilder:
+    """The graph that turns ids into `inputs_embeds` and `per_layer_inputs`, of any length."""
+    x, tokens = decoder.embed(a, NpuBackend(a, graph, weights, 1, 1))
+    graph.output(x, "inputs_embeds", ir.DataType.FLOAT, [1, "sequence_length", a.hidden_size])
+    if tokens is not None and a.per_layer is not None:
+        width = len(a.layers) * a.per_layer.dim
+        graph.output(tokens, "per_layer_inputs", ir.DataType.FLOAT, [1, "sequence_length", width])
+    return graph
+
+
+def add_decoder(backend: NpuBackend) -> GraphBuilder:
+    """The graph of `backend` with the decoder in it, from what was looked up to the logits."""
+    a, graph = backend.a, backend.graph
+    logits = decoder.head(a, backend, decoder.layers(a, backend, *backend.embedded()))
+    graph.output(logits, "logits", ir.DataType.FLOAT, [1, backend.length, a.vocab_size])
+    return graph
 
 
 def plain(tensor: Tensor, turn: bool = False) -> Convert:

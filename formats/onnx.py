@@ -26,10 +26,14 @@ GRAPHS = ("model.onnx", "embeddings.onnx", "prefill.onnx", "decode.onnx")
 # On an initializer whose grid no operator names: a packed table that standard operators look rows up in.
 BITS = "gemexport.bits"
 COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
+DERIVED = (
+    "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid, for a runtime's sake
+)
+OFFSET = "gemexport.offset"  # on an initializer that has had this number added
 SCALES = ".scales"  # what the scales of a weight are called, after its own name
 
 EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
-NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1"}
+NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 BROKEN = "export or download it again"
 
@@ -115,7 +119,7 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
         name = canonical_name(value.name or "")
         stored = value.const_value
         tensor = _weight(name, value, graph, file) if name and stored is not None else None
-        if tensor is not None and stored is not None:
+        if tensor is not None and stored is not None and DERIVED not in stored.metadata_props:
             place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
             yield tensor, place, stored.metadata_props.get(COPY)
 
@@ -160,6 +164,8 @@ def _dequantized(name: str, node: ir.Node, file: Path) -> Tensor | None:
     kind = weight.dtype.name
     bits = SUB_BYTE.get(kind, 8)
     packed = _array(weight, file)
+    if packed.ndim == 1 and kind in ("UINT8", "UINT16"):
+        return _vector(name, packed, node, file)
     if packed.ndim != 2 or not kind.endswith(("INT8", "INT4", "INT2")):
         return None
     transposed = _transposed(node.outputs[0])
@@ -193,6 +199,14 @@ def _dequantized(name: str, node: ir.Node, file: Path) -> Tensor | None:
         transposed=transposed,
         zero_points=zero_points,
     )
+
+
+def _vector(name: str, stored: NDArray[Any], node: ir.Node, file: Path) -> Tensor:
+    """A norm's weights or a scalar as the integers that an NPU multiplies by."""
+    scale, zero_point = (_array(_constant(value), file).astype(np.float64) for value in node.inputs[1:3])
+    weight = _constant(node.inputs[0]).const_value
+    offset = 0.0 if weight is None else float(weight.metadata_props.get(OFFSET, 0.0))
+    return StoredTensor(name, ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32))
 
 
 def _uses(value: ir.Value) -> Iterator[Use]:

@@ -46,10 +46,13 @@ def validate(
     recipe: str | Recipe = "default",
     tokens: int = 512,
     memory: int | None = None,
+    qnn_context: str | Path | None = None,
+    qnn_arch: str | None = None,
 ) -> ArtifactReport:
     """Judge an artefact, whoever made it, against the checkpoint it was made from.
 
-    Raises InputError when one of them cannot be read.
+    With `qnn_context` an NPU variant of ONNX is also compiled for Qualcomm's HTP of architecture `qnn_arch` and run in
+    its emulator; the context binaries appear in that folder. Raises InputError when one of them cannot be read.
     """
     from gemexport.registry import recognise
     from gemexport.run import request
@@ -58,4 +61,5 @@ def validate(
     path = Path(artifact)
     target = recognise(path)
     asked = request(model, None, [], recipe=recipe, memory=memory, tokens=tokens)
-    return judge(Path(model), path, target, replace(asked, variants={}))
+    context = None if qnn_context is None else Path(qnn_context)
+    return judge(Path(model), path, target, replace(asked, variants={}), qnn_context=context, qnn_arch=qnn_arch)

@@ -137,12 +137,16 @@ def mlx(
 
 @app.command()
 def onnx(
-    model: Model, out: Out = None, variant: Annotated[str | None, _variant("int4, npu, f32")] = None,
+    model: Model, out: Out = None,
+    variant: Annotated[str | None, _variant("int4, npu, npu-a8, npu-a16, f32")] = None,
+    ranges: Annotated[Path | None, typer.Option(help="The activations.json of an earlier npu-a8 or npu-a16.")] = None,
+    range_method: Annotated[str | None, typer.Option(help="minmax or percentile, for npu-a8 and npu-a16.")] = None,
     recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to ONNX, for ONNX Runtime and NPUs."""
-    _single("onnx", model, variant, {}, _common(out, recipe, memory, tokens, no_validate, fresh, as_json))
+    options = {"ranges": ranges, "range_method": range_method}
+    _single("onnx", model, variant, options, _common(out, recipe, memory, tokens, no_validate, fresh, as_json))
 
 
 @app.command()
@@ -174,6 +178,13 @@ def validate(
     recipe: RecipeName = "default",
     memory: Memory = None,
     tokens: Tokens = 512,
+    qnn_context: Annotated[
+        Path | None,
+        typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
+    ] = None,
+    qnn_arch: Annotated[
+        str | None, typer.Option(help="The HTP's architecture, such as 73 (the default), 75, 81.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge ARTIFACT, whoever made it, against the checkpoint it was made from."""
@@ -185,7 +196,9 @@ def validate(
     target = recognise(artifact)
     asked = request(model, None, [], recipe=recipe, memory=parse_bytes(memory), tokens=tokens)
     with watching(as_json) as events:
-        report = judge(model, artifact, target, replace(asked, variants={}), events)
+        report = judge(
+            model, artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
+        )
     if as_json:
         print(report.to_json(), end="")
     else:

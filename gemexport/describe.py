@@ -18,7 +18,7 @@ from gemexport.formats.lattice import likely_block
 from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
 from gemexport.registry import recognise
 from gemexport.render import number, quantity, share, size
-from gemexport.report import ArtifactReport
+from gemexport.report import ArtifactReport, NpuReport
 from gemexport.run import Request, graph, steps
 from gemexport.workspace import WORK
 
@@ -173,6 +173,26 @@ def print_verdict(report: ArtifactReport) -> None:
                     f"{logits.arithmetic}",
                     soft_wrap=True,
                 )
+    if report.npu:
+        _print_npu(report.npu, console)
     for bound in report.bounds:
         mark, style = ("held", "") if bound.held else ("BROKEN", "red")
         console.print(f"  {mark:<7} {bound}", soft_wrap=True, style=style)
+
+
+def _print_npu(npu: NpuReport, console: Console) -> None:
+    """Print what the NPU's compiler and emulator said."""
+    console.print(f"npu         HTP v{npu.architecture}, {npu.compiler}, {npu.seconds:.0f} s", soft_wrap=True)
+    if npu.context:
+        console.print(f"            {size(npu.context_bytes)} of context binaries in {npu.context}", soft_wrap=True)
+    for item in npu.refused:
+        console.print(f"  refused {item.graph} {item.node} ({item.operator}): {item.reason}", soft_wrap=True)
+    for error in npu.errors:
+        console.print(f"  {error}", soft_wrap=True)
+    for item in npu.comparisons:
+        console.print(
+            f"            {item.of} against {item.against}: KLD {number(item.divergence.kld_mean)} nats "
+            f"(max {number(item.divergence.kld_max)}), same top-1 {share(item.divergence.top1_agreement)}, largest "
+            f"difference of a logit {item.max_difference:.3g}, over {npu.tokens} tokens",
+            soft_wrap=True,
+        )

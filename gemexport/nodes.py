@@ -86,9 +86,10 @@ def export(
     place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
 ) -> Export:
     """Write one artefact; progress in bytes of the source."""
-    result: Export = (
-        TARGETS[target].exporter().export(place.open(), path, variant=variant, progress=progress, **options)
-    )
+    exporter, checkpoint = TARGETS[target].exporter(), place.open()
+    if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
+        options = {**options, "calibration": place.sequences(checkpoint)}
+    result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
     return result
 
 
@@ -115,7 +116,7 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
             total.add(store.logits(sequence), noisy.logits(sequence), sequence)
             progress(len(sequence))
         noisy.close()
-        floors[arithmetic] = _figures(total)
+        floors[arithmetic] = figures(total)
     return floors
 
 
@@ -245,8 +246,8 @@ class _Trial:
             arithmetic=runtime.arithmetic,
             tokens=conversion.positions,
             top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
-            conversion=_figures(conversion),
-            loss=_figures(loss),
+            conversion=figures(conversion),
+            loss=figures(loss),
             greedy=self._greedy(prompt, continuation),
         )
 
@@ -277,7 +278,8 @@ class _Trial:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def _figures(total: divergence.Divergence) -> Divergence:
+def figures(total: divergence.Divergence) -> Divergence:
+    """A divergence as the report has it."""
     return Divergence(
         kld_mean=total.kld_mean,
         kld_max=total.kld_max,

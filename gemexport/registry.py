@@ -93,7 +93,7 @@ TARGETS: dict[str, Target] = {
             "mlx", "mlx", "mlx", ("mlx", "mlx_lm"),
         ),
         Target(
-            "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "f32"), "onnx/{variant}",
+            "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"), "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"),
         ),
         Target(

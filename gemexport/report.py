@@ -21,7 +21,7 @@ from gemexport.formats.files import atomic
 from gemexport.formats.tensor import DType, Grid, Kind
 
 Status = Literal["pass", "fail", "error", "skipped"]
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256"]
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-int8", "static-int16"]
 
 SCHEMA = 1
 _PACKAGES = (
@@ -38,7 +38,7 @@ _PACKAGES = (
         "mlx",
         "mlx-lm",
     ),
-    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "coremltools", "compressed-tensors"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-qnn", "coremltools", "compressed-tensors"),
 )
 
 
@@ -202,6 +202,42 @@ class LogitsReport(_Model):
     peak_rss_bytes: int | None = None
 
 
+class NpuRefusal(_Model):
+    """A node that the NPU's compiler does not take, in one of the artefact's graphs."""
+
+    graph: str
+    node: str
+    operator: str
+    reason: str
+
+
+class NpuComparison(_Model):
+    """Logits that one way of computing the graphs gives against another's, `max_difference` being the largest."""
+
+    of: str
+    against: str
+    divergence: Divergence
+    max_difference: float
+
+
+class NpuReport(_Model):
+    """The artefact in the NPU's own compiler and emulator.
+
+    `context` is what the compiler wrote, `context_bytes` the binaries in it; both graphs are compiled with nothing left
+    to the CPU, or not at all. The emulator and the CPU are judged against exact arithmetic, over `tokens` positions.
+    """
+
+    compiler: str
+    architecture: str
+    seconds: float
+    context: str | None = None
+    context_bytes: int = 0
+    refused: tuple[NpuRefusal, ...] = ()
+    errors: tuple[str, ...] = ()
+    tokens: int = 0
+    comparisons: tuple[NpuComparison, ...] = ()
+
+
 class Bound(_Model):
     """One thing the verdict rests on: a metric, its value, its limit and where that comes from."""
 
@@ -250,6 +286,7 @@ class ArtifactReport(_Model):
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()
     seconds: float = 0.0
 

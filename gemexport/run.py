@@ -18,6 +18,7 @@ from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
 from gemexport.nodes import Validation, Workplace
+from gemexport.npu import npu_bounds
 from gemexport.registry import TARGETS, Target
 from gemexport.render import write_reports
 from gemexport.report import (
@@ -28,6 +29,7 @@ from gemexport.report import (
     LatticeReport,
     LatticeTensor,
     ModelReport,
+    NpuReport,
     Report,
     artifact_sha256,
     describe_files,
@@ -207,9 +209,16 @@ def run(asked: Request, events: Events | None = None) -> Report:
 
 
 def validate(
-    model: Path, artifact: Path, target: Target, asked: Request, events: Events | None = None
+    model: Path,
+    artifact: Path,
+    target: Target,
+    asked: Request,
+    events: Events | None = None,
+    *,
+    qnn_context: Path | None = None,
+    qnn_arch: str | None = None,
 ) -> ArtifactReport:
-    """Judge one artefact, whoever made it."""
+    """Judge one artefact, whoever made it; with `qnn_context` also by the NPU's compiler, which writes there."""
     checkpoint = open_checkpoint(model)
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
@@ -222,6 +231,10 @@ def validate(
                  node.memory, node.total)
             for node in validators(asked, checkpoint, place, [step])
         ]  # fmt: skip
+        if qnn_context is not None:
+            arguments = {"place": place, "path": artifact, "context": qnn_context.absolute(), "architecture": qnn_arch}
+            call = Call("gemexport.npu:compile_npu", arguments)
+            nodes.append(Node("npu", call, ("grids",), logits_memory(checkpoint, asked.tokens), asked.tokens))
         outcomes = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events()).run(nodes)
     for outcome in outcomes.values():
         if outcome.error:
@@ -263,10 +276,10 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
 def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
     """The report of one artefact out of its nodes' outcomes."""
     exported = outcomes.get(f"export {step.key}", Outcome())
-    judged = outcomes.get(f"validate {step.key}", Outcome())
+    judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
-    failed = next((item for item in (exported, judged) if not succeeded(item)), None)
+    failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
         files = describe_files(asked.out, step.path)
         base |= {
@@ -288,7 +301,8 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if not isinstance(judged.value, Validation):
         return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
-    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant))
+    npu: NpuReport | None = compiled.value
+    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant)) + (npu_bounds(npu) if npu else ())
     status, reason = verdict(held)
     if found.logits is None and status == "pass":
         reason = "logits were not compared: the model does not fit into --memory"
@@ -302,6 +316,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         tokenizer=found.tokenizer,
         logits=logits,
         more_logits=found.more_logits,
+        npu=npu,
         bounds=held,
         seconds=seconds,
     )

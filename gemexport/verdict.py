@@ -52,6 +52,7 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
     """Nothing missing; what lies on the source's lattice, or has no grid at all, kept its values, the rest is near."""
     report = found.weights
     held = [item for item in report.tensors if _must_be_exact(item, holds)]
+    moved = [item for item in report.tensors if _widened(item)]
     result = [Bound.at_most("weights.missing", len(report.missing), 0, "an artefact holds every tensor of the decoder")]
     if held:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
@@ -62,6 +63,13 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         worst = max(errors, key=lambda error: (math.isnan(error), error))
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
         result.append(Bound.at_most("weights.rms_relative_error", worst, REQUANTIZED_RMS, origin))
+    if moved:
+        bits = min(item.grid.bits for item in moved if item.grid is not None)
+        # A float32 scale is off by 2^-24 of itself, times a code of up to 127.
+        limit = 0.5 / ((1 << (bits - 1)) - 1) * (1 + 1e-4)
+        worst = max(item.max_relative_error for item in moved)
+        origin = f"half a step of the {bits}-bit codes that the format has instead"
+        result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
     return result
 
 
@@ -72,11 +80,19 @@ def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
     scales were rounded to the dtype that the format prescribes, nor one that was quantized anew because somebody asked
     for it. An artefact without a grid that still differs is a plain one in a narrower dtype.
     """
-    if item.requantized:
+    if item.requantized or _widened(item):
         return False
     if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
         return not (item.scale_rounded and item.exact < item.compared)
     return item.grid is None and len(item.shape) == 2
+
+
+def _widened(item: TensorReport) -> bool:
+    """Whether codes became wider ones with fewer scales, as in a format that knows one scale a row and no blocks."""
+    source, stored = item.source_grid, item.grid
+    if source is None or stored is None or not source.lossless:
+        return False
+    return stored.block > source.block and stored.bits > source.bits
 
 
 def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[Bound]:
@@ -85,7 +101,7 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[
         return []
     if report.arithmetic == "f32":
         return _in_f32(report, conversion)
-    noises = {name: floors[name] for name in NOISES[report.arithmetic] if name in floors}
+    noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
     if not noises:
         return []
     noise, floor = max(noises.items(), key=lambda item: item[1].kld_mean)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -24,7 +24,10 @@ from gemexport.validators.runtime import Arithmetic, Logits
 CHUNK = 256  # tokens of a prompt at once where sizes are free
 SINGLE = 8  # tokens at the end of a sequence that go one at a time
 NPU_GRAPHS = ("embeddings", "prefill", "decode")
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16, "tensor(int16)": np.int16,
+}  # fmt: skip
 
 _ATTRIBUTES = ("accuracy_level", "sliding_window_cache", "local_window_size")
 
@@ -39,14 +42,35 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and all((path / f"{name}.onnx").is_file() for name in NPU_GRAPHS):
-        return NpuModel(folder, threads, context)
+        files = {name: path / f"{name}.onnx" for name in NPU_GRAPHS}
+        return NpuModel(folder, files, context, lambda _, file: cpu_session(file, threads))
     file = path / "model.onnx" if path.is_dir() else path
     if not file.is_file():
         raise InputError(path, "there is no model.onnx", "give an .onnx file or the folder of one")
     return OnnxModel(file, threads)
 
 
-def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
+class Input(Protocol):
+    """An input or output of a graph."""
+
+    name: str
+    shape: list[Any]
+    type: str
+
+
+class Session(Protocol):
+    """A graph that runs: ONNX Runtime's InferenceSession, or what computes in its place."""
+
+    def get_inputs(self) -> Sequence[Input]: ...
+    def get_outputs(self) -> Sequence[Input]: ...
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]], /) -> list[Any]: ...
+
+
+OpenGraph = Callable[[str, Path], Session]  # by the graph's name and file
+
+
+def cpu_session(file: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, computing what its operators say; InputError when ONNX Runtime cannot load it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -79,6 +103,10 @@ def _traits(files: Sequence[Path]) -> Traits:
     for file in files:
         graph = read_model(file).graph
         for node in graph:
+            # An activation's zero point; the widths of weights and of what an NPU keeps exact do not matter here.
+            if node.op_type == "QuantizeLinear" and node.inputs[2] is not None:
+                eight = node.inputs[2].dtype == ir.DataType.UINT8
+                arithmetics.add("static-int8" if eight else "static-int16")
             numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
             if numbers.get("accuracy_level") == 4:
                 arithmetics.add("int8-activations")
@@ -87,7 +115,7 @@ def _traits(files: Sequence[Path]) -> Traits:
                 capacities |= {v.name or "": numbers["local_window_size"] for v in node.inputs[3:5] if v is not None}
         if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
             arithmetics.add("f16")
-    order: tuple[Arithmetic, ...] = ("int8-activations", "f16")
+    order: tuple[Arithmetic, ...] = ("static-int8", "static-int16", "int8-activations", "f16")
     return Traits(next((kind for kind in order if kind in arithmetics), "f32"), capacities)
 
 
@@ -98,6 +126,7 @@ class _Model(ABC):
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
         self.traits = _traits(files)
         self.arithmetic = self.traits.arithmetic
+        self.single = SINGLE
         tokenizer = folder / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
 
@@ -105,7 +134,7 @@ class _Model(ABC):
         """Logits `[n, vocabulary]`, from an empty cache."""
         found: NDArray[np.float32] | None = None
         filled = 0
-        for rows in self._feed(self._empty(), tokens, SINGLE):
+        for rows in self._feed(self._empty(), tokens, self.single):
             if found is None:
                 found = np.empty((len(tokens), rows.shape[1]), np.float32)
             found[filled : filled + len(rows)] = rows
@@ -161,7 +190,7 @@ class OnnxModel(_Model):
 
     def __init__(self, file: Path, threads: int) -> None:
         super().__init__(file.parent, [file])
-        self.session = _session(file, threads)
+        self.session = cpu_session(file, threads)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
         self.past = {
@@ -207,15 +236,18 @@ def _past_shape(shape: Sequence[int | str], capacity: int, file: Path) -> tuple[
 class NpuModel(_Model):
     """Three graphs: the lookup of any length, the decoder for a chunk of a prompt, and the decoder for one token."""
 
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
-        files = {name: folder / f"{name}.onnx" for name in NPU_GRAPHS}
+    def __init__(self, folder: Path, files: Mapping[str, Path], context: int, open_graph: OpenGraph) -> None:
         super().__init__(folder, list(files.values()))
-        self.files, self.threads = files, threads
-        self.sessions = {name: _session(files[name], threads) for name in ("embeddings", "prefill")}
+        self.files, self.open_graph = files, open_graph
+        self.sessions = {name: open_graph(name, files[name]) for name in ("embeddings", "prefill")}
         inputs = {item.name: item for item in self.sessions["prefill"].get_inputs()}
         self.length = int(inputs["position_ids"].shape[1])
-        self.caches = {name: tuple(item.shape) for name, item in inputs.items() if name.startswith("past_")}
-        self.context = max((shape[2] for shape in self.caches.values()), default=0)
+        self.caches = {
+            name: (tuple(item.shape), NUMPY_TYPES[item.type])
+            for name, item in inputs.items()
+            if name.startswith("past_")
+        }
+        self.context = max((shape[2] for shape, _ in self.caches.values()), default=0)
         if self.context < context:
             remedy = f"export it again with a context of {context}"
             raise InputError(folder, f"its caches hold {self.context} positions", remedy)
@@ -227,12 +259,12 @@ class NpuModel(_Model):
         return left % self.length or self.length
 
     def _empty(self) -> Cache:
-        return {name: np.zeros(shape, np.float32) for name, shape in self.caches.items()}
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.caches.items()}
 
     def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         name, length = ("decode", 1) if len(tokens) == 1 and start else ("prefill", self.length)
         if name not in self.sessions:
-            self.sessions[name] = _session(self.files[name], self.threads)
+            self.sessions[name] = self.open_graph(name, self.files[name])
         padding = length - len(tokens)
         ids = np.asarray([0] * padding + list(tokens), np.int64)[None]
         looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256"]
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-int8", "static-int16"]
 
 
 @dataclass(frozen=True)

@@ -57,5 +57,5 @@ def test_e8m0_bytes_come_back_or_are_refused() -> None:
 def test_levels_may_be_scaled() -> None:
     assert multiple(E2M1, E2M1) == 1.0
     assert multiple(tuple(2 * level for level in E2M1), E2M1) == 2.0  # as llama.cpp writes them down
-    assert multiple(E2M1[:-1] + (-5.0,), E2M1) is None
+    assert multiple((*E2M1[:-1], -5.0), E2M1) is None
     assert multiple(E2M3, E2M1) is None
