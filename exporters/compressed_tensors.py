@@ -75,7 +75,7 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant == "bf16":
         return "the variant bf16 holds plain numbers"
-    if grid.kind != "symmetric":
+    if grid.kind != "symmetric" or 32 % grid.bits:
         return f"there is no scheme for {grid.bits}-bit codes of the kind {grid.kind}"
     strategy = f"group {grid.block}" if grid.block < width else "channel"
     return Container(f"pack-quantized {grid.bits} bit, {strategy}", "f32")

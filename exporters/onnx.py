@@ -81,7 +81,7 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant == "f32":
         return "the variant f32 holds plain numbers"
-    if grid.kind != "symmetric":
+    if grid.kind != "symmetric" or grid.bits not in (2, 4, 8):
         return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
     if variant in PRECISIONS:
         if held_by_rows(grid, width):

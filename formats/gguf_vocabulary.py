@@ -23,6 +23,7 @@ from gemexport.formats.gguf_metadata import Metadata
 
 SPACE = "▁"
 SENTENCEPIECE, MERGES = "llama", "gemma4"  # values of tokenizer.ggml.model
+UNSCORED = -1000.0
 MAX_TOKEN_BYTES = 256  # Gemma's longest has 48; the search for merges takes the square of it
 # As plain integers: a quarter of a million comparisons with members of an enumeration take seconds.
 NORMAL, USER_DEFINED, UNUSED = int(TokenType.NORMAL), int(TokenType.USER_DEFINED), int(TokenType.UNUSED)
@@ -173,7 +174,8 @@ def sentencepiece_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> lis
     """The merges of a SentencePiece model, best first: every pair of tokens whose union is a token.
 
     By the union's score, then the longer first half, then the longer second one, then the union's id: the order in
-    which Hugging Face's converter sorts them. Symbols that users define have the score 0, whatever the file says.
+    which Hugging Face's converter sorts them. Symbols that users define have the score 0 in SentencePiece's own file,
+    for which llama.cpp's converter writes UNSCORED.
     """
     texts, kinds = vocabulary.texts, vocabulary.kinds
     known = {text: index for index, text in enumerate(texts) if kinds[index] in _MERGED and text}
@@ -186,9 +188,10 @@ def sentencepiece_merges(vocabulary: Vocabulary, scores: Sequence[float]) -> lis
     if not unions:
         return []
     union, first = np.array(unions), np.array(cuts)
-    score = np.where(np.array(kinds) == USER_DEFINED, 0.0, np.array(scores, np.float64))[union]
+    score = np.array(scores, np.float64)
+    score[(np.array(kinds) == USER_DEFINED) & (score == UNSCORED)] = 0.0
     second = np.array([len(text) for text in texts])[union] - first
-    order = np.lexsort((union, -second, -first, -score))
+    order = np.lexsort((union, -second, -first, -score[union]))
     return [(texts[unions[i]][: cuts[i]], texts[unions[i]][cuts[i] :]) for i in order]
 
 

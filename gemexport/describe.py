@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.lattice import likely_block
 from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
-from gemexport.registry import recognise
+from gemexport.registry import TARGETS, recognise
 from gemexport.render import number, quantity, share, size
 from gemexport.report import ArtifactReport, NpuReport
 from gemexport.run import Request, graph, steps
@@ -26,7 +26,10 @@ from gemexport.workspace import WORK
 def inspect_path(path: Path, as_json: bool) -> None:
     """Print what a checkpoint or an artefact holds."""
     console = Console(highlight=False)
-    facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
+    if is_gguf(path):
+        facts = _gguf_facts(path)
+    else:
+        facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -38,6 +41,15 @@ def inspect_path(path: Path, as_json: bool) -> None:
         table.add_row(row["grid"], str(row["tensors"]), quantity(row["weights"]))
     console.print()
     console.print(table)
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    """A GGUF file is a checkpoint where it has all of a model; else it is an artefact, and the facts say why not more."""
+    try:
+        facts = _checkpoint_facts(path)
+    except InputError as error:
+        return {**_artifact_facts(path), "as a model": f"no: {error.problem}"}
+    return {"model": facts.pop("model"), "format": TARGETS["gguf"].title, **facts}
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -58,9 +70,9 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
     heads = sorted({layer.head_dim for layer in decoder.layers})
     grids = {}
     for name, tensor in checkpoint.tensors.items():
-        block = likely_block(tensor) if len(tensor.shape) == 2 else None
+        block = likely_block(tensor) if len(tensor.shape) == 2 and tensor.grid is None else None
         width = tensor.shape[-1] if tensor.shape else 1
-        grids[name] = f"int4, {_block(block, width)} (sampled)" if block else tensor.dtype
+        grids[name] = f"int4, {_block(block, width)} (sampled)" if block else _stored(tensor)
     return {
         "model": checkpoint.name,
         "architecture": decoder.family,
@@ -96,7 +108,9 @@ def _stored(tensor: Tensor) -> str:
     grid: Grid | None = tensor.grid
     if grid is None:
         return tensor.dtype
-    return f"int{grid.bits}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales"
+    codes = f"{grid.bits}-bit codebook" if grid.kind == "codebook" else f"int{grid.bits}"
+    shifted = {"affine": " and biases", "zero-point": " and zero points"}.get(grid.kind, "")
+    return f"{codes}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales{shifted}"
 
 
 def _block(block: int, width: int) -> str:

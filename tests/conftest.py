@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gemexport import demo
@@ -20,3 +21,47 @@ def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 4 with every feature of E2B, in bf16, on a block-32 grid with scales of max/7. Do not write to it."""
     return demo.make(tmp_path_factory.mktemp("checkpoints") / "tiny-gemma4", size="tiny")
+
+
+# Where the blocks of K-quants have f16 numbers.
+K_FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+MIXED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ2_0", "MXFP4", *K_FACTORS, "TQ1_0", "F16")
+
+
+@pytest.fixture(scope="session")
+def mixed_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file of a small Gemma 3 whose matrices are of every type with codes, and two without. Do not write to it.
+
+    gguf-py quantizes what it can; for the K-quants, which it only reads, the blocks are random bytes on small scales.
+    """
+    gguf = pytest.importorskip("gguf")
+    from gemexport.exporters import gguf as exporter
+    from gemexport.formats.checkpoint import open_checkpoint
+    from gemexport.formats.gguf_container import Writer, read
+
+    folder = tmp_path_factory.mktemp("gguf")
+    model = demo.make(folder / "model", family="gemma3", size=demo.Size(512, 256, 512, 4, 2, 64, 32, 8), rule=None)
+    plain = read(exporter.export(open_checkpoint(model), folder / "plain.gguf", variant="F32").path)
+    stream = np.random.default_rng(7)
+    matrices = 0
+    with Writer(folder / "mixed.gguf", plain.packed, {name: item.shape for name, item in plain.tensors.items()}) as out:
+        for name, item in plain.tensors.items():
+            values = plain.rows(item, 0, item.nbytes // item.row_bytes).view("<f4")
+            kind = gguf.GGMLQuantizationType[MIXED[matrices % len(MIXED)] if len(item.shape) == 2 else "F32"]
+            matrices += len(item.shape) == 2
+            if kind.name in K_FACTORS:
+                data = _random_blocks(
+                    item.shape[0], item.shape[1] // 256, gguf.GGML_QUANT_SIZES[kind][1], kind.name, stream
+                )
+            else:
+                data = values if kind.name == "F32" else gguf.quants.quantize(values, kind)
+            out.write(name, kind, data)
+    return folder / "mixed.gguf"
+
+
+def _random_blocks(rows: int, count: int, size: int, kind: str, stream: np.random.Generator) -> np.ndarray:
+    data = stream.integers(0, 256, (rows, count, size), dtype=np.uint8)
+    for place in K_FACTORS[kind]:
+        factors = stream.uniform(1e-5, 1e-4, (rows, count)).astype("<f2")
+        data[:, :, place : place + 2] = factors.view(np.uint8).reshape(rows, count, 2)
+    return data
