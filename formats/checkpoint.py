@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import Architecture, architecture, text_config
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedTensor, read_folder
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
-READERS: dict[str, str] = {}
+READERS: dict[str, str] = {"gemma": "gemexport.formats.gemma_mobile"}
 # The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
@@ -44,6 +45,7 @@ class Source:
     tensors: Mapping[str, Tensor]
     left_out: tuple[str, ...] = ()  # tensors of the files that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep, one sentence each
+    activations: Activations | None = None  # static scales of activations and caches
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep
     fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
+    activations: Activations | None = None  # static scales of activations and caches, where it came with any
 
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings that came with the weights."""
@@ -112,6 +115,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         assets=folder,
         left_out=found.left_out,
         notes=found.notes,
+        activations=found.activations,
     )
 
 

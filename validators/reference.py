@@ -9,20 +9,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional
 
+from gemexport.formats.activations import Activations
+from gemexport.formats.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
+from gemexport.validators import activation_rounding
 
-Arithmetic = Literal["f32", "bf16", "int8-activations"]
+Arithmetic = Literal["f32", "bf16", "int8-activations", "f32-reordered"]
 
 DTYPES: dict[Arithmetic, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
     "int8-activations": torch.float32,
+    "f32-reordered": torch.float32,
 }
 
 # What a config says about how weights were stored: the weights given here are plain numbers already.
@@ -35,13 +41,17 @@ def reference(
     threads: int | None = None,
     *,
     dtype: Arithmetic = "f32",
+    activations: Activations | None = None,
 ) -> Reference:
     """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
 
     `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
-    (`gemma3_text`, `gemma4_text`). Two ways to compute exist to be measured against "f32": "bf16", as the
-    checkpoint is served, and "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8
-    bits in blocks of 32. Memory: one copy of the weights, 4 or 2 bytes each.
+    (`gemma3_text`, `gemma4_text`). `activations` are rounded as the checkpoint, or the artefact, says.
+
+    Three ways to compute exist to be measured against "f32": "bf16", as the checkpoint is served, "int8-activations",
+    as llama.cpp multiplies: the inputs of every matrix rounded to 8 bits in blocks of 32, and "f32-reordered", which
+    adds the products of a matrix in another order, as another implementation would. Memory: one copy of the weights,
+    4 or 2 bytes each.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
@@ -56,17 +66,20 @@ def reference(
             config=config,
             state_dict=weights,
             dtype=DTYPES[dtype],
-            attn_implementation="eager",
+            attn_implementation=activation_rounding.attention_implementation(activations),
             output_loading_info=True,
         )
     complaints = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {complaint: sorted(map(str, report[complaint])) for complaint in complaints}
     if any(wrong.values()):
         raise ValueError(f"the tensors do not make up a {config.model_type}: {wrong}")
-    if dtype == "int8-activations":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda _, inputs: (_round_to_int8(inputs[0]), *inputs[1:]))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and dtype == "int8-activations":
+            module.register_forward_pre_hook(lambda _, inputs: (_round_to_int8(inputs[0]), *inputs[1:]))
+        elif isinstance(module, torch.nn.Linear) and dtype == "f32-reordered":
+            module.forward = partial(_in_halves, module)
+    if activations is not None:
+        activation_rounding.install(model, activations, architecture(dict(text_config), config.model_type))
     return Reference(model, dtype, threads or os.cpu_count() or 1)
 
 
@@ -78,6 +91,14 @@ def _round_to_int8(x: torch.Tensor, block: int = 32) -> torch.Tensor:
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
     codes = torch.where(scale > 0, blocks / scale, 0).round().clamp(-128, 127)
     return (codes * scale).reshape(x.shape)
+
+
+def _in_halves(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a linear without bias computes, its sums taken in two halves."""
+    half = linear.in_features // 2
+    return functional.linear(x[..., :half], linear.weight[:, :half]) + functional.linear(
+        x[..., half:], linear.weight[:, half:]
+    )
 
 
 class Reference:
