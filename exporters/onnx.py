@@ -24,7 +24,7 @@ from gemexport.exporters.onnx_npu import NpuBackend, add_decoder, lookup
 from gemexport.exporters.onnx_quantized import PRECISIONS, write_quantized
 from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.formats.activations import Method, read_ranges
+from gemexport.formats.activation_ranges import Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Grid

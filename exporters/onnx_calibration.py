@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters.onnx_qdq import QdqGraph
-from gemexport.formats.activations import ActivationRange, ActivationRanges
+from gemexport.formats.activation_ranges import ActivationRange, ActivationRanges
 
 PERCENTILE = 99.99
 STATISTICS = ("minimum", "maximum", "low", "high")

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters.onnx_graph import GraphBuilder
-from gemexport.formats.activations import Activations, Bits, Encoding, affine, widened
+from gemexport.formats.activation_ranges import Activations, Bits, Encoding, affine, widened
 
 # They move numbers and change none, so what comes out has the encoding of what went in.
 MOVES = frozenset(("Concat", "Gather", "Reshape", "Slice", "Split", "Transpose", "Unsqueeze", "Where"))

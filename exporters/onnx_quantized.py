@@ -14,7 +14,7 @@ from gemexport.exporters.onnx_htp import HtpBackend, row_grid
 from gemexport.exporters.onnx_npu import add_decoder, lookup
 from gemexport.exporters.onnx_qdq import QdqGraph
 from gemexport.exporters.result import Progress
-from gemexport.formats.activations import Activations
+from gemexport.formats.activation_ranges import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import EMBEDDING

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import from_json
 
+from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import Architecture, architecture, text_config
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (
 READERS: dict[str, str] = {
     "awq": "gemexport.formats.awq",
     "compressed-tensors": "gemexport.formats.compressed_tensors",
+    "gemma": "gemexport.formats.gemma_mobile",
     "gptq": "gemexport.formats.gptq",
     "mlx": "gemexport.formats.mlx",
 }
@@ -56,6 +58,7 @@ class Source:
     tensors: Mapping[str, Tensor]
     left_out: tuple[str, ...] = ()  # tensors of the files that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep, one sentence each
+    activations: Activations | None = None  # static scales of activations and caches
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep
     fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
+    activations: Activations | None = None  # static scales of activations and caches, where it came with any
 
     @property
     def assets(self) -> Path:
@@ -164,6 +168,7 @@ def _folder(folder: Path) -> Checkpoint:
         unpack=lambda: folder,
         left_out=found.left_out,
         notes=found.notes,
+        activations=found.activations,
     )
 
 

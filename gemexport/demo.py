@@ -100,7 +100,7 @@ def _bell(stream: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     return (np.asarray(total, dtype=np.float32) + np.float32(2)) / np.float32(2 * 65536 / 12**0.5)
 
 
-def _values(
+def random_values(
     name: str, shape: tuple[int, ...], model: Architecture, quiet: list[int], stream: np.random.Generator
 ) -> Floats:
     """The weights of one tensor before they are put on a grid."""
@@ -177,13 +177,18 @@ def make(
             for name, shape in shapes.items():
                 # A stream for each name: a model with other layers still has the same weights in those it shares.
                 stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
-                writer.write(names[name], _stored(_values(name, shape, model, quiet, stream), name, rule, dtype))
+                writer.write(names[name], _stored(random_values(name, shape, model, quiet, stream), name, rule, dtype))
             if wrapped:
                 writer.write(tower.name, np.zeros(tower.shape, NUMPY_DTYPES[tower.dtype]))
         _write_json(partial / "config.json", _wrapped_config(config, family) if wrapped else config)
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(partial / "generation_config.json", {"do_sample": True, **generation, "top_k": 64, "top_p": 0.95})
+        write_generation_config(partial, config)
     return folder
+
+
+def write_generation_config(folder: Path, config: dict[str, Any]) -> None:
+    """generation_config.json with Gemma's settings and the special tokens of the text config `config`."""
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", {"do_sample": True, **tokens, "top_k": 64, "top_p": 0.95})
 
 
 def _wrapped_config(config: dict[str, Any], family: Family) -> dict[str, Any]:

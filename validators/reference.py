@@ -7,24 +7,29 @@ back out of an artefact, which shows whether a runtime computes what the artefac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional
 
+from gemexport.formats.activations import Activations
+from gemexport.formats.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
+from gemexport.validators import activation_rounding
 
-Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256"]
+Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
 
 DTYPES: dict[Arithmetic, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
     "int8-activations": torch.float32,
     "int8-activations-256": torch.float32,
+    "f32-reordered": torch.float32,
 }
 # Inputs of a row that are rounded together: those of ggml's Q8_0 and Q8_K, which its K-quants are multiplied with.
 _ROUNDED: dict[Arithmetic, tuple[int, ...]] = {"int8-activations": (32,), "int8-activations-256": (256, 32)}
@@ -39,14 +44,18 @@ def reference(
     threads: int | None = None,
     *,
     dtype: Arithmetic = "f32",
+    activations: Activations | None = None,
 ) -> Reference:
     """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
 
     `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
-    (`gemma3_text`, `gemma4_text`). The other ways to compute exist to be measured against "f32": "bf16", as the
-    checkpoint is served, and "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8
-    bits in blocks of 32, or, for K-quants ("int8-activations-256"), of 256 where these divide the row. Memory: one
-    copy of the weights, 4 or 2 bytes each, and in bf16 the widest one in f32.
+    (`gemma3_text`, `gemma4_text`). `activations` are rounded as the checkpoint, or the artefact, says.
+
+    The other ways to compute exist to be measured against "f32": "bf16", as the checkpoint is served;
+    "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8 bits in blocks of 32, or, for
+    K-quants ("int8-activations-256"), of 256 where these divide the row; and "f32-reordered", which adds the products
+    of a matrix in another order, as another implementation would. Memory: one copy of the weights, 4 or 2 bytes each,
+    and in bf16 the widest one in f32.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
@@ -61,7 +70,7 @@ def reference(
             config=config,
             state_dict=weights,
             dtype=DTYPES[dtype],
-            attn_implementation="eager",
+            attn_implementation=activation_rounding.attention_implementation(activations),
             output_loading_info=True,
         )
     complaints = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -73,8 +82,10 @@ def reference(
             module.register_forward_pre_hook(
                 lambda _, inputs: (_round_to_int8(inputs[0], _ROUNDED[dtype]), *inputs[1:])
             )
-        elif isinstance(module, torch.nn.Linear) and dtype == "bf16":
-            module.forward = MethodType(_bf16_linear, module)
+        elif isinstance(module, torch.nn.Linear) and dtype in _LINEARS:
+            module.forward = partial(_LINEARS[dtype], module)  # type: ignore[method-assign]
+    if activations is not None:
+        activation_rounding.install(model, activations, architecture(dict(text_config), config.model_type))
     return Reference(model, dtype, threads or os.cpu_count() or 1)
 
 
@@ -84,7 +95,7 @@ def _bf16_linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     PyTorch's own bf16 kernel does the same sums in another order, but without AVX-512 it takes six times as long.
     """
     bias = None if module.bias is None else module.bias.float()
-    return torch.nn.functional.linear(x.float(), module.weight.float(), bias).to(torch.bfloat16)
+    return functional.linear(x.float(), module.weight.float(), bias).to(torch.bfloat16)
 
 
 def _round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -99,6 +110,20 @@ def _round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
     codes = torch.where(scale > 0, blocks / scale, 0).round().clamp(-128, 127)
     return (codes * scale).reshape(x.shape)
+
+
+def _in_halves(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a linear without bias computes, its sums taken in two halves."""
+    half = linear.in_features // 2
+    return functional.linear(x[..., :half], linear.weight[:, :half]) + functional.linear(
+        x[..., half:], linear.weight[:, half:]
+    )
+
+
+_LINEARS: dict[Arithmetic, Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]] = {
+    "bf16": _bf16_linear,
+    "f32-reordered": _in_halves,
+}
 
 
 class Reference:
