@@ -57,7 +57,8 @@ def form(tensor: Tensor) -> Form:
     if codes == "uint2":
         table = np.arange(-2, 2, dtype=np.int8) if grid.kind == "symmetric" else np.arange(4, dtype=np.uint8)
     if grid.kind == "affine":
-        return Form(codes, scales, table, integer, {"fp16": "fp16", "fp32": "fp32"}.get(shifts))
+        biases: dict[str, Float] = {"fp16": "fp16", "fp32": "fp32"}
+        return Form(codes, scales, table, integer, biases.get(shifts))
     return Form(codes, scales, table, shifts if grid.kind == "zero-point" else None)
 
 

@@ -26,7 +26,7 @@ ZERO_POINTS = ".zero_points"  # what those of a weight are called, after its own
 class HtpBackend(NpuBackend):
     """`decoder.Backend` on a `QdqGraph`."""
 
-    graph: QdqGraph  # type: ignore[assignment]
+    graph: QdqGraph
 
     def __init__(self, a: Architecture, graph: QdqGraph, weights: Weights, length: int, context: int) -> None:
         super().__init__(a, graph, weights, length, context)

@@ -46,7 +46,8 @@ class Encoding(BaseModel):
         """The nearest integers, ties to even, as QuantizeLinear of ONNX has it."""
         low, high = self.limits
         rounded = np.rint(np.asarray(values, np.float64) / self.scale) + self.zero_point
-        return np.clip(rounded, low, high).astype(self.numpy)
+        found: NDArray[np.integer] = np.clip(rounded, low, high).astype(self.numpy)
+        return found
 
 
 def affine(low: float, high: float, bits: Bits) -> Encoding:

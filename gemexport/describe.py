@@ -44,7 +44,7 @@ def inspect_path(path: Path, as_json: bool) -> None:
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:
-    """A GGUF file is a checkpoint where it has all of a model; else it is an artefact, and the facts say why not more."""
+    """A GGUF file is a checkpoint where it has all of a model; else an artefact, and the facts say why not more."""
     try:
         facts = _checkpoint_facts(path)
     except InputError as error:
@@ -203,10 +203,10 @@ def _print_npu(npu: NpuReport, console: Console) -> None:
         console.print(f"  refused {item.graph} {item.node} ({item.operator}): {item.reason}", soft_wrap=True)
     for error in npu.errors:
         console.print(f"  {error}", soft_wrap=True)
-    for item in npu.comparisons:
+    for compared in npu.comparisons:
         console.print(
-            f"            {item.of} against {item.against}: KLD {number(item.divergence.kld_mean)} nats "
-            f"(max {number(item.divergence.kld_max)}), same top-1 {share(item.divergence.top1_agreement)}, largest "
-            f"difference of a logit {item.max_difference:.3g}, over {npu.tokens} tokens",
+            f"            {compared.of} against {compared.against}: KLD {number(compared.divergence.kld_mean)} nats "
+            f"(max {number(compared.divergence.kld_max)}), same top-1 {share(compared.divergence.top1_agreement)}, largest "
+            f"difference of a logit {compared.max_difference:.3g}, over {npu.tokens} tokens",
             soft_wrap=True,
         )
