@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,35 @@ class CompressedTensors(Reference):
 def _scales_in_f32() -> Iterator[None]:
     """Decompress in float32 where that happens while loading, before transformers casts anything."""
     try:
-        from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.nvfp4 import base as fp4
     except ImportError:  # a plain bf16 folder needs no such package
         yield
         return
-    original = Compressor.decompress
-
-    def decompress(state: dict[str, torch.Tensor], scheme: Any) -> Any:
-        return original({**state, "weight_scale": state["weight_scale"].float()}, scheme)
-
-    Compressor.decompress = decompress
+    patched = [kind for kind in _subclasses(BaseCompressor) if "decompress" in vars(kind)]
+    originals = {kind: vars(kind)["decompress"] for kind in patched}
+    unpack = fp4.unpack_fp4_from_uint8
+    for kind in patched:
+        kind.decompress = _widened(kind.decompress)
+    # Small floats are looked up in bfloat16, and the product with a scale is rounded to that.
+    fp4.unpack_fp4_from_uint8 = partial(unpack, dtype=torch.float32)
     try:
         yield
     finally:
-        Compressor.decompress = original
+        fp4.unpack_fp4_from_uint8 = unpack
+        for kind, original in originals.items():
+            kind.decompress = original
+
+
+def _subclasses(kind: Any) -> set[Any]:
+    return {kind, *(below for child in kind.__subclasses__() for below in _subclasses(child))}
+
+
+def _widened(decompress: Any) -> Any:
+    def in_f32(state: dict[str, torch.Tensor], scheme: Any) -> Any:
+        scale = state["weight_scale"]
+        # Scales of a byte are decoded by the library.
+        wide = scale.float() if scale.dtype in (torch.bfloat16, torch.float16) else scale
+        return decompress({**state, "weight_scale": wide}, scheme)
+
+    return in_f32
