@@ -204,9 +204,10 @@ def _print_npu(npu: NpuReport, console: Console) -> None:
     for error in npu.errors:
         console.print(f"  {error}", soft_wrap=True)
     for compared in npu.comparisons:
+        figures = compared.divergence
         console.print(
-            f"            {compared.of} against {compared.against}: KLD {number(compared.divergence.kld_mean)} nats "
-            f"(max {number(compared.divergence.kld_max)}), same top-1 {share(compared.divergence.top1_agreement)}, largest "
-            f"difference of a logit {compared.max_difference:.3g}, over {npu.tokens} tokens",
+            f"            {compared.of} against {compared.against}: KLD {number(figures.kld_mean)} nats "
+            f"(max {number(figures.kld_max)}), same top-1 {share(figures.top1_agreement)}, largest difference of a "
+            f"logit {compared.max_difference:.3g}, over {npu.tokens} tokens",
             soft_wrap=True,
         )

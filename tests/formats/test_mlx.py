@@ -46,8 +46,11 @@ def test_affine_grids_of_other_tools(tiny_gemma3: Path, tmp_path: Path, bits: in
     expected = _convert(tiny_gemma3, tmp_path / "mlx", bits, 32)
     tensors = mlx.tensors(tmp_path / "mlx")
     assert list(tensors) == list(expected)
+    grid = tensors[QUANTIZED].grid
+    assert grid is not None
+    assert (grid.bits, grid.block) == (bits, 32)
     if bits != 2:  # MLX rounds to the extremes of a block, which for 2 bits can come out as a signed grid
-        assert tensors[QUANTIZED].grid is None
+        assert grid.kind == "affine"
     np.testing.assert_allclose(tensors[QUANTIZED].numpy(), expected[QUANTIZED], atol=1e-6)
     np.testing.assert_array_equal(tensors["model.norm.weight"].numpy(), expected["model.norm.weight"])
 
@@ -91,10 +94,10 @@ def test_broken_folders(tiny_gemma3: Path, tmp_path: Path, damage: dict[str, str
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "cannot be read"),
+        (None, "there is no config.json"),
         ("{", "cannot be read"),
-        ({"quantization": {"mode": "mxfp4", "bits": 4}}, "mxfp4 is not known"),
-        ({"quantization": {"bits": 4, "model.norm": {"mode": "nvfp4"}}}, "nvfp4 is not known"),
+        ({"quantization": {"mode": "trellis", "bits": 4}}, "trellis is not known"),
+        ({"quantization": {"bits": 4, "model.norm": {"mode": "trellis"}}}, "trellis is not known"),
     ],
 )
 def test_configs_that_are_refused(tiny_gemma3: Path, tmp_path: Path, config: Any, message: str) -> None:
