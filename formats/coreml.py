@@ -7,7 +7,6 @@ Core ML's names allow letters, digits and underscores only, so `model.layers.0.m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     """
     package = open_package(path)
     offset = float(package.metadata.get(NORM_OFFSET, 0.0))
-    values = dict(constants(package))
+    values = constants(package)
     found: dict[str, Tensor] = {}
     for stored, value in values.items():
         name = canonical_name(stored)
@@ -88,14 +87,12 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def constants(package: Package) -> Iterator[tuple[str, Value]]:
-    """Every constant of the main function with its name, quantized ones as arrays that dequantize when read."""
+def constants(package: Package) -> dict[str, Value]:
+    """Every constant of the main function by name, quantized ones as arrays that dequantize when read."""
     known: dict[str, Value] = {}
     for operation in package.operations:
-        value = constant(package, operation, known)
-        if value is not None:
-            known[operation.outputs[0].name] = value
-            yield operation.outputs[0].name, value
+        known |= constant(package, operation, known)
+    return known
 
 
 class CoreMLTensor:

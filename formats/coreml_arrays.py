@@ -158,3 +158,64 @@ class Palette:
 
     def numpy(self) -> NDArray:
         return self.rows(0, self.shape[0])
+
+
+class Sparse:
+    """`nonzero` elements in row-major order where `mask` is 1, zeros elsewhere (constexpr_sparse_to_dense)."""
+
+    def __init__(self, nonzero: Array, mask: Array) -> None:
+        self.kind, self.shape = nonzero.kind, mask.shape
+        self._nonzero, self._mask = nonzero, mask
+        self._before: NDArray[np.int64] | None = None  # nonzero elements before each row
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        if self._before is None:
+            counts = [int(self._mask.rows(row, row + 1).sum()) for row in range(self.shape[0])]
+            self._before = np.cumsum([0, *counts])
+        there = self._mask.rows(start, stop) != 0
+        found = self._nonzero.rows(int(self._before[start]), int(self._before[stop]))
+        dense = np.zeros(there.shape, found.dtype)
+        dense[there] = found
+        return dense
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+class Masked:
+    """An array with zeros where `mask` is 0; of its elements, only the others are stored."""
+
+    def __init__(self, dense: Array, mask: Array) -> None:
+        self.kind, self.shape = dense.kind, dense.shape
+        self._dense, self._mask = dense, mask
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        values = self._dense.rows(start, stop)
+        return np.where(self._mask.rows(start, stop) != 0, values, np.zeros((), values.dtype))
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+def sparse(nonzero: Array, mask: Array) -> Array:
+    """What `nonzero` elements at the ones of `mask` stand for, whether they are stored or come from an operation."""
+    return nonzero if isinstance(nonzero, Masked) else Sparse(nonzero, mask)
+
+
+class Spread:
+    """An array whose elements are repeated along an axis, each `times` times."""
+
+    def __init__(self, base: Array, axis: int, times: int) -> None:
+        self.kind, self._base, self._times = base.kind, base, times
+        self._axis = axis % len(base.shape)
+        self.shape = tuple(size * times if a == self._axis else size for a, size in enumerate(base.shape))
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        if self._axis:
+            return np.repeat(self._base.rows(start, stop), self._times, axis=self._axis)
+        first = start // self._times
+        values = np.repeat(self._base.rows(first, -(-stop // self._times)), self._times, axis=0)
+        return values[start - first * self._times : stop - first * self._times]
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])

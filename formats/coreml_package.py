@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.coreml_arrays import Array, Palette, ShiftScale, Stored, spread
+from gemexport.formats.coreml_arrays import Array, Masked, Palette, ShiftScale, Spread, Stored, sparse, spread
 from gemexport.formats.coreml_blob import TYPES, BlobFile, unpack
 from gemexport.formats.errors import InputError
 
@@ -163,16 +163,16 @@ def _immediate(content: Any, kind: str, shape: tuple[int, ...]) -> NDArray:
     return np.array(list(content), dtypes.get(kind, np.int32)).reshape(shape)
 
 
-def constant(package: Package, operation: Any, known: dict[str, Value]) -> Value | None:
-    """What a `const` or `constexpr_…` operation stands for, or None for any other operation.
+def constant(package: Package, operation: Any, known: Mapping[str, Value]) -> dict[str, Value]:
+    """What the outputs of a `const` or `constexpr_…` operation stand for, by name; nothing for any other operation.
 
     `known` holds the constants before it, which a constexpr operation may refer to by name. Raises InputError for a
     kind of constexpr that is not known here.
     """
     if operation.type == "const":
-        return package.value(operation.attributes["val"])
+        return {operation.outputs[0].name: package.value(operation.attributes["val"])}
     if not operation.type.startswith("constexpr_"):
-        return None
+        return {}
     arguments: dict[str, Any] = {
         name: package.value(proto) for name, proto in operation.attributes.items() if name != "name"
     }
@@ -182,7 +182,9 @@ def constant(package: Package, operation: Any, known: dict[str, Value]) -> Value
         arguments[name] = known[binding.name] if named else package.value(binding.value)
     if operation.type not in _CONSTEXPR:
         raise InputError(package.path, f"the operation {operation.type} is not known", "report it, with the package")
-    return _CONSTEXPR[operation.type](**arguments)
+    results = _CONSTEXPR[operation.type](**arguments)
+    values = results if isinstance(results, tuple) else (results,)
+    return {output.name: value for output, value in zip(operation.outputs, values, strict=True)}
 
 
 def _shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
@@ -209,13 +211,41 @@ def _palette(indices: Array, lut: Array, vector_axis: Array | None = None, shape
     return Palette(Stored("uint8", size, codes), table, None)
 
 
+def _sparse(nonzero_data: Array, mask: Array, shape: Array | None = None) -> Array:
+    if shape is None:
+        return sparse(nonzero_data, mask)
+    # iOS 16's form: a mask of packed bits, lowest first.
+    size = tuple(int(n) for n in shape.numpy())
+    bits = unpack(mask.numpy(), 1, 0, int(np.prod(size, dtype=np.int64)), signed=False)
+    return sparse(nonzero_data, Stored("uint1", size, bits.reshape(size)))
+
+
+def _sparse_palette(
+    indices_mask: Array, indices_nonzero_data: Array, lut: Array, vector_axis: Array | None = None
+) -> tuple[Array, Array]:
+    dense = _palette(sparse(indices_nonzero_data, indices_mask), lut, vector_axis)
+    size, mask = lut.shape[-1], indices_mask
+    if size > 1 and vector_axis is not None:
+        mask = Spread(indices_mask, int(vector_axis.numpy()), size)
+    return mask, Masked(dense, mask)
+
+
+def _sparse_shift_scale(
+    data_mask: Array, nonzero_data: Array, scale: Array, offset: Array | None = None
+) -> tuple[Array, Array]:
+    return data_mask, Masked(ShiftScale(sparse(nonzero_data, data_mask), scale, offset), data_mask)
+
+
 def _cast(source_val: Array, output_dtype: str) -> Array:
     return source_val
 
 
-_CONSTEXPR: dict[str, Callable[..., Array]] = {
+_CONSTEXPR: dict[str, Callable[..., Array | tuple[Array, Array]]] = {
     "constexpr_blockwise_shift_scale": _shift_scale,
     "constexpr_affine_dequantize": _affine,
     "constexpr_lut_to_dense": _palette,
     "constexpr_cast": _cast,
+    "constexpr_sparse_to_dense": _sparse,
+    "constexpr_lut_to_sparse": _sparse_palette,
+    "constexpr_sparse_blockwise_shift_scale": _sparse_shift_scale,
 }

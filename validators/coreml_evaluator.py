@@ -20,15 +20,42 @@ from gemexport.formats.coreml import constants
 from gemexport.formats.coreml_arrays import Array
 from gemexport.formats.coreml_package import Package, Type, open_package, typed
 from gemexport.formats.errors import InputError
-from gemexport.validators import coreml_math, coreml_shapes
-from gemexport.validators.coreml_registry import BY_ROWS, OPERATIONS, Weight, as_tensor, round_half
+from gemexport.validators import (
+    coreml_activations,
+    coreml_gathers,
+    coreml_images,
+    coreml_math,
+    coreml_norms,
+    coreml_shapes,
+    coreml_windows,
+)
+from gemexport.validators.coreml_registry import (
+    BY_ROWS,
+    OPERATIONS,
+    Unsupported,
+    Weight,
+    as_tensor,
+    parameters,
+    round_half,
+)
 
 Arithmetic = Literal["f32", "f16"]
 Observer = Callable[[str, str, Tensor], None]
 State = dict[str, Tensor]
-KNOWN_MODULES = (coreml_math, coreml_shapes)  # importing them registers the operations
+KNOWN_MODULES = (  # importing them registers the operations
+    coreml_activations,
+    coreml_gathers,
+    coreml_images,
+    coreml_math,
+    coreml_norms,
+    coreml_shapes,
+    coreml_windows,
+)
 SMALL = 1 << 20  # bytes up to which a constant is simply loaded
 _FLOATS = frozenset(("fp16", "fp32", "fp64", "bf16"))
+_STATES = frozenset(("read_state", "write_state"))
+_TUPLES = frozenset(("values", "ref_tensors", "begins", "ends", "end_masks"))  # inputs of any number of values
+_REMEDY = "run the package on macOS, or report it"
 _INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "bool": torch.bool}
 
 
@@ -66,13 +93,15 @@ class Program:
 
     def _load_constants(self, hold: int) -> dict[str, Any]:
         loaded: dict[str, Any] = {}
-        whole = _read_whole(self.package)
-        for name, value in constants(self.package):
+        used, looked_up = _read(self.package)
+        for name, value in constants(self.package).items():
+            if name not in used:
+                continue  # what only other constants are made of
             if isinstance(value, str | list):
                 loaded[name] = value
                 continue
             loaded[name] = weight = self._weight(value)
-            if isinstance(weight, Weight) and name in whole and weight.nbytes <= hold:
+            if isinstance(weight, Weight) and name not in looked_up and weight.nbytes <= hold:
                 weight.hold()
                 hold -= weight.nbytes
         return loaded
@@ -121,7 +150,7 @@ class Program:
         elif step.in_place:
             results = coreml_shapes.slice_update(**arguments, in_place=True)
         else:
-            results = OPERATIONS[step.kind](**arguments)
+            results = self._computed(step, arguments)
         results = results if isinstance(results, tuple) else (results,)
         for name, kind, result in zip(step.outputs, step.types, results, strict=False):
             values[name] = result if step.in_place or step.kind == "read_state" else self._conform(result, kind)
@@ -129,6 +158,12 @@ class Program:
                 observe(step.kind, name, values[name])
         for name in step.free:
             del values[name]
+
+    def _computed(self, step: Step, arguments: dict[str, Any]) -> Any:
+        try:
+            return OPERATIONS[step.kind](**arguments)
+        except Unsupported as error:
+            raise InputError(self.path, f"{step.kind} {step.outputs[0]}: {error}", _REMEDY) from error
 
     def _argument(self, kind: str, name: str, found: str | list[str], values: dict[str, Any]) -> Any:
         if isinstance(found, list):
@@ -149,28 +184,33 @@ def _names(found: str | list[str]) -> list[str]:
     return found if isinstance(found, list) else [found]
 
 
-def _read_whole(package: Package) -> set[str]:
-    """The values that some operation reads the whole of; of an embedding's table, only rows are looked up."""
-    found: set[str] = set()
+def _read(package: Package) -> tuple[set[str], set[str]]:
+    """The values that some operation reads, or that come out; and those of which only rows are looked up."""
+    used, whole = set(package.outputs), set(package.outputs)
     for operation in package.operations:
+        if operation.type.startswith("constexpr_"):
+            continue
         for parameter, argument in operation.inputs.items():
-            if operation.type != "gather" or parameter != "x":
-                found.update(binding.name for binding in argument.arguments)
-    return found
+            names = {binding.name for binding in argument.arguments}
+            used |= names
+            whole |= set() if operation.type == "gather" and parameter == "x" else names
+    return used, used - whole
 
 
 def _steps(package: Package, constants: dict[str, Any]) -> list[Step]:
     """The operations that compute, in order; values written into one of them join `constants`.
 
-    Raises InputError for the first operation that is not known.
+    Raises InputError for the first operation that is not known, or has an input that is not.
     """
     steps: list[Step] = []
     for operation in package.operations:
         if operation.type == "const" or operation.type.startswith("constexpr_"):
             continue
-        if operation.type not in OPERATIONS and operation.type not in ("read_state", "write_state"):
-            problem = f"the operation {operation.type} is not known to the evaluator"
-            raise InputError(package.path, problem, "run the package on macOS, or report it")
+        if operation.type not in OPERATIONS and operation.type not in _STATES:
+            raise InputError(package.path, f"the operation {operation.type} is not known to the evaluator", _REMEDY)
+        if operation.type in OPERATIONS and (new := set(operation.inputs) - parameters(operation.type)):
+            problem = f"the input {', '.join(sorted(new))} of {operation.type} is not known to the evaluator"
+            raise InputError(package.path, problem, _REMEDY)
         arguments: dict[str, str | list[str]] = {}
         for parameter, argument in operation.inputs.items():
             names = []
@@ -183,7 +223,7 @@ def _steps(package: Package, constants: dict[str, Any]) -> list[Step]:
                     names.append(name)
                 else:
                     names.append(binding.name)
-            arguments[parameter] = names if parameter == "values" else names[0]
+            arguments[parameter] = names if parameter in _TUPLES else names[0]
         outputs = [output.name for output in operation.outputs]
         steps.append(Step(operation.type, arguments, outputs, [typed(output.type) for output in operation.outputs]))
     return steps

@@ -1,11 +1,10 @@
-"""MIL operations that compute: elementwise, reductions, matrices, norms, activations, attention, quantization.
+"""MIL operations that compute: elementwise, reductions, matrices, quantization.
 
 Each says what coremltools' reference of its name says (coremltools.converters.mil.mil.ops.defs).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,43 +90,6 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond, a, b)
 
 
-@op("gelu")
-def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
-    if mode == "SIGMOID_APPROXIMATION":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if mode == "TANH_APPROXIMATION" else "none")
-
-
-@op("leaky_relu")
-def leaky_relu(x: Tensor, alpha: Any = 0.01) -> Tensor:
-    return F.leaky_relu(x, number(alpha))
-
-
-@op("elu")
-def elu(x: Tensor, alpha: Any = 1.0) -> Tensor:
-    return F.elu(x, number(alpha))
-
-
-@op("linear_activation")
-def linear_activation(x: Tensor, alpha: Any = 1.0, beta: Any = 0.0) -> Tensor:
-    return x * number(alpha) + number(beta)
-
-
-@op("scaled_tanh")
-def scaled_tanh(x: Tensor, alpha: Any = 1.0, beta: Any = 1.0) -> Tensor:
-    return number(alpha) * torch.tanh(x * number(beta))
-
-
-@op("sigmoid_hard")
-def sigmoid_hard(x: Tensor, alpha: Any = 0.2, beta: Any = 0.5) -> Tensor:
-    return torch.clamp(number(alpha) * x + number(beta), 0, 1)
-
-
-@op("softmax")
-def softmax(x: Tensor, axis: Any = -1) -> Tensor:
-    return torch.softmax(x, integer(axis))
-
-
 def _axes(x: Tensor, axes: Any) -> list[int]:
     return list(range(x.ndim)) if axes is None else integers(axes)
 
@@ -144,7 +106,7 @@ def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "reduce_sum": lambda x, axes, keep: torch.sum(x, axes, keepdim=keep),
-    "reduce_mean": lambda x, axes, keep: torch.mean(x, axes, keepdim=keep),
+    "reduce_mean": lambda x, axes, keep: torch.mean(x.float(), axes, keepdim=keep),
     "reduce_max": lambda x, axes, keep: torch.amax(x, axes, keepdim=keep),
     "reduce_min": lambda x, axes, keep: torch.amin(x, axes, keepdim=keep),
     "reduce_prod": _product,
@@ -193,80 +155,6 @@ def matmul(x: Tensor, y: Tensor, transpose_x: Any = False, transpose_y: Any = Fa
 @op("einsum")
 def einsum(values: list[Tensor], equation: str) -> Tensor:
     return torch.einsum(equation, *values)
-
-
-@op("conv")
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    strides: Any = None,
-    pad_type: str = "valid",
-    pad: Any = None,
-    dilations: Any = None,
-    groups: Any = 1,
-) -> Tensor:
-    """Convolution of `[n, in, *D]` by `[out, in / groups, *K]`; custom padding is before and after each axis."""
-    spatial = x.ndim - 2
-    stride = integers(strides) if strides is not None else [1] * spatial
-    dilation = integers(dilations) if dilations is not None else [1] * spatial
-    before_after = integers(pad) if pad_type == "custom" else [0] * (2 * spatial)
-    if pad_type.startswith("same"):
-        for i in range(spatial):
-            size, reach = x.shape[2 + i], (weight.shape[2 + i] - 1) * dilation[i] + 1
-            total = max(0, (math.ceil(size / stride[i]) - 1) * stride[i] + reach - size)
-            small, large = total // 2, total - total // 2
-            before_after[2 * i : 2 * i + 2] = [large, small] if pad_type == "same_lower" else [small, large]
-    # F.pad names the last axis first.
-    pairs = [before_after[2 * i : 2 * i + 2] for i in reversed(range(spatial))]
-    x = F.pad(x, [size for pair in pairs for size in pair])
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-    result: Tensor = convolve(x, weight, bias, stride=stride, dilation=dilation, groups=integer(groups))
-    return result
-
-
-@op("layer_norm")
-def layer_norm(
-    x: Tensor, axes: Any = None, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: Any = 1e-5
-) -> Tensor:
-    over = _axes(x, axes)
-    centred = x - x.mean(over, keepdim=True)
-    y = centred * torch.rsqrt((centred * centred).mean(over, keepdim=True) + number(epsilon))
-    y = y if gamma is None else y * gamma
-    return y if beta is None else y + beta
-
-
-@op("batch_norm")
-def batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    epsilon: Any = 1e-5,
-) -> Tensor:
-    return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=number(epsilon))
-
-
-@op("instance_norm")
-def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: Any = 1e-5) -> Tensor:
-    return F.instance_norm(x, weight=gamma, bias=beta, eps=number(epsilon))
-
-
-@op("l2_norm")
-def l2_norm(x: Tensor, epsilon: Any = 1e-6) -> Tensor:
-    over = [-3, -2, -1]
-    return x * torch.rsqrt(torch.sum(x * x, over, keepdim=True) + number(epsilon))
-
-
-@op("scaled_dot_product_attention")
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(query key^T / sqrt(E) + mask) value, over the last two axes; a boolean mask says what takes part."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
-    if attn_mask is not None:
-        keep = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if keep else scores + attn_mask
-    return torch.matmul(torch.softmax(scores, -1), value)
 
 
 def _along(parameter: Tensor, x: Tensor, axis: Any) -> Tensor:

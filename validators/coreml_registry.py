@@ -6,6 +6,7 @@ variadic inputs as lists. Floats are float32 whatever the program declares; the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ OPERATIONS: dict[str, Operation] = {}
 BY_ROWS: dict[str, frozenset[str]] = {}  # operation -> its inputs that may come as a Weight
 
 
+class Unsupported(Exception):
+    """An operation is known, but not in the way that it is used."""
+
+
 def op(*names: str, by_rows: tuple[str, ...] = ()) -> Callable[[Operation], Operation]:
     """Register a function as the MIL operation(s) of these names; inputs in `by_rows` may be a `Weight`."""
 
@@ -30,6 +35,11 @@ def op(*names: str, by_rows: tuple[str, ...] = ()) -> Callable[[Operation], Oper
         return function
 
     return register
+
+
+def parameters(kind: str) -> set[str]:
+    """The inputs that an operation has."""
+    return set(inspect.signature(OPERATIONS[kind]).parameters)
 
 
 class Weight:

@@ -1,4 +1,4 @@
-"""MIL operations that move elements: shapes, slices, gathers, concatenation, constants made on the spot.
+"""MIL operations that move elements: shapes, slices, concatenation, padding, constants made on the spot.
 
 Each says what coremltools' reference of its name says (coremltools.converters.mil.mil.ops.defs).
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemexport.validators.coreml_registry import Weight, flag, integer, integers, number, op
+from gemexport.validators.coreml_registry import Unsupported, Weight, flag, integer, integers, number, op
 
 
 @op("shape")
@@ -150,48 +150,10 @@ def slice_update(
     """`x` with a slice replaced; `in_place` is the evaluator's own, for a state that is written back at once."""
     index, backwards = _index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     if backwards:
-        raise ValueError("slice_update with a negative stride is not defined")
+        raise Unsupported("a negative stride is not documented")
     result = x if in_place else x.clone()
     result[index] = update
     return result
-
-
-@op("gather", by_rows=("x",))
-def gather(
-    x: Tensor | Weight, indices: Tensor, axis: Any = 0, batch_dims: Any = 0, validate_indices: Any = False
-) -> Tensor:
-    at, batch = integer(axis), integer(batch_dims)
-    index = indices.long()
-    if isinstance(x, Weight):
-        if at == 0 and batch == 0:
-            return x.pick(_counted(index, x.shape[0]))
-        x = x.whole()
-    at %= x.ndim
-    index = _counted(index, x.shape[at])
-    if batch == 0:
-        return x.index_select(at, index.reshape(-1)).reshape(*x.shape[:at], *index.shape, *x.shape[at + 1 :])
-    lead = x.shape[:batch]
-    flat = x.reshape(-1, *x.shape[batch:])
-    wanted = index.reshape(flat.shape[0], *index.shape[batch:])
-    parts = [gather(one, rows, at - batch) for one, rows in zip(flat, wanted, strict=True)]
-    return torch.stack(parts).reshape(*lead, *parts[0].shape)
-
-
-def _counted(index: Tensor, size: int) -> Tensor:
-    """Indices counted from the front; before iOS 17 negative ones counted from the end."""
-    return torch.where(index < 0, index + size, index)
-
-
-@op("gather_along_axis")
-def gather_along_axis(x: Tensor, indices: Tensor, axis: Any = 0, validate_indices: Any = False) -> Tensor:
-    return torch.take_along_dim(x, _counted(indices.long(), x.shape[integer(axis)]), integer(axis))
-
-
-@op("gather_nd")
-def gather_nd(x: Tensor, indices: Tensor, batch_dims: Any = 0, validate_indices: Any = False) -> Tensor:
-    if integer(batch_dims):
-        return torch.stack([gather_nd(a, b, integer(batch_dims) - 1) for a, b in zip(x, indices, strict=True)])
-    return x[tuple(indices.long().unbind(-1))]
 
 
 @op("pad")
@@ -222,13 +184,6 @@ def fill_like(ref_tensor: Tensor, value: Any = 0.0) -> Tensor:
     return torch.full(list(ref_tensor.shape), value.item() if isinstance(value, Tensor) else value)
 
 
-@op("one_hot")
-def one_hot(indices: Tensor, one_hot_vector_size: Any, axis: Any = -1, on_value: Any = 1, off_value: Any = 0) -> Tensor:
-    hot = F.one_hot(indices.long(), integer(one_hot_vector_size)).bool()
-    values = torch.where(hot, torch.as_tensor(on_value), torch.as_tensor(off_value))
-    return torch.movedim(values, -1, integer(axis))
-
-
 @op("band_part")
 def band_part(x: Tensor, lower: Any = -1, upper: Any = -1) -> Tensor:
     rows = torch.arange(x.shape[-2])[:, None]
@@ -246,27 +201,22 @@ def cumsum(x: Tensor, axis: Any = 0, exclusive: Any = False, reverse: Any = Fals
     return torch.flip(total, [at]) if flag(reverse) else total
 
 
-@op("topk")
-def topk(
-    x: Tensor,
-    k: Any = 1,
-    axis: Any = -1,
-    ascending: Any = False,
-    sort: Any = True,
-    return_indices: Any = True,
-    output_indices_dtype: str = "int32",
-) -> tuple[Tensor, ...]:
-    at = integer(axis)
-    count = x.shape[at] if integer(k) == -1 else integer(k)
-    values, indices = torch.topk(x, count, at, largest=not flag(ascending), sorted=True)
-    return (values, indices) if flag(return_indices) else (values,)
+@op("reshape_like")
+def reshape_like(
+    x: Tensor, ref_tensors: list[Tensor], begins: list[Any], ends: list[Any], end_masks: list[Any]
+) -> Tensor:
+    """The shape is put together from parts of the shapes of `ref_tensors`."""
+    sizes: list[int] = []
+    for reference, begin, end, to_the_end in zip(ref_tensors, begins, ends, end_masks, strict=True):
+        sizes += reference.shape[integer(begin) : None if flag(to_the_end) else integer(end)]
+    return x.reshape(sizes)
 
 
-@op("argsort")
-def argsort(x: Tensor, axis: Any = -1, ascending: Any = False) -> Tensor:
-    return torch.argsort(x, dim=integer(axis), descending=not flag(ascending), stable=True)
-
-
-@op("non_zero")
-def non_zero(x: Tensor) -> Tensor:
-    return torch.nonzero(x)
+@op("reverse_sequence")
+def reverse_sequence(x: Tensor, lengths: Tensor, seq_axis: Any = 0, batch_axis: Any = 0) -> Tensor:
+    """Of each element along `batch_axis`, the first of `lengths` elements along `seq_axis` in reverse order."""
+    along, batch = integer(seq_axis) % x.ndim, integer(batch_axis) % x.ndim
+    places = torch.arange(x.shape[along]).reshape([-1 if axis == along else 1 for axis in range(x.ndim)])
+    counts = lengths.long().reshape([-1 if axis == batch else 1 for axis in range(x.ndim)])
+    index = torch.where(places < counts, counts - 1 - places, places)
+    return torch.take_along_dim(x, index.expand(x.shape), along)

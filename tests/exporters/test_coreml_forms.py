@@ -137,7 +137,7 @@ def test_what_is_written_comes_back(tmp_path_factory: pytest.TempPathFactory, te
             np.testing.assert_array_equal(rows.shifts, wanted.shifts)
     else:  # biases that are zero points, zero points in the middle
         assert KINDS.index(found.grid.kind) < KINDS.index(tensor.grid.kind) < 3
-    stored = dict(constants(open_package(path)))
+    stored = constants(open_package(path))
     computed = stored[stored_name(NAME)].numpy().astype(np.float64)
     if (rest := stored.get(stored_name(NAME) + BIASES)) is not None:
         computed += np.repeat(rest.numpy(), tensor.grid.block, axis=1)

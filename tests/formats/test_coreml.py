@@ -136,7 +136,8 @@ def test_codes_however_they_are_stored(
         return mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=data, scale=SCALES, **beside, name=UP))
 
     path = tmp_path / "a.mlpackage"
-    ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True).save(str(path))
+    as_it_is = {"minimum_deployment_target": ct.target.iOS18, "pass_pipeline": ct.PassPipeline.EMPTY}
+    ct.convert(program, skip_model_load=True, **as_it_is).save(str(path))
     (tensor,) = coreml.tensors(path).values()
     offsets = 0 if offset is None else np.repeat(offset.astype(np.float32), 32, axis=1)
     values = (CODES + shift - offsets) * np.repeat(SCALES.astype(np.float32), 32, axis=1)
@@ -155,6 +156,8 @@ def test_forms_of_older_systems(tmp_path: Path) -> None:
     scale, zero = RNG.uniform(0.1, 1, 6).astype(np.float32), np.zeros(6, np.int8)
     indices = RNG.integers(0, 4, 6 * 64).astype(np.uint8)
     table = np.array([0.5, -1, 2, 3], np.float32)
+    mask = RNG.integers(0, 2, 6 * 64).astype(np.uint8)
+    nonzero, bits = RNG.normal(size=int(mask.sum())).astype(np.float32), np.packbits(mask, bitorder="little")
     packed = np.packbits(np.unpackbits(indices[:, None], axis=1, count=2, bitorder="little"), bitorder="little")
 
     @mb.program(input_specs=[mb.TensorSpec((1, 64))], opset_version=ct.target.iOS16)
@@ -165,7 +168,11 @@ def test_forms_of_older_systems(tmp_path: Path) -> None:
         palette = mb.constexpr_lut_to_dense(
             indices=packed, lut=table, shape=np.array([6, 64], np.uint32), name="layers_0_mlp_gate_proj_weight"
         )
-        return mb.add(x=mb.linear(x=x, weight=affine), y=mb.linear(x=x, weight=palette))
+        pruned = mb.constexpr_sparse_to_dense(
+            nonzero_data=nonzero, mask=bits, shape=np.array([6, 64], np.uint32), name="layers_0_mlp_down_proj_weight"
+        )
+        total = mb.add(x=mb.linear(x=x, weight=affine), y=mb.linear(x=x, weight=palette))
+        return mb.add(x=total, y=mb.linear(x=x, weight=pruned))
 
     path = tmp_path / "old.mlpackage"
     ct.convert(
@@ -179,6 +186,41 @@ def test_forms_of_older_systems(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"].rows(0, 6).values, wanted)
     found = tensors["model.layers.0.mlp.gate_proj.weight"].rows(0, 6).values
     np.testing.assert_array_equal(found, table[indices].reshape(6, 64))
+    pruned = np.zeros(6 * 64, np.float32)
+    pruned[mask == 1] = nonzero
+    found = tensors["model.layers.0.mlp.down_proj.weight"].rows(0, 6).values
+    np.testing.assert_array_equal(found, pruned.reshape(6, 64))
+
+
+def test_sparse_forms(tmp_path: Path) -> None:
+    mask = RNG.integers(0, 2, (6, 64)).astype(np.uint8)
+    count = int(mask.sum())
+    codes, places = RNG.integers(-8, 8, count).astype(np.int8), RNG.integers(0, 4, count).astype(np.uint8)
+    lut = RNG.normal(size=(1, 1, 4, 1)).astype(np.float16)
+
+    @mb.program(input_specs=[mb.TensorSpec((1, 64), types.fp16)], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        ones = narrow(mask, "uint1")
+        scaled = mb.constexpr_sparse_blockwise_shift_scale(
+            data_mask=ones, nonzero_data=narrow(codes, "int4"), scale=SCALES
+        )
+        looked_up = mb.constexpr_lut_to_sparse(indices_mask=ones, indices_nonzero_data=narrow(places, "uint2"), lut=lut)
+        total = x
+        for name, (there, values) in ((UP, scaled), (GATE, looked_up)):
+            weight = mb.constexpr_sparse_to_dense(nonzero_data=values, mask=there, name=name)
+            total = mb.concat(values=[mb.linear(x=x, weight=weight), total], axis=1)
+        return total
+
+    path = tmp_path / "a.mlpackage"
+    as_it_is = {"minimum_deployment_target": ct.target.iOS18, "pass_pipeline": ct.PassPipeline.EMPTY}
+    ct.convert(program, skip_model_load=True, **as_it_is).save(str(path))
+    tensors = coreml.tensors(path)
+    for name, values in ((UP, codes * np.repeat(SCALES, 32, axis=1)[mask == 1]), (GATE, lut.reshape(-1)[places])):
+        wanted = np.zeros((6, 64), np.float32)
+        wanted[mask == 1] = values
+        canonical = coreml.canonical_name(name)
+        assert canonical is not None
+        np.testing.assert_allclose(tensors[canonical].numpy(), wanted, rtol=1e-3)
 
 
 @pytest.fixture

@@ -7,13 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemexport.formats.coreml_arrays import Palette, ShiftScale, Stored, spread
+from gemexport.formats.coreml_arrays import Masked, Palette, ShiftScale, Spread, Stored, sparse, spread
 
 ct = pytest.importorskip("coremltools")
 
 from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (  # noqa: E402
     constexpr_blockwise_shift_scale,
     constexpr_lut_to_dense,
+    constexpr_lut_to_sparse,
+    constexpr_sparse_blockwise_shift_scale,
+    constexpr_sparse_to_dense,
 )
 
 
@@ -64,3 +67,47 @@ def test_a_palette_of_vectors_says_where_they_lie() -> None:
 def test_a_scalar_is_spread() -> None:
     assert spread(Stored("fp16", (), np.array(2, np.float16)), [1, 1]).numpy().tolist() == [[2.0]]
     assert spread(Stored("fp32", (2,), np.array([1, 2], np.float32)), [2, 1]).numpy().tolist() == [[1.0], [2.0]]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 99))
+def test_sparse_elements(shape: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = rng.integers(0, 2, shape).astype(np.uint8)
+    nonzero = rng.normal(size=int(mask.sum())).astype(np.float32)
+    array = sparse(Stored("fp32", nonzero.shape, nonzero), Stored("uint1", tuple(shape), mask))
+    wanted = constexpr_sparse_to_dense.decompress(nonzero, mask)
+    np.testing.assert_array_equal(array.numpy(), wanted)
+    for start in range(shape[0]):
+        np.testing.assert_array_equal(array.rows(start, shape[0]), wanted[start:])
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 3), st.integers(0, 1), st.integers(0, 99))
+def test_sparse_palettes(size: int, axis: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = rng.integers(0, 2, (4, 6)).astype(np.uint8)
+    places = rng.integers(0, 4, int(mask.sum())).astype(np.uint8)
+    lut = rng.normal(size=(1, 2, 4, size)).astype(np.float16)
+    wanted_mask, values = constexpr_lut_to_sparse.decompress(mask, places, lut, axis if size > 1 else None)
+    stored = Stored("uint1", mask.shape, mask)
+    dense = Palette(sparse(Stored("uint2", places.shape, places), stored), Stored("fp16", lut.shape, lut), axis)
+    wider = Spread(stored, axis, size)
+    np.testing.assert_array_equal(wider.numpy(), wanted_mask)
+    wanted = constexpr_sparse_to_dense.decompress(values, wanted_mask).astype(np.float32)
+    array = sparse(Masked(dense, wider), wider)
+    for start in range(wanted.shape[0]):
+        np.testing.assert_array_equal(array.rows(start, wanted.shape[0]), wanted[start:])
+
+
+def test_sparse_codes() -> None:
+    rng = np.random.default_rng(5)
+    mask = rng.integers(0, 2, (4, 6)).astype(np.uint8)
+    codes = rng.integers(-8, 8, int(mask.sum())).astype(np.int8)
+    scale, offset = rng.normal(size=(4, 2)).astype(np.float32), rng.integers(-8, 8, (4, 2)).astype(np.int8)
+    _, values = constexpr_sparse_blockwise_shift_scale.decompress(mask, codes, scale, offset)
+    stored = Stored("uint1", mask.shape, mask)
+    data = sparse(Stored("int8", codes.shape, codes), stored)
+    dense = ShiftScale(data, Stored("fp32", scale.shape, scale), Stored("int8", offset.shape, offset))
+    wanted = constexpr_sparse_to_dense.decompress(values, mask)
+    np.testing.assert_allclose(sparse(Masked(dense, stored), stored).numpy(), wanted, rtol=1e-6)

@@ -15,6 +15,7 @@ from gemexport.formats.errors import InputError
 from gemexport.validators import coreml
 from gemexport.validators.coreml import Program
 from gemexport.validators.coreml_feeds import feeds, mask
+from gemexport.validators.coreml_registry import OPERATIONS
 
 ct = pytest.importorskip("coremltools")
 
@@ -99,15 +100,50 @@ def test_weights_may_stay_in_the_file(model: Path) -> None:
     np.testing.assert_allclose(lazy.predict(inputs)["logits"], held.predict(inputs)["logits"], atol=1e-4)
 
 
-def test_an_operation_that_is_not_known_is_named(tmp_path: Path) -> None:
-    @mb.program(input_specs=[mb.TensorSpec((1, 3, 8, 8))], opset_version=ct.target.iOS18)
-    def program(x: Any) -> Any:
-        return mb.max_pool(x=x, kernel_sizes=[2, 2], strides=[2, 2], pad_type="valid")
+def test_rows_of_vector_palettes_are_looked_up(tmp_path: Path) -> None:
+    """A table of embeddings as the sum of two codebooks of vectors along the row, read a row at a time."""
+    rng = np.random.default_rng(2)
+    places = [rng.integers(0, 256, (300, 8)).astype(np.uint8) for _ in range(2)]
+    vectors = [rng.normal(size=(1, 1, 256, 4)).astype(np.float16) for _ in range(2)]
+
+    @mb.program(input_specs=[mb.TensorSpec((1, 3), types.int32)], opset_version=ct.target.iOS18)
+    def program(ids: Any) -> Any:
+        parts = []
+        for index, table in zip(places, vectors, strict=True):
+            narrow = index.astype(types.nptype_from_builtin(types.uint8))
+            whole = mb.constexpr_lut_to_dense(indices=narrow, lut=table, vector_axis=np.int32(-1))
+            parts.append(mb.gather(x=whole, indices=ids, axis=0))
+        return mb.add(x=parts[0], y=parts[1])
 
     path = save(program, tmp_path / "a.mlpackage")
-    with pytest.raises(InputError, match="the operation max_pool is not known to the evaluator") as raised:
+    (got,) = Program(path).predict({"ids": np.array([[299, 0, 7]])}).values()
+    rows = [table[0, 0][index[[299, 0, 7]]].reshape(1, 3, 32) for index, table in zip(places, vectors, strict=True)]
+    np.testing.assert_array_equal(got, rows[0].astype(np.float32) + rows[1].astype(np.float32))
+
+
+def test_what_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @mb.program(input_specs=[mb.TensorSpec((1, 3, 8, 8))], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        y = mb.upsample_nearest_neighbor(x=x, scale_factor_height=np.float32(1.5))
+        return mb.crop_resize(x=y, boxes=np.zeros((1, 4), np.float32), target_height=4, target_width=4)
+
+    path = save(program, tmp_path / "a.mlpackage")
+    with pytest.raises(InputError, match="the operation crop_resize is not known to the evaluator") as raised:
         Program(path)
     assert "\n" not in str(raised.value)
+    monkeypatch.setitem(OPERATIONS, "crop_resize", lambda x: x)
+    with pytest.raises(InputError, match=r"the input box_coordinate_mode, .* of crop_resize is not known to the evaluator"):
+        Program(path)
+
+
+def test_what_is_known_but_not_so_is_named(tmp_path: Path) -> None:
+    @mb.program(input_specs=[mb.TensorSpec((1, 3, 8, 8))], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        return mb.upsample_nearest_neighbor(x=x, scale_factor_height=np.float32(1.5), name="larger")
+
+    loaded = Program(save(program, tmp_path / "a.mlpackage"))
+    with pytest.raises(InputError, match="upsample_nearest_neighbor larger: which pixel is the nearest"):
+        loaded.predict({"x": np.zeros((1, 3, 8, 8), np.float32)})
 
 
 def test_inputs_are_checked(model: Path) -> None:
