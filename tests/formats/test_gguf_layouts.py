@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import quants as reference
@@ -10,7 +12,9 @@ from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemexport.formats import gguf
 from gemexport.formats import gguf_blocks as blocks
+from gemexport.formats.gguf_container import Writer, string, uint32
 from gemexport.formats.gguf_layouts import LAYOUTS
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3))
@@ -101,3 +105,22 @@ def test_powers_of_two_are_stored_as_exponents(exponent: int) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, 0.75, 2.0**-128, np.inf, np.nan])
 def test_no_other_scale_is_taken_for_one(scale: float) -> None:
     assert blocks.power_of_two(np.array([[1.0, scale]], np.float32)) is None
+
+
+# What gguf-py can evaluate and has no grid; Q8_1, Q8_K and integers are no types of weights.
+PLAIN = ("TQ1_0", "NVFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_other_types_are_plain_numbers(name: str, tmp_path: Path) -> None:
+    kind = Type[name]
+    block, size = GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(3).integers(0, 64, (4, 2 * size), dtype=np.uint8)  # below 64: no NaN of any layout
+    path = tmp_path / "plain.gguf"
+    metadata = {"general.architecture": string("gemma3"), "gemma3.block_count": uint32(1)}
+    with Writer(path, metadata, {"token_embd.weight": (4, 2 * block)}) as out:
+        out.write("token_embd.weight", kind, data)
+    tensor = gguf.tensors(path)["model.embed_tokens.weight"]
+    assert tensor.grid is None
+    assert np.array_equal(tensor.rows(1, 3).values, reference.dequantize(data, kind)[1:3])
+    assert np.abs(tensor.numpy()).max() > 0
