@@ -39,7 +39,9 @@ def _statistics(graph: QdqGraph, key: str, value: ir.Value, percentile: float) -
     outside = graph.constant((100 - percentile) / 100, np.float32)
     size = graph.raw("Cast", [graph.raw("Size", [flat])], to=int(ir.DataType.FLOAT))
     count = graph.raw("Cast", [graph.raw("Floor", [graph.raw("Mul", [size, outside])])], to=int(ir.DataType.INT64))
-    count = graph.raw("Reshape", [graph.raw("Add", [count, graph.constant(1, np.int64)]), graph.constant([1], np.int64)])
+    count = graph.raw(
+        "Reshape", [graph.raw("Add", [count, graph.constant(1, np.int64)]), graph.constant([1], np.int64)]
+    )
     for largest in (0, 1):
         extremes = graph.raws("TopK", 2, [flat, count], largest=largest)[0]
         found.append(graph.raw("Gather", [extremes, graph.constant(-1, np.int64)], axis=0))

@@ -26,7 +26,7 @@ ZERO_POINTS = ".zero_points"  # what those of a weight are called, after its own
 class HtpBackend(NpuBackend):
     """`decoder.Backend` on a `QdqGraph`."""
 
-    graph: QdqGraph  # type: ignore[assignment]
+    graph: QdqGraph
 
     def __init__(self, a: Architecture, graph: QdqGraph, weights: Weights, length: int, context: int) -> None:
         super().__init__(a, graph, weights, length, context)
@@ -75,7 +75,11 @@ class HtpBackend(NpuBackend):
         packed = plan(name, "row columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
         factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=True)
         weight = self._weight(name, packed) if own else self._derived(name, packed)
-        inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", factors), self._zeros(f"{weight.name}", out, bits)]
+        inputs = [
+            weight,
+            self.graph.external(f"{weight.name}{SCALES}", factors),
+            self._zeros(f"{weight.name}", out, bits),
+        ]
         return self.graph.raw("DequantizeLinear", inputs, axis=1)
 
     def _derived(self, name: str, stored: ir.ExternalTensor) -> ir.Value:

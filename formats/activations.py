@@ -46,7 +46,8 @@ class Encoding(BaseModel):
         """The nearest integers, ties to even, as QuantizeLinear of ONNX has it."""
         low, high = self.limits
         rounded = np.rint(np.asarray(values, np.float64) / self.scale) + self.zero_point
-        return np.clip(rounded, low, high).astype(self.numpy)
+        codes: NDArray[np.integer] = np.clip(rounded, low, high).astype(self.numpy)
+        return codes
 
 
 def affine(low: float, high: float, bits: Bits) -> Encoding:
@@ -142,7 +143,7 @@ class Activations(BaseModel):
         return self.given[key].bits if key in self.given else bits or self.bits
 
     def cache(self, key: str) -> Encoding:
-        """The integers of cached keys or values: the NPU multiplies by signed 16-bit ones, or by unsigned 8-bit ones."""
+        """The integers of cached keys or values: the NPU multiplies by signed 16-bit or unsigned 8-bit ones."""
         if key in self.given:
             return self.given[key]
         return (symmetric if self.cache_bits == 16 else affine)(*self._limits(key), self.cache_bits)

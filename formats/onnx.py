@@ -26,7 +26,9 @@ GRAPHS = ("model.onnx", "embeddings.onnx", "prefill.onnx", "decode.onnx")
 # On an initializer whose grid no operator names: a packed table that standard operators look rows up in.
 BITS = "gemexport.bits"
 COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
-DERIVED = "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid, for a runtime's sake
+DERIVED = (
+    "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid, for a runtime's sake
+)
 OFFSET = "gemexport.offset"  # on an initializer that has had this number added
 SCALES = ".scales"  # what the scales of a weight are called, after its own name
 

@@ -175,7 +175,9 @@ def validate(
         Path | None,
         typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
     ] = None,
-    qnn_arch: Annotated[str | None, typer.Option(help="The HTP's architecture, such as 73 (the default), 75, 81.")] = None,
+    qnn_arch: Annotated[
+        str | None, typer.Option(help="The HTP's architecture, such as 73 (the default), 75, 81.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge ARTIFACT, whoever made it, against the checkpoint it was made from."""

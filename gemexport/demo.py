@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from gemexport import demo_tokenizer, qat
 from gemexport.formats.architecture import Architecture, architecture
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
-from gemexport.formats.tensor import DType, Floats, to_bf16
+from gemexport.formats.tensor import ArrayTensor, DType, Floats, Grid, Tensor, to_bf16
 
 Family = Literal["gemma3", "gemma4"]
 
@@ -184,6 +185,25 @@ def make(
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(partial / "generation_config.json", {"do_sample": True, **generation, "top_k": 64, "top_p": 0.95})
     return folder
+
+
+def in_memory(config: dict[str, Any], bits: int) -> Checkpoint:
+    """A random decoder of `config` that is nowhere on disk: matrices of `bits`-bit codes with one scale a row."""
+    model = architecture(config, "a random decoder")
+    tensors: dict[str, Tensor] = {}
+    for name, shape in model.tensor_shapes().items():
+        stream = np.random.Generator(np.random.PCG64([0, *name.encode()]))
+        values = _values(name, shape, model, [], stream).astype(np.float32)
+        tensors[name] = ArrayTensor(name, values) if len(shape) != 2 else _in_rows(name, values, bits)
+    return Checkpoint("random", Path("nowhere"), config, config, model, tensors)
+
+
+def _in_rows(name: str, values: Floats, bits: int) -> Tensor:
+    """A matrix on a grid of one scale a row, as mobile checkpoints have it."""
+    most = (1 << (bits - 1)) - 1
+    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(most)
+    codes = np.rint(values / scales).astype(np.int8)
+    return ArrayTensor(name, codes * scales, "f32", codes, scales, Grid(bits, values.shape[1], "f32", lossless=True))
 
 
 def _wrapped_config(config: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from gemexport.nodes import Progress, Workplace, figures
 from gemexport.report import Bound, NpuComparison, NpuRefusal, NpuReport
 
 
-def compile_npu(
-    place: Workplace, path: Path, context: Path, architecture: str | None, progress: Progress
-) -> NpuReport:
+def compile_npu(place: Workplace, path: Path, context: Path, architecture: str | None, progress: Progress) -> NpuReport:
     """Compile the graphs in the folder `path` into `context` and run the emulator on the first chunk of a prompt.
 
     Progress in tokens. Raises InputError where there is no compiler, or nothing to compile.

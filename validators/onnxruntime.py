@@ -53,9 +53,12 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
 class Input(Protocol):
     """An input or output of a graph."""
 
-    name: str
-    shape: list[Any]
-    type: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[Any]: ...
+    @property
+    def type(self) -> str: ...
 
 
 class Session(Protocol):
@@ -243,7 +246,9 @@ class NpuModel(_Model):
         inputs = {item.name: item for item in self.sessions["prefill"].get_inputs()}
         self.length = int(inputs["position_ids"].shape[1])
         self.caches = {
-            name: (tuple(item.shape), NUMPY_TYPES[item.type]) for name, item in inputs.items() if name.startswith("past_")
+            name: (tuple(item.shape), NUMPY_TYPES[item.type])
+            for name, item in inputs.items()
+            if name.startswith("past_")
         }
         self.context = max((shape[2] for shape, _ in self.caches.values()), default=0)
         if self.context < context:
