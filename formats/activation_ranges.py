@@ -46,8 +46,8 @@ class Encoding(BaseModel):
         """The nearest integers, ties to even, as QuantizeLinear of ONNX has it."""
         low, high = self.limits
         rounded = np.rint(np.asarray(values, np.float64) / self.scale) + self.zero_point
-        found: NDArray[np.integer] = np.clip(rounded, low, high).astype(self.numpy)
-        return found
+        codes: NDArray[np.integer] = np.clip(rounded, low, high).astype(self.numpy)
+        return codes
 
 
 def affine(low: float, high: float, bits: Bits) -> Encoding:

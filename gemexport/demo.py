@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from gemexport import demo_tokenizer, qat
 from gemexport.formats.architecture import Architecture, architecture
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
-from gemexport.formats.tensor import DType, Floats, to_bf16
+from gemexport.formats.tensor import ArrayTensor, DType, Floats, Grid, Tensor, to_bf16
 
 Family = Literal["gemma3", "gemma4"]
 
@@ -189,6 +190,25 @@ def write_generation_config(folder: Path, config: dict[str, Any]) -> None:
     """generation_config.json with Gemma's settings and the special tokens of the text config `config`."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {"do_sample": True, **tokens, "top_k": 64, "top_p": 0.95})
+
+
+def in_memory(config: dict[str, Any], bits: int) -> Checkpoint:
+    """A random decoder of `config` that is nowhere on disk: matrices of `bits`-bit codes with one scale a row."""
+    model = architecture(config, "a random decoder")
+    tensors: dict[str, Tensor] = {}
+    for name, shape in model.tensor_shapes().items():
+        stream = np.random.Generator(np.random.PCG64([0, *name.encode()]))
+        values = random_values(name, shape, model, [], stream).astype(np.float32)
+        tensors[name] = ArrayTensor(name, values) if len(shape) != 2 else _in_rows(name, values, bits)
+    return Checkpoint("random", Path("nowhere"), config, config, model, tensors, lambda: Path("nowhere"))
+
+
+def _in_rows(name: str, values: Floats, bits: int) -> Tensor:
+    """A matrix on a grid of one scale a row, as mobile checkpoints have it."""
+    most = (1 << (bits - 1)) - 1
+    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(most)
+    codes = np.rint(values / scales).astype(np.int8)
+    return ArrayTensor(name, codes * scales, "f32", codes, scales, Grid(bits, values.shape[1], "f32", lossless=True))
 
 
 def _wrapped_config(config: dict[str, Any], family: Family) -> dict[str, Any]:

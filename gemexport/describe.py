@@ -199,8 +199,9 @@ def _print_npu(npu: NpuReport, console: Console) -> None:
     console.print(f"npu         HTP v{npu.architecture}, {npu.compiler}, {npu.seconds:.0f} s", soft_wrap=True)
     if npu.context:
         console.print(f"            {size(npu.context_bytes)} of context binaries in {npu.context}", soft_wrap=True)
-    for item in npu.refused:
-        console.print(f"  refused {item.graph} {item.node} ({item.operator}): {item.reason}", soft_wrap=True)
+    for refusal in npu.refused:
+        where = f"{refusal.graph} {refusal.node} ({refusal.operator})"
+        console.print(f"  refused {where}: {refusal.reason}", soft_wrap=True)
     for error in npu.errors:
         console.print(f"  {error}", soft_wrap=True)
     for compared in npu.comparisons:

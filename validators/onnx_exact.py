@@ -27,7 +27,7 @@ class GraphValue:
     """An input or output: its type as ONNX Runtime spells it, `tensor(uint8)`."""
 
     name: str
-    shape: list[int | str | None]
+    shape: list[int | None]  # None where a size is free
     type: str
 
 
@@ -35,7 +35,8 @@ def _described(value: ir.Value) -> GraphValue:
     assert value.shape is not None
     assert value.dtype is not None
     kind = value.dtype.name.lower()
-    return GraphValue(str(value.name), list(value.shape), f"tensor({kind})")
+    sizes = [size if isinstance(size, int) else None for size in value.shape]
+    return GraphValue(str(value.name), sizes, f"tensor({kind})")
 
 
 class ExactGraph:
@@ -73,9 +74,9 @@ class ExactGraph:
             for value, array in zip(node.outputs, result if isinstance(result, list) else [result], strict=True):
                 held[value] = array
                 yield str(value.name), array
-            for value in node.inputs:
-                if value is not None and self._last[value] == index:
-                    held.pop(value, None)
+            for used in node.inputs:
+                if used is not None and self._last[used] == index:
+                    held.pop(used, None)
 
     @staticmethod
     def _input(held: Mapping[ir.Value, Array], value: ir.Value) -> Array:
@@ -94,27 +95,31 @@ def _attribute(node: ir.Node, name: str, default: Any) -> Any:
     return node.attributes[name].value if name in node.attributes else default
 
 
-def _spread(node: ir.Node, parameter: Array, rank: int) -> Array:
-    """A scale or zero point of one axis in the rank of what it belongs to."""
-    if parameter.ndim == 0 or parameter.size == 1:
+def _spread(node: ir.Node, parameter: Array, x: Array) -> Array:
+    """A scale or zero point in float64, repeated along its axis so that it broadcasts with what it belongs to."""
+    parameter = parameter.astype(np.float64)
+    axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
+    if block:
+        return np.repeat(parameter, block, axis=axis)
+    if parameter.size == 1:
         return parameter.reshape(())
-    shape = [1] * rank
-    shape[_attribute(node, "axis", 1)] = -1
+    shape = [1] * x.ndim
+    shape[axis] = -1
     return parameter.reshape(shape)
 
 
 def _quantize(node: ir.Node, inputs: list[Any]) -> Array:
     x, scale, zero = inputs
     limits = np.iinfo(zero.dtype)
-    q = np.rint(x / _spread(node, scale, x.ndim)) + _spread(node, zero, x.ndim).astype(np.float64)
+    q = np.rint(x / _spread(node, scale, x)) + _spread(node, zero, x)
     found: Array = np.clip(q, limits.min, limits.max).astype(zero.dtype)
     return found
 
 
 def _dequantize(node: ir.Node, inputs: list[Any]) -> Array:
     x, scale = inputs[:2]
-    zero = 0.0 if len(inputs) < 3 else _spread(node, inputs[2], x.ndim).astype(np.float64)
-    found: Array = (x.astype(np.float64) - zero) * _spread(node, scale, x.ndim)
+    zero = 0.0 if len(inputs) < 3 else _spread(node, inputs[2], x)
+    found: Array = (x.astype(np.float64) - zero) * _spread(node, scale, x)
     return found
 
 
@@ -167,6 +172,7 @@ OPERATORS: dict[str, Compute] = {
     "And": _two(np.logical_and),
     "Concat": lambda node, inputs: np.concatenate(inputs, axis=_attribute(node, "axis", 0)),
     "DequantizeLinear": _dequantize,
+    "Div": _two(np.divide),
     "Gather": lambda node, inputs: np.take(inputs[0], inputs[1], axis=_attribute(node, "axis", 0)),
     "Gelu": _gelu,
     "GreaterOrEqual": _two(np.greater_equal),

@@ -53,9 +53,12 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
 class Input(Protocol):
     """An input or output of a graph."""
 
-    name: str
-    shape: list[Any]
-    type: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[Any]: ...
+    @property
+    def type(self) -> str: ...
 
 
 class Session(Protocol):

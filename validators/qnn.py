@@ -1,8 +1,8 @@
 """Qualcomm's own compiler and emulator as a validator of the NPU variants: onnxruntime-qnn carries both for Linux.
 
-A folder's decoder either compiles whole for the HTP, with nothing left to the CPU, and leaves a context binary, or
-every node that was refused is named. What the emulator computes, and what ONNX Runtime's CPU provider computes, is judged
-against exact arithmetic: neither is the truth.
+A folder's decoder either compiles whole for the HTP, with nothing left to the CPU, and leaves context binaries, or
+every node that was refused is named. What the emulator computes, and what ONNX Runtime's CPU provider computes, is
+judged against exact arithmetic: neither is the truth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Floats
 from gemexport.validators.divergence import Divergence
 from gemexport.validators.onnx_exact import ExactGraph
-from gemexport.validators.onnxruntime import NPU_GRAPHS, NpuModel, cpu_session
+from gemexport.validators.onnxruntime import NpuModel, Session, cpu_session
 from gemexport.validators.qnn_log import Refusal, refusals
 from gemexport.validators.qnn_process import htp_session
 
@@ -125,25 +125,33 @@ def chunk(path: Path) -> int:
 
 def load(path: Path, context: Path, *, threads: int, length: int) -> NpuModel:
     """The compiled decoder in the emulator, fed by the lookup in the folder `path`; `length` as `NpuModel` has it."""
-    files = {"embeddings": Path(path) / "embeddings.onnx"} | {name: Path(context) / f"{name}.onnx" for name in DECODER}
+    name = f"HTP emulator (onnxruntime-qnn {version('onnxruntime-qnn')})"
+    return _model(name, path, context, threads, length, lambda file: htp_session(file, {}))
 
-    def opened(name: str, file: Path) -> object:
-        return cpu_session(file, threads) if name == "embeddings" else htp_session(file, {})
 
-    model = NpuModel(Path(path), files, length, opened)
-    model.name = f"HTP emulator (onnxruntime-qnn {version('onnxruntime-qnn')})"
-    model.single = SINGLE
-    return model
+def on_cpu(path: Path, *, threads: int, length: int) -> NpuModel:
+    """The decoder in the folder `path` on ONNX Runtime's CPU provider."""
+    name = f"ONNX Runtime {version('onnxruntime')}"
+    return _model(name, path, path, threads, length, lambda file: cpu_session(file, threads))
 
 
 def exact(path: Path, *, length: int) -> NpuModel:
     """The decoder in the folder `path` in exact arithmetic."""
-    files = {name: Path(path) / f"{name}.onnx" for name in NPU_GRAPHS}
-    model = NpuModel(
-        Path(path), files, length, lambda name, file: cpu_session(file, 1) if name == "embeddings" else ExactGraph(file)
-    )
-    model.name = "float64"
-    model.single = SINGLE
+    return _model("float64", path, path, 1, length, ExactGraph)
+
+
+def _model(
+    name: str, path: Path, decoder: Path, threads: int, length: int, opened: Callable[[Path], Session]
+) -> NpuModel:
+    """The graphs in the folder `decoder` as `opened` runs them, after the lookup in the folder `path` on the CPU."""
+    files = {graph: Path(decoder) / f"{graph}.onnx" for graph in DECODER}
+    files["embeddings"] = Path(path) / "embeddings.onnx"
+
+    def open_graph(graph: str, file: Path) -> Session:
+        return cpu_session(file, threads) if graph == "embeddings" else opened(file)
+
+    model = NpuModel(Path(path), files, length, open_graph)
+    model.name, model.single = name, SINGLE
     return model
 
 
@@ -162,7 +170,7 @@ def compare(path: Path, context: Path, tokens: Sequence[int], *, threads: int) -
     length = len(tokens)
     makers = {
         "exact": lambda: exact(path, length=length),
-        "cpu": lambda: _cpu(path, threads, length),
+        "cpu": lambda: on_cpu(path, threads=threads, length=length),
         "htp": lambda: load(path, context, threads=threads, length=length),
     }
     found: dict[str, Floats] = {}
@@ -172,13 +180,6 @@ def compare(path: Path, context: Path, tokens: Sequence[int], *, threads: int) -
         model.close()
     pairs = (("htp", "exact"), ("cpu", "exact"), ("htp", "cpu"))
     return [_compared(of, against, found, tokens) for of, against in pairs]
-
-
-def _cpu(path: Path, threads: int, length: int) -> NpuModel:
-    files = {name: Path(path) / f"{name}.onnx" for name in NPU_GRAPHS}
-    model = NpuModel(Path(path), files, length, lambda _, file: cpu_session(file, threads))
-    model.single = SINGLE
-    return model
 
 
 def _compared(of: str, against: str, found: dict[str, Floats], tokens: Sequence[int]) -> Comparison:

@@ -66,7 +66,8 @@ def _validation(text: str) -> str:
     configs = [config for config in _CONFIG.finditer(text) if config["name"] == failed[-1]["name"]]
     if not configs:
         return f"(QNN error {failed[-1]['code']})"
-    inputs, _, outputs = configs[-1]["tensors"].partition("node_outputs:")
+    tensors = configs[-1]["tensors"].partition("node_params:")[0]
+    inputs, _, outputs = tensors.partition("node_outputs:")
     kind, code = configs[-1]["operator"], failed[-1]["code"]
     return f"({kind} of {_tensors(inputs)} into {_tensors(outputs)}: QNN error {code})"
 

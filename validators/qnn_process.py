@@ -1,9 +1,8 @@
-"""The process that compiles graphs for Qualcomm's HTP.
+"""The process that compiles graphs for Qualcomm's HTP, for validators/qnn.
 
-It is called as `python -m gemexport.validators.qnn_process OUT share|apart OPTIONS GRAPH…`.
-
-The compiler says why it refuses an operator in its log alone, which goes to stderr; a line `== NAME` there begins each
-graph's part. Answers are JSON lines on stdout, one a graph.
+Its arguments are the folder to write to, whether the graphs `share` a binary or are `apart`, the provider's options as
+JSON, and the graphs. The compiler says why it refuses an operator in its log alone, which goes to stderr; a line
+`== NAME` there begins each graph's part. Answers are JSON lines on stdout, one a graph.
 """
 
 from __future__ import annotations
