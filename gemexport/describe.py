@@ -44,7 +44,7 @@ def inspect_path(path: Path, as_json: bool) -> None:
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:
-    """A GGUF file is a checkpoint where it has all of a model; else it is an artefact, and the facts say why not more."""
+    """A GGUF file is a checkpoint where it has all of a model; else an artefact, and the facts say why not more."""
     try:
         facts = _checkpoint_facts(path)
     except InputError as error:
