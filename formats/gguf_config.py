@@ -27,6 +27,8 @@ GEMMA3_PATTERN = 6  # llama.cpp's default for Gemma 3: every sixth layer sees ev
 GEMMA4_SOFTCAP = 30.0  # llama.cpp's default for Gemma 4; 0 stands for none
 SLIDING_THETA = 10_000.0
 SLIDING, FULL = "sliding_attention", "full_attention"
+HEAD_KEYS = (Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH, Keys.Rope.DIMENSION_COUNT)
+SLIDING_HEAD_KEYS = (Keys.Attention.KEY_LENGTH_SWA, Keys.Attention.VALUE_LENGTH_SWA, Keys.Rope.DIMENSION_COUNT_SWA)
 
 EOS_IDS = "gemexport.eos_token_ids"
 """Metadata key (uint32 array): every token that ends an answer, where llama.cpp's two keys cannot say it."""
@@ -41,7 +43,7 @@ def attention_scale(family: str, layers: int, head_dim: int, hidden: int, heads:
     """
     if family == "gemma4":
         return 1.0
-    return 1.0 / math.sqrt(hidden // heads if layers == 62 else head_dim)
+    return 1.0 / math.sqrt(max(1, hidden // heads) if layers == 62 else head_dim)
 
 
 def config_json(parts: Parts) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def config_json(parts: Parts) -> dict[str, Any]:
     }
     if SLIDING in types:
         config["sliding_window"] = facts.count(Keys.Attention.SLIDING_WINDOW)
-    config |= special_ids(facts, parts, vocabulary)
+    config |= _special_ids(facts, parts, vocabulary)
     config |= _gemma3(facts, config) if family == "gemma3" else _gemma4(facts, parts, config)
     # A factor in the query norms stands for another attention scale than llama.cpp's; see exporters/gguf_metadata.
     if family == "gemma3":
@@ -107,7 +109,7 @@ def _gemma3(facts: Metadata, config: dict[str, Any]) -> dict[str, Any]:
         raise facts.wrong(Keys.Rope.SCALING_TYPE, "linear")
     return {
         "attn_logit_softcapping": None,
-        "head_dim": _head_dim(facts, Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH, config),
+        "head_dim": _head_dim(facts, config, *HEAD_KEYS),
         "intermediate_size": facts.count(Keys.LLM.FEED_FORWARD_LENGTH),
         "num_key_value_heads": facts.count(Keys.Attention.HEAD_COUNT_KV, config["num_attention_heads"]),
         "rope_local_base_freq": facts.positive(Keys.Rope.FREQ_BASE_SWA, SLIDING_THETA),
@@ -123,8 +125,7 @@ def _gemma4(facts: Metadata, parts: Parts, config: dict[str, Any]) -> dict[str, 
         raise InputError(facts.path, "it has experts, which is not supported", "give a dense model")
     shared = facts.count(Keys.Attention.SHARED_KV_LAYERS, 0, least=0)
     wide = facts.counts(Keys.LLM.FEED_FORWARD_LENGTH, layers)
-    full = _head_dim(facts, Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH, config)
-    sliding = _head_dim(facts, Keys.Attention.KEY_LENGTH_SWA, Keys.Attention.VALUE_LENGTH_SWA, config)
+    full, sliding = _head_dim(facts, config, *HEAD_KEYS), _head_dim(facts, config, *SLIDING_HEAD_KEYS)
     per_layer = facts.count(Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, 0, least=0)
     return {
         **_key_value_heads(facts, parts, types, full, sliding),
@@ -142,11 +143,12 @@ def _gemma4(facts: Metadata, parts: Parts, config: dict[str, Any]) -> dict[str, 
     }
 
 
-def _head_dim(facts: Metadata, keys: str, values: str, config: dict[str, Any]) -> int:
-    """A head's size; keys and values have the same."""
-    size = facts.count(keys, max(1, config["hidden_size"] // config["num_attention_heads"]))
-    if facts.count(values, size) != size:
-        raise facts.wrong(values, f"{size}, the size of the keys")
+def _head_dim(facts: Metadata, config: dict[str, Any], key: str, *others: str) -> int:
+    """A head's size; the keys that say how large its values are, and how much of it rotates, must say the same."""
+    size = facts.count(key, max(1, config["hidden_size"] // config["num_attention_heads"]))
+    for other in others:
+        if facts.count(other, size) != size:
+            raise facts.wrong(other, f"{size}, the size of a head's keys")
     return size
 
 
@@ -203,7 +205,7 @@ def _scalar(config: dict[str, Any], factor: float) -> float:
     return exact
 
 
-def special_ids(facts: Metadata, parts: Parts, size: int) -> dict[str, Any]:
+def _special_ids(facts: Metadata, parts: Parts, size: int) -> dict[str, Any]:
     """Ids of BOS, padding and the tokens that end an answer; what lies outside the vocabulary counts as missing."""
     stops = [facts.index(key, size) for key in (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)]
     if not facts.has(Keys.Tokenizer.EOT_ID) and facts.has(Keys.Tokenizer.CHAT_TEMPLATE):

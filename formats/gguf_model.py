@@ -14,7 +14,7 @@ from typing import Any
 from gemexport.formats.architecture import Architecture
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name
 from gemexport.formats.errors import InputError
-from gemexport.formats.files import PARTIAL, explained, remove
+from gemexport.formats.files import PARTIAL, explained
 from gemexport.formats.gguf import family_of, stored_tensors
 from gemexport.formats.gguf_config import ROPE_FREQUENCIES, config_json, decoder_of
 from gemexport.formats.gguf_container import MENDED
@@ -112,4 +112,4 @@ def _write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     for old in folder.parent.iterdir():
         if old != folder and not old.name.endswith(PARTIAL):
-            remove(old)
+            shutil.rmtree(old, ignore_errors=True)
