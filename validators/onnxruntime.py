@@ -24,7 +24,10 @@ from gemexport.validators.runtime import Arithmetic, Logits
 CHUNK = 256  # tokens of a prompt at once where sizes are free
 SINGLE = 8  # tokens at the end of a sequence that go one at a time
 NPU_GRAPHS = ("embeddings", "prefill", "decode")
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16, "tensor(uint16)": np.uint16,
+}  # fmt: skip
 
 _ATTRIBUTES = ("accuracy_level", "sliding_window_cache", "local_window_size")
 
@@ -46,7 +49,7 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
     return OnnxModel(file, threads)
 
 
-def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
+def _session(file: Path, threads: int, arithmetic: Arithmetic) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -56,6 +59,9 @@ def _session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     # Without VNNI the 8-bit kernels saturate; and fused DequantizeLinear would quantize activations to 8 bit.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Rounded activations in f32, as the graph says: fused with INT8 weights in blocks they end in an operator that
+    # ONNX Runtime 1.32 cannot run.
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(arithmetic == "static-activations")))
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -82,12 +88,14 @@ def _traits(files: Sequence[Path]) -> Traits:
             numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
             if numbers.get("accuracy_level") == 4:
                 arithmetics.add("int8-activations")
+            if node.op_type == "QuantizeLinear":
+                arithmetics.add("static-activations")
             # The runtime drops what has left the window, and wants room for the window from the start.
             if numbers.get("sliding_window_cache"):
                 capacities |= {v.name or "": numbers["local_window_size"] for v in node.inputs[3:5] if v is not None}
         if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
             arithmetics.add("f16")
-    order: tuple[Arithmetic, ...] = ("int8-activations", "f16")
+    order: tuple[Arithmetic, ...] = ("int8-activations", "static-activations", "f16")
     return Traits(next((kind for kind in order if kind in arithmetics), "f32"), capacities)
 
 
@@ -161,7 +169,7 @@ class OnnxModel(_Model):
 
     def __init__(self, file: Path, threads: int) -> None:
         super().__init__(file.parent, [file])
-        self.session = _session(file, threads)
+        self.session = _session(file, threads, self.arithmetic)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
         self.past = {
@@ -211,11 +219,12 @@ class NpuModel(_Model):
         files = {name: folder / f"{name}.onnx" for name in NPU_GRAPHS}
         super().__init__(folder, list(files.values()))
         self.files, self.threads = files, threads
-        self.sessions = {name: _session(files[name], threads) for name in ("embeddings", "prefill")}
+        self.sessions = {name: _session(files[name], threads, self.arithmetic) for name in ("embeddings", "prefill")}
         inputs = {item.name: item for item in self.sessions["prefill"].get_inputs()}
         self.length = int(inputs["position_ids"].shape[1])
-        self.caches = {name: tuple(item.shape) for name, item in inputs.items() if name.startswith("past_")}
-        self.context = max((shape[2] for shape in self.caches.values()), default=0)
+        caches = [item for name, item in inputs.items() if name.startswith("past_")]
+        self.caches = {item.name: (tuple(item.shape), NUMPY_TYPES[item.type]) for item in caches}
+        self.context = max((item.shape[2] for item in caches), default=0)
         if self.context < context:
             remedy = f"export it again with a context of {context}"
             raise InputError(folder, f"its caches hold {self.context} positions", remedy)
@@ -227,12 +236,12 @@ class NpuModel(_Model):
         return left % self.length or self.length
 
     def _empty(self) -> Cache:
-        return {name: np.zeros(shape, np.float32) for name, shape in self.caches.items()}
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.caches.items()}
 
     def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         name, length = ("decode", 1) if len(tokens) == 1 and start else ("prefill", self.length)
         if name not in self.sessions:
-            self.sessions[name] = _session(self.files[name], self.threads)
+            self.sessions[name] = _session(self.files[name], self.threads, self.arithmetic)
         padding = length - len(tokens)
         ids = np.asarray([0] * padding + list(tokens), np.int64)[None]
         looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations"]
+# "static-activations" is f32 but for what an artefact's own static scales round.
+Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "static-activations"]
 
 
 @dataclass(frozen=True)
