@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor
 
@@ -25,12 +26,13 @@ Answer = Container | str  # or why nothing holds it, as half a sentence
 
 
 def fitting(
-    checkpoint: Checkpoint, container: Callable[[Grid, int], Answer]
+    checkpoint: Checkpoint, container: Callable[[Grid, int], Answer], placed: Activations | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Container], list[str]]:
     """The checkpoint's tensors as a format holds them, the containers of those that keep a grid, and notes.
 
-    A grid that has no container is dropped: the values are then written as the format writes plain ones, or put on the
-    grid that every format holds where the source had nothing but codes (`Checkpoint.fallbacks`).
+    `placed` are those of the checkpoint's static activation scales that the format computes with. A grid that has no
+    container is dropped: the values are then written as the format writes plain ones, or put on the grid that every
+    format holds where the source had nothing but codes (`Checkpoint.fallbacks`).
     """
     tensors: dict[str, Tensor] = {}
     containers: dict[str, Container] = {}
@@ -52,4 +54,14 @@ def fitting(
             notes.append(f"{name} {becomes}: {answer}")
         else:
             containers[name] = answer
-    return tensors, containers, notes
+    return tensors, containers, [*notes, *left_out(checkpoint.activations, placed)]
+
+
+def left_out(activations: Activations | None, placed: Activations | None = None) -> list[str]:
+    """A sentence about static activation scales that an artefact has no place for, if there are any."""
+    there, kept = activations or Activations(), placed or Activations()
+    linears, caches = len(there.linears) - len(kept.linears), len(there.caches) - len(kept.caches)
+    counted = [f"{count} {kind}" for count, kind in ((linears, "linears"), (caches, "caches")) if count]
+    if not counted:
+        return []
+    return [f"static activation scales of {' and '.join(counted)} are left out: these stay in floating point"]

@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
 from gemexport.exporters import decoder
-from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.genai_config import genai_config
+from gemexport.exporters.onnx_common import KINDS, stored_bits
 from gemexport.exporters.onnx_graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx_htp import held_by_rows
 from gemexport.exporters.onnx_npu import NpuBackend, add_decoder, lookup
@@ -25,12 +27,14 @@ from gemexport.exporters.onnx_quantized import PRECISIONS, write_quantized
 from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.activation_ranges import Method, read_ranges
+from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
 CALIBRATED = tuple(PRECISIONS)  # those that want token sequences to measure activations on
+Placing = Literal["all", "linears", "none"]  # of static activation scales
 CONTEXT, PREFILL = 2048, 128
 SCRIPT = Path(__file__).with_name("onnx_generate.py")  # goes along: it runs the graphs with nothing of ours
 
@@ -45,27 +49,32 @@ def export(
     calibration: Sequence[Sequence[int]] = (),
     ranges: str | Path | None = None,
     range_method: Method = "minmax",
+    activations: Placing = "all",
     progress: Progress = ignore,
 ) -> Export:
     """Write `checkpoint`, with its grids, to the folder `path`; it appears when it is whole.
 
     `context` and `prefill`, in positions, are the fixed sizes of `npu`: what its caches hold, and how many tokens
-    its prompt graph takes at once. `npu-a8` and `npu-a16` measure activations on the token sequences `calibration`, or
-    take the `ranges` of a JSON file that an earlier export wrote. Raises InputError when the folder cannot be written
-    or the disk is full.
+    its prompt graph takes at once. `activations` says which of the checkpoint's static scales `npu` computes with: all,
+    those of linears with caches in floating point, or none. `npu-a8` and `npu-a16` measure activations on the token
+    sequences `calibration`, or take the `ranges` of a JSON file that an earlier export wrote. Raises InputError when
+    the folder cannot be written or the disk is full.
     """
     path = Path(path)
     context = min(context, checkpoint.architecture.max_positions)
-    notes: list[str] = []
-    if variant not in ("f32", *PRECISIONS):
-        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    rounding = placed(checkpoint.activations, activations) if variant == "npu" else Activations()
+    if variant in ("f32", *PRECISIONS):
+        notes = left_out(checkpoint.activations)
+    else:
+        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
         checkpoint = replace(checkpoint, tensors=tensors)
+    checkpoint = replace(checkpoint, activations=rounding)
     with atomic(path) as partial:
         partial.mkdir()
         if variant in PRECISIONS:
             measured = None if ranges is None else read_ranges(Path(ranges))
-            activations = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": measured})
-            notes = write_quantized(checkpoint, partial, activations, calibration, context, prefill, progress)
+            settings = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": measured})
+            notes += write_quantized(checkpoint, partial, settings, calibration, context, prefill, progress)
         elif variant == "npu":
             _write_npu(checkpoint, partial, context, prefill, progress)
         else:
@@ -77,22 +86,38 @@ def export(
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 
 
+def placed(activations: Activations | None, wanted: Placing) -> Activations:
+    """The static scales that the NPU's graphs get: whole integers of 8 or 16 bits, as far as they are wanted."""
+    found = Activations() if activations is None or wanted == "none" else activations
+    found = found.without_caches() if wanted == "linears" else found
+
+    def fits(both: LinearActivations | CacheActivations) -> bool:
+        return all(side is None or side.bits in (8, 16) for side in vars(both).values())
+
+    return Activations(
+        {name: both for name, both in found.linears.items() if fits(both)},
+        {layer: both for layer, both in found.caches.items() if fits(both)},
+    )
+
+
 def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant == "f32":
         return "the variant f32 holds plain numbers"
-    if grid.kind != "symmetric" or grid.bits not in (2, 4, 8):
-        return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
     if variant in PRECISIONS:
         if held_by_rows(grid, width):
             return Container(f"DequantizeLinear INT{grid.bits}, a row", "f32")
         return "the NPU knows signed 4- and 8-bit codes with one scale a row"
+    if grid.kind not in KINDS:
+        return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
+    bits, shifted = stored_bits(grid.bits, width), grid.kind == "zero-point"
     if variant == "npu":
-        return Container(f"DequantizeLinear INT{grid.bits}, block {grid.block}", "f32")
+        size = "one scale a row" if grid.block == width else f"block {grid.block}"
+        return Container(f"DequantizeLinear {'UINT' if shifted else 'INT'}{bits}, {size}", "f32")
     block = block_of(grid)
     if block is None:
         return f"ONNX Runtime has no block for blocks of {grid.block} weights"
-    return Container(f"MatMulNBits {grid.bits} bit, block {block}", "f32")
+    return Container(f"MatMulNBits {bits} bit, block {block}{', zero points' if shifted else ''}", "f32")
 
 
 def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> None:
@@ -116,7 +141,7 @@ def _write_npu(checkpoint: Checkpoint, folder: Path, context: int, prefill: int,
     graphs = {"embeddings": lookup(a, GraphBuilder(f"{checkpoint.name} embeddings"), weights)}
     for name, length in (("prefill", prefill), ("decode", 1)):
         graph = GraphBuilder(f"{checkpoint.name} {name}")
-        graphs[name] = add_decoder(NpuBackend(a, graph, weights, length, context))
+        graphs[name] = add_decoder(NpuBackend(a, graph, weights, length, context, checkpoint.activations))
     weights.write(folder, progress)
     for name, graph in graphs.items():
         graph.save(folder / f"{name}.onnx", PRODUCER)

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gemexport.exporters.onnx_graph import GraphBuilder, Weights
-from gemexport.formats.tensor import DType
+from gemexport.formats.onnx_blocks import pack, pack_unsigned
+from gemexport.formats.tensor import DType, Rows
+
+WIDTHS = (2, 4, 8)  # bits that there are containers for; what lies between goes into the next wider one
+KINDS = ("symmetric", "zero-point")
+
+
+def stored_bits(bits: int, row: int) -> int:
+    """The narrowest container for rows of `row` codes of `bits` bits that fill whole bytes."""
+    return next(width for width in WIDTHS if width >= bits and row * width % 8 == 0)
+
+
+def packed_codes(rows: Rows, bits: int) -> NDArray[np.uint8]:
+    """Codes of a symmetric or a zero-point grid, unsigned, `[rows, in * bits / 8]`."""
+    codes = rows.grid()[0]
+    return pack(codes, bits) if rows.shifts is None else pack_unsigned(codes.view(np.uint8), bits)
+
+
+def zero_points(rows: Rows, bits: int) -> NDArray[np.uint8]:
+    """Zero points `[rows, blocks]`, one a byte; ValueError where `bits` bits do not hold one."""
+    zeros = rows.shifted()[2]
+    if zeros.min(initial=0) < 0 or zeros.max(initial=0) >= 1 << bits:
+        raise ValueError(f"a zero point lies outside of {bits} bits")
+    return zeros.astype(np.uint8)
 
 
 class StandardOperations:

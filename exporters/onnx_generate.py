@@ -16,7 +16,13 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 Arrays = dict[str, Any]
-DTYPES = {"tensor(float)": "f4", "tensor(uint8)": "u1", "tensor(uint16)": "u2", "tensor(int16)": "i2"}
+DTYPES = {
+    "tensor(float)": "f4",
+    "tensor(int8)": "i1",
+    "tensor(uint8)": "u1",
+    "tensor(int16)": "i2",
+    "tensor(uint16)": "u2",
+}
 
 
 def session(file: Path) -> onnxruntime.InferenceSession:
@@ -25,6 +31,9 @@ def session(file: Path) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Where activations are integers: without it kernels of processors without VNNI saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Static scales of activations as the graph says them, in f32.
+    rounds = b"QuantizeLinear" in file.read_bytes()
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if rounds else "0")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 

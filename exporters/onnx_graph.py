@@ -20,8 +20,9 @@ from gemexport.exporters.result import Progress
 from gemexport.formats.tensor import ITEM_BYTES, DType, Rows, Tensor, to_bf16
 
 PRODUCER = "gemexport"
-OPSET = 23  # the first with RMSNormalization; blocked DequantizeLinear came with 21
-IR_VERSION = 11  # the one that came with it
+OPSET, IR_VERSION = 23, 11  # the first with RMSNormalization; blocked DequantizeLinear came with 21
+TWO_BIT_OPSET, TWO_BIT_IR_VERSION = 25, 13  # the first with INT2 and UINT2
+TWO_BIT = (ir.DataType.INT2, ir.DataType.UINT2)
 FLOATS: dict[DType, ir.DataType] = {
     "bf16": ir.DataType.BFLOAT16,
     "f16": ir.DataType.FLOAT16,
@@ -218,13 +219,15 @@ class GraphBuilder:
         return self.initializer(name, place)
 
     def save(self, path: Path, producer: str) -> None:
-        """Write the graph, without its external data."""
+        """Write the graph, without its external data, for the oldest opset that has all of it."""
+        two_bit = any(value.dtype in TWO_BIT for value in self.initializers.values())
+        opset, version = (TWO_BIT_OPSET, TWO_BIT_IR_VERSION) if two_bit else (OPSET, IR_VERSION)
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, **{node.domain: 1 for node in self.nodes if node.domain}},
+            opset_imports={"": opset, **{node.domain: 1 for node in self.nodes if node.domain}},
             name=self.name,
         )
-        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name=producer), path)
+        ir.save(ir.Model(graph, ir_version=version, producer_name=producer), path)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters.onnx_graph import Weights
-from gemexport.exporters.onnx_npu import INT, MASKED, WEIGHTS, NpuBackend
+from gemexport.exporters.onnx_npu import INTEGERS, MASKED, WEIGHTS, NpuBackend
 from gemexport.exporters.onnx_qdq import DTYPES, QdqGraph, constant_encoding
 from gemexport.formats.architecture import Architecture, Layer
 from gemexport.formats.onnx import DERIVED, EMBEDDING, HEAD, OFFSET, SCALES
@@ -72,7 +72,7 @@ class HtpBackend(NpuBackend):
             return (part.grid()[1] if own else by_rows(part)[1]).astype(np.float32).T
 
         plan, name = self.weights.plan, tensor.name
-        packed = plan(name, "row columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
+        packed = plan(name, "row columns", INTEGERS[bits, True], [width, out], codes, file=WEIGHTS, columns=True)
         factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=True)
         weight = self._weight(name, packed) if own else self._derived(name, packed)
         inputs = [
@@ -95,7 +95,9 @@ class HtpBackend(NpuBackend):
         there are none, and where two weights share them.
         """
         name = f"{weight}{ZERO_POINTS}"
-        return self.graph.initializer(name, ir.Tensor(np.zeros(count, INT[bits].numpy()), dtype=INT[bits], name=name))
+        return self.graph.initializer(
+            name, ir.Tensor(np.zeros(count, INTEGERS[bits, True].numpy()), dtype=INTEGERS[bits, True], name=name)
+        )
 
     def rms_norm(self, x: ir.Value, weight: str | None, eps: float, offset: float) -> ir.Value:
         if weight is None:

@@ -13,24 +13,44 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters import decoder
-from gemexport.exporters.onnx_common import StandardOperations
+from gemexport.exporters.onnx_common import StandardOperations, packed_codes, stored_bits, zero_points
 from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
+from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.architecture import Architecture, Layer, Rope
-from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES
-from gemexport.formats.onnx_blocks import pack, pack_signed
+from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, ZEROS
+from gemexport.formats.onnx_blocks import pack_signed, pack_unsigned
 from gemexport.formats.tensor import Grid, Rows, Tensor
 
 MASKED = -30_000.0  # far below any score, and within f16, which NPUs compute in
 TABLES, WEIGHTS = "embeddings.onnx.data", "decoder.onnx.data"
-INT: dict[int, ir.DataType] = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+INTEGERS: dict[tuple[int, bool], ir.DataType] = {  # by bits, and whether they are signed
+    (bits, signed): ir.DataType[f"{'' if signed else 'U'}INT{bits}"]
+    for bits in (2, 4, 8, 16)
+    for signed in (True, False)
+}
+
+
+def integer(quantizer: Quantizer) -> ir.DataType:
+    """The type of a quantizer's integers."""
+    return INTEGERS[quantizer.bits, quantizer.signed]
 
 
 class NpuBackend(StandardOperations):
     """`decoder.Backend`, `length` positions at a time in a context of `context`; inputs appear as they are needed."""
 
-    def __init__(self, a: Architecture, graph: GraphBuilder, weights: Weights, length: int, context: int) -> None:
+    def __init__(
+        self,
+        a: Architecture,
+        graph: GraphBuilder,
+        weights: Weights,
+        length: int,
+        context: int,
+        activations: Activations | None = None,
+    ) -> None:
         super().__init__(graph, weights, WEIGHTS)
         self.a, self.length, self.context = a, length, context
+        self.activations = activations or Activations()
+        self._roundings: dict[tuple[ir.Value, Quantizer], ir.Value] = {}
         self._positions: ir.Value | None = None
         self._cache: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._rotations: dict[tuple[Rope, int], tuple[ir.Value, ir.Value]] = {}
@@ -47,27 +67,38 @@ class NpuBackend(StandardOperations):
             dtype = FLOATS[tensor.dtype]
             table = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
             return self.scale(self.to_float(self._lookup(self.graph.external(weight, table)), tensor.dtype), scale)
-        width, bits, block = tensor.shape[1], tensor.grid.bits, tensor.grid.block
-        codes, scales = self._table(tensor, tensor.grid)
-        codes = self.reshape(self._unpacked(self._lookup(codes), bits), [0, 0, width // block, block])
-        scales = self.reshape(self.to_float(self._lookup(scales), tensor.grid.scale_dtype), [0, 0, width // block, 1])
+        width, block = tensor.shape[1], tensor.grid.block
+        bits = stored_bits(tensor.grid.bits, width)
+        table, scales, zeros = self._table(tensor, tensor.grid, bits)
+        codes = self.reshape(self._unpacked(self._lookup(table), bits), [0, 0, width // block, block])
+        codes = self.graph.op("Sub", [codes, self.number(float(1 << (bits - 1))) if zeros is None else zeros])
         return self.scale(self.reshape(self.mul(codes, scales), [0, 0, width]), scale)
 
-    def _table(self, tensor: Tensor, grid: Grid) -> tuple[ir.Value, ir.Value]:
-        """Packed rows and their scales, in the scales' own dtype."""
-        (rows, width), bits, dtype = tensor.shape, grid.bits, grid.scale_dtype
-
-        def codes(part: Rows) -> NDArray[Any]:
-            return pack(part.grid()[0], bits)
+    def _table(self, tensor: Tensor, grid: Grid, bits: int) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Packed rows, and what belongs to the ids of their scales and zero points as f32 `[1, n, blocks, 1]`."""
+        (rows, width), dtype = tensor.shape, grid.scale_dtype
+        blocks, plan, name = width // grid.block, self.weights.plan, tensor.name
 
         def scales(part: Rows) -> NDArray[Any]:
             return stored_floats(part.grid()[1], dtype)
 
-        plan, name = self.weights.plan, tensor.name
+        def codes(part: Rows) -> NDArray[Any]:
+            return packed_codes(part, bits)
+
+        def looked_up(stored: ir.ExternalTensor, suffix: str) -> ir.Value:
+            found = self._lookup(self.graph.external(f"{name}{suffix}", stored))
+            found = found if stored.dtype == ir.DataType.FLOAT else self.cast(found, ir.DataType.FLOAT)
+            return self.reshape(found, [0, 0, blocks, 1])
+
         packed = plan(name, "rows", ir.DataType.UINT8, [rows, width * bits // 8], codes, file=TABLES)
-        factors = plan(name, "row scales", FLOATS[dtype], [rows, width // grid.block], scales, file=TABLES)
+        factors = looked_up(plan(name, "row scales", FLOATS[dtype], [rows, blocks], scales, file=TABLES), SCALES)
         table = self.graph.external(name, packed, metadata={BITS: str(bits)})
-        return table, self.graph.external(f"{name}{SCALES}", factors)
+        if grid.kind == "symmetric":
+            return table, factors, None
+        shifts = plan(
+            name, "row zeros", ir.DataType.UINT8, [rows, blocks], lambda part: zero_points(part, bits), file=TABLES
+        )
+        return table, factors, looked_up(shifts, ZEROS)
 
     def _lookup(self, table: ir.Value) -> ir.Value:
         return self.graph.op("Gather", [table, self.graph.inputs[0]], axis=0)
@@ -83,8 +114,7 @@ class NpuBackend(StandardOperations):
             mask = g.constant((1 << bits) - 1, np.uint8)
             fields.append(g.op("Unsqueeze", [g.op("BitwiseAnd", [field, mask]), g.constant([3], np.int64)]))
         together = fields[0] if len(fields) == 1 else g.op("Concat", fields, axis=3)
-        codes = self.cast(self.merge(together), ir.DataType.FLOAT)
-        return g.op("Sub", [codes, self.number(float(1 << (bits - 1)))])
+        return self.cast(self.merge(together), ir.DataType.FLOAT)
 
     # The decoder.
 
@@ -98,13 +128,32 @@ class NpuBackend(StandardOperations):
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
         tensor = self.weights.tensors[weight]
+        rounding = self.activations.linear(HEAD if weight == EMBEDDING else weight)
         if tensor.grid is not None:
             values = self._dequantized(tensor, tensor.grid)
         else:
             dtype, shape, turned = FLOATS[tensor.dtype], tensor.shape[::-1], plain(tensor, turn=True)
             stored = self.weights.plan(weight, "columns", dtype, shape, turned, file=WEIGHTS, columns=True)
             values = self.to_float(self._weight(weight, stored), tensor.dtype)
-        return self.graph.op("MatMul", [x, values])
+        return self._rounded(self.graph.op("MatMul", [self._rounded(x, rounding.input), values]), rounding.output)
+
+    def _rounded(self, x: ir.Value, quantizer: Quantizer | None) -> ir.Value:
+        """`x` through the quantizer's integers; projections that read the same one share it."""
+        if quantizer is None:
+            return x
+        if (x, quantizer) not in self._roundings:
+            self._roundings[x, quantizer] = self._real(self._integers(x, quantizer), quantizer)
+        return self._roundings[x, quantizer]
+
+    def _integers(self, x: ir.Value, quantizer: Quantizer) -> ir.Value:
+        return self.graph.op("QuantizeLinear", [x, *self._parameters(quantizer)])
+
+    def _real(self, x: ir.Value, quantizer: Quantizer) -> ir.Value:
+        return self.graph.op("DequantizeLinear", [x, *self._parameters(quantizer)])
+
+    def _parameters(self, quantizer: Quantizer) -> tuple[ir.Value, ir.Value]:
+        zero = self.graph.constant(quantizer.zero_point, integer(quantizer).numpy())
+        return self.number(quantizer.scale), zero
 
     def _weight(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
         """A weight of a linear; a tied head has a copy of its own: the lookup needs rows, and MatMul columns."""
@@ -113,25 +162,35 @@ class NpuBackend(StandardOperations):
         return self.graph.external(name, stored)
 
     def _dequantized(self, tensor: Tensor, grid: Grid) -> ir.Value:
-        """A weight `[in, out]` out of its codes, with a scale a block of `in`, or a column where a row has but one."""
+        """A weight `[in, out]` out of its codes, with a scale a block of `in`, or a column where a row has but one.
+
+        Two-bit rows are blocks too, as long as the row: ONNX Runtime 1.32 makes of a column's scale, between rounded
+        activations, an operator that has no two-bit type.
+        """
         out, width = tensor.shape
-        # A tensor is packed as one run, so its rows have to fill bytes; opset 23 has no 2-bit type.
-        bits = 4 if grid.bits <= 4 and out % 2 == 0 else 8
+        bits, signed = stored_bits(grid.bits, out), grid.kind == "symmetric"
+        blocked = grid.block < width or bits == 2
+        shape = [width // grid.block, out] if blocked else [out]
 
-        def codes(part: Rows) -> NDArray[Any]:
-            return pack_signed(np.ascontiguousarray(part.grid()[0].T), bits)
+        def join(codes: NDArray[Any]) -> NDArray[np.uint8]:
+            codes = np.ascontiguousarray(codes.T)
+            return pack_signed(codes, bits) if signed else pack_unsigned(codes.view(np.uint8), bits)
 
-        plan, name = self.weights.plan, tensor.name
-        packed = plan(name, "columns", INT[bits], [width, out], codes, file=WEIGHTS, columns=True)
-        attributes: dict[str, Any] = {"axis": 0, "block_size": grid.block} if grid.block < width else {"axis": 1}
-        shape = [width // grid.block, out] if grid.block < width else [out]
-        scales = plan(
-            name, "column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T, file=WEIGHTS, columns=True
-        )
-        weight = self._weight(name, packed)
-        return self.graph.op(
-            "DequantizeLinear", [weight, self.graph.external(f"{weight.name}{SCALES}", scales)], **attributes
-        )
+        def plan(layout: str, kind: ir.DataType, size: list[int], fill: Convert) -> ir.ExternalTensor:
+            return self.weights.plan(tensor.name, layout, kind, size, fill, file=WEIGHTS, columns=True)
+
+        def zeros(part: Rows) -> NDArray[np.uint8]:
+            return join(np.zeros_like(part.grid()[1], np.uint8) if signed else zero_points(part, bits))
+
+        kind = INTEGERS[bits, signed]
+        weight = self._weight(tensor.name, plan("columns", kind, [width, out], lambda part: join(part.grid()[0])))
+        scales = plan("column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T)
+        inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", scales)]
+        if not signed or bits == 8:
+            # ONNX Runtime 1.32 breaks its own graph where it makes INT8 weights unsigned that have no zero points.
+            inputs.append(self.graph.external(f"{weight.name}{ZEROS}", plan("column zeros", kind, shape, zeros)))
+        attributes: dict[str, Any] = {"axis": 0, "block_size": grid.block} if blocked else {"axis": 1}
+        return self.graph.op("DequantizeLinear", inputs, **attributes)
 
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
         g = self.graph
@@ -170,16 +229,24 @@ class NpuBackend(StandardOperations):
         return min(self.a.sliding_window, self.context) if layer.sliding else self.context
 
     def remember(self, k: ir.Value, v: ir.Value, layer: Layer) -> None:
-        g = self.graph
+        rounding = self.activations.caches.get(layer.index, CacheActivations())
         shape = [1, layer.kv_heads, self.cache_length(layer), layer.head_dim]
-        kept = []
-        for kind, new in (("key", k), ("value", v)):
-            past = g.input(f"past_key_values.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
-            whole = g.op("Concat", [past, g.op("Transpose", [new], perm=[0, 2, 1, 3])], axis=2)
-            ends = (g.constant([at], np.int64) for at in (self.length, self.length + shape[2], 2))
-            g.output(g.op("Slice", [whole, *ends]), f"present.{layer.index}.{kind}", ir.DataType.FLOAT, shape)
-            kept.append(whole)
-        self._cache[layer.index] = kept[0], kept[1]
+        name = f"{layer.index}.{{}}"
+        key, value = (self.graph.op("Transpose", [new], perm=[0, 2, 1, 3]) for new in (k, v))
+        self._cache[layer.index] = (
+            self._appended(key, name.format("key"), shape, rounding.key),
+            self._appended(value, name.format("value"), shape, rounding.value),
+        )
+
+    def _appended(self, new: ir.Value, name: str, shape: list[int], quantizer: Quantizer | None) -> ir.Value:
+        """`new` behind what the cache holds; the last of it is the next cache, in integers where it has a scale."""
+        g = self.graph
+        dtype = ir.DataType.FLOAT if quantizer is None else integer(quantizer)
+        past = g.input(f"past_key_values.{name}", dtype, shape)
+        whole = g.op("Concat", [past, new if quantizer is None else self._integers(new, quantizer)], axis=2)
+        ends = (g.constant([at], np.int64) for at in (self.length, self.length + shape[2], 2))
+        g.output(g.op("Slice", [whole, *ends]), f"present.{name}", dtype, shape)
+        return whole if quantizer is None else self._real(whole, quantizer)
 
     def attention(self, q: ir.Value, layer: Layer, scale: float, softcap: float | None) -> ir.Value:
         g, n = self.graph, self.length

@@ -12,11 +12,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gemexport.exporters.onnx_common import StandardOperations
-from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, Weights, stored_floats
+from gemexport.exporters.onnx_common import StandardOperations, packed_codes, stored_bits, zero_points
+from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.architecture import Architecture, Layer, Rope
-from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES
-from gemexport.formats.onnx_blocks import pack
+from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES, ZEROS
+from gemexport.formats.onnx_blocks import pack_unsigned
 from gemexport.formats.tensor import Grid, Rows, Tensor, reblock
 
 MICROSOFT = "com.microsoft"
@@ -55,12 +55,12 @@ class OnnxRuntimeBackend(StandardOperations):
             rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0), tensor.dtype)
         else:
             assert tensor.grid is not None
-            codes, scales = self._packed(tensor, block, weight)
+            codes, *factors = self._packed(tensor, block, weight)
             rows = self.graph.op(
                 "GatherBlockQuantized",
-                [codes, self.ids, scales],
+                [codes, self.ids, *factors],
                 MICROSOFT,
-                bits=tensor.grid.bits,
+                bits=stored_bits(tensor.grid.bits, tensor.shape[1]),
                 block_size=block,
                 gather_axis=0,
                 quantize_axis=1,
@@ -76,10 +76,11 @@ class OnnxRuntimeBackend(StandardOperations):
         assert tensor.grid is not None
         out, width = tensor.shape
         # The embedding's bytes serve as the tied head under another shape.
-        shape = [out, width // block, block * tensor.grid.bits // 8]
-        codes, scales = self._packed(tensor, block, HEAD if weight == EMBEDDING else weight, shape)
-        sizes: dict[str, Any] = {"N": out, "K": width, "bits": tensor.grid.bits, "block_size": block}
-        return self.graph.op("MatMulNBits", [x, codes, scales], MICROSOFT, **sizes, accuracy_level=1)
+        bits = stored_bits(tensor.grid.bits, width)
+        shape = [out, width // block, block * bits // 8]
+        packed = self._packed(tensor, block, HEAD if weight == EMBEDDING else weight, shape)
+        sizes: dict[str, Any] = {"N": out, "K": width, "bits": bits, "block_size": block}
+        return self.graph.op("MatMulNBits", [x, *packed], MICROSOFT, **sizes, accuracy_level=1)
 
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
         cos, sin = self._rotation(layer)
@@ -155,26 +156,34 @@ class OnnxRuntimeBackend(StandardOperations):
         stored = self.weights.plan(tensor.name, "plain", FLOATS[tensor.dtype], tensor.shape, convert, file=WEIGHTS)
         return self.graph.external(tensor.name, stored)
 
-    def _packed(
-        self, tensor: Tensor, block: int, name: str, shape: list[int] | None = None
-    ) -> tuple[ir.Value, ir.Value]:
-        """Codes, under `name` and in `shape`, and scales as f32, of a weight with a grid."""
+    def _packed(self, tensor: Tensor, block: int, name: str, shape: list[int] | None = None) -> list[ir.Value]:
+        """Of a weight on a grid: codes, under `name` and in `shape`, scales as f32, and zero points if it has any."""
         grid = tensor.grid
         assert grid is not None
-        bits, source_block, dtype = grid.bits, grid.block, grid.scale_dtype
+        source_block, dtype = grid.block, grid.scale_dtype
         out, width = tensor.shape
-
-        def codes(rows: Rows) -> NDArray[Any]:
-            return pack(rows.grid()[0], bits)
+        blocks, bits = width // block, stored_bits(grid.bits, width)
 
         def scales(rows: Rows) -> NDArray[Any]:
-            blocks = reblock(rows.grid()[1], source_block, block)
-            assert blocks is not None
-            return stored_floats(blocks, dtype)
+            return stored_floats(repeated(rows.grid()[1], source_block, block), dtype)
 
-        packed = self.weights.plan(
-            tensor.name, "codes", ir.DataType.UINT8, [out, width * bits // 8], codes, file=WEIGHTS
-        )
-        factors = self.weights.plan(tensor.name, "scales", FLOATS[dtype], [out, width // block], scales, file=WEIGHTS)
-        stored = self.graph.external(f"{tensor.name}{SCALES}", factors)
-        return self.graph.external(name, packed, shape), self.to_float(stored, dtype)
+        def zeros(rows: Rows) -> NDArray[Any]:
+            return pack_unsigned(repeated(zero_points(rows, bits), source_block, block), bits)
+
+        def plan(layout: str, kind: ir.DataType, size: int, fill: Convert) -> ir.ExternalTensor:
+            return self.weights.plan(tensor.name, layout, kind, [out, size], fill, file=WEIGHTS)
+
+        codes = plan("codes", ir.DataType.UINT8, width * bits // 8, lambda rows: packed_codes(rows, bits))
+        factors = self.graph.external(f"{tensor.name}{SCALES}", plan("scales", FLOATS[dtype], blocks, scales))
+        found = [self.graph.external(name, codes, shape), self.to_float(factors, dtype)]
+        if grid.kind == "zero-point":
+            shifts = plan("zero points", ir.DataType.UINT8, -(-blocks * bits // 8), zeros)
+            found.append(self.graph.external(f"{tensor.name}{ZEROS}", shifts))
+        return found
+
+
+def repeated(array: NDArray[Any], block: int, target: int) -> NDArray[Any]:
+    """Scales or zero points of blocks of `block` weights for the smaller ones of `target`."""
+    found = reblock(array, block, target)
+    assert found is not None
+    return found

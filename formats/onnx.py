@@ -26,11 +26,9 @@ GRAPHS = ("model.onnx", "embeddings.onnx", "prefill.onnx", "decode.onnx")
 # On an initializer whose grid no operator names: a packed table that standard operators look rows up in.
 BITS = "gemexport.bits"
 COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
-DERIVED = (
-    "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid, for a runtime's sake
-)
+DERIVED = "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid
 OFFSET = "gemexport.offset"  # on an initializer that has had this number added
-SCALES = ".scales"  # what the scales of a weight are called, after its own name
+SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero points are called, after its own name
 
 EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
 NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
@@ -48,13 +46,10 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     and graphs of one folder that disagree on a weight.
     """
     path = Path(path)
-    files = [path] if path.is_file() else [path / name for name in GRAPHS if (path / name).is_file()]
-    if not files:
-        raise InputError(path, "there is no ONNX model", f"give an .onnx file, or a folder with {' or '.join(GRAPHS)}")
     found: dict[str, Tensor] = {}
     places: dict[str, Place] = {}
     copies: dict[str, str] = {}
-    for file in files:
+    for file in graph_files(path):
         model = read_model(file)
         in_graph: dict[str, Tensor] = {}
         for tensor, place, original in _weights(model.graph, file):
@@ -71,6 +66,14 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     for name, original in copies.items():
         found[original] = CopiedTensor(found[original], found.pop(name), path)
     return found
+
+
+def graph_files(path: Path) -> list[Path]:
+    """The graphs of a model: an .onnx file, or the `GRAPHS` in a folder; InputError where there are none."""
+    files = [path] if path.is_file() else [path / name for name in GRAPHS if (path / name).is_file()]
+    if not files:
+        raise InputError(path, "there is no ONNX model", f"give an .onnx file, or a folder with {' or '.join(GRAPHS)}")
+    return files
 
 
 class CopiedTensor:
@@ -129,8 +132,7 @@ def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor |
     assert value.const_value is not None
     bits = value.const_value.metadata_props.get(BITS)
     if bits:
-        scales = graph.initializers[f"{value.name}{SCALES}"]
-        return PackedTensor(name, _array(value, file), _array(scales, file), int(bits), signed=False, transposed=False)
+        return _table(name, value, int(bits), graph, file)
     for node, index in _uses(value):
         if (node.op_type, index) in (("MatMulNBits", 1), ("GatherBlockQuantized", 0)):
             return _fused(name, node, index, file)
@@ -139,6 +141,15 @@ def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor |
     if value.dtype is None or value.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16"):
         return None
     return StoredTensor(name, _array(value, file), transposed=_transposed(value))
+
+
+def _table(name: str, value: ir.Value, bits: int, graph: ir.Graph, file: Path) -> Tensor:
+    """Packed rows that standard operators look up; zero points, one a byte, beside the scales."""
+    scales, zeros = graph.initializers[f"{value.name}{SCALES}"], graph.initializers.get(f"{value.name}{ZEROS}")
+    zero_points = None if zeros is None else to_floats(_array(zeros, file)) - np.float32(1 << (bits - 1))
+    return PackedTensor(
+        name, _array(value, file), _array(scales, file), bits, signed=False, transposed=False, zero_points=zero_points
+    )
 
 
 def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:

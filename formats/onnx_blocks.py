@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, expand, from_bf16
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Kind, Rows, from_bf16, on_grid
 
 Bytes = NDArray[np.uint8]
 
@@ -44,6 +44,11 @@ def unpack_signed(packed: Bytes, bits: int) -> Codes:
     return ((_fields(packed, bits) ^ half) - half).view(np.int8)
 
 
+def pack_unsigned(codes: Bytes, bits: int) -> Bytes:
+    """Codes `[…, n]` in [0, 2**bits - 1] as they are, the first in the lowest bits; zeros fill the last byte."""
+    return _join(codes, bits)
+
+
 def unpack_unsigned(packed: Bytes, bits: int) -> Bytes:
     """The fields of UINT2, UINT4 and UINT8 tensors, `[…, n]` in [0, 2**bits - 1]."""
     return _fields(packed, bits)
@@ -51,6 +56,8 @@ def unpack_unsigned(packed: Bytes, bits: int) -> Bytes:
 
 def _join(fields: Bytes, bits: int) -> Bytes:
     per = 8 // bits
+    if fields.shape[-1] % per:
+        fields = np.pad(fields, [(0, 0)] * (fields.ndim - 1) + [(0, -fields.shape[-1] % per)])
     packed = fields[..., 0::per].copy()
     for place in range(1, per):
         packed |= fields[..., place::per] << np.uint8(place * bits)
@@ -88,7 +95,7 @@ class PackedTensor:
 
     `packed` is `[out, in * bits / 8]` with scales `[out, blocks]`, or transposed `[in, out * bits / 8]` with scales
     `[blocks, out]`. Zero points, float32 in the shape of the scales, are counted from the middle of the code range:
-    none, or all zero, make a grid that is symmetric.
+    none, or all zero, make a grid that is symmetric; those that are no integers of that range make no grid.
     """
 
     dtype: DType = "f32"
@@ -106,11 +113,20 @@ class PackedTensor:
     ) -> None:
         self.name, self.packed, self.scales, self.bits = name, packed, scales, bits
         self.signed, self.transposed = signed, transposed
-        self.zero_points = zero_points if zero_points is not None and zero_points.any() else None
         wide = packed.shape[1] * 8 // bits
         self.shape: tuple[int, ...] = (wide, packed.shape[0]) if transposed else (packed.shape[0], wide)
         self.block = self.shape[1] // scales.shape[0 if transposed else 1]
-        self.grid = None if self.zero_points is not None else Grid(bits, self.block, float_dtype(scales), True)
+        self.middle = 1 << (bits - 1)
+        self.zero_points = None
+        if zero_points is not None and zero_points.any():
+            self.zero_points = zero_points + np.float32(self.middle)
+        kind: Kind = "symmetric" if self.zero_points is None else "zero-point"
+        self._stored = Grid(bits, self.block, float_dtype(scales), True, kind)
+        self.grid = self._stored if self.zero_points is None or self._codes(self.zero_points) else None
+
+    def _codes(self, zeros: Floats) -> bool:
+        """Whether zero points are integers that a code could be."""
+        return bool(((zeros == np.rint(zeros)) & (zeros >= 0) & (zeros < 2 * self.middle)).all())
 
     def rows(self, start: int, stop: int) -> Rows:
         inverse = unpack_signed if self.signed else unpack
@@ -123,9 +139,12 @@ class PackedTensor:
             codes = inverse(np.ascontiguousarray(self.packed[start:stop]), self.bits)
         scales = to_floats(self._part(self.scales, start, stop))
         if self.zero_points is None:
-            return Rows(codes * expand(scales, self.block), codes, scales)
-        moved = codes - expand(self._part(self.zero_points, start, stop), self.block)
-        return Rows(moved * expand(scales, self.block))
+            return on_grid(self._stored, codes, scales)
+        # Wraps around: the middle of the signed codes is the middle of the unsigned ones.
+        unsigned = codes.view(np.uint8) + np.uint8(self.middle)
+        zeros = self._part(self.zero_points, start, stop)
+        rows = on_grid(self._stored, unsigned, scales, zeros)
+        return rows if self.grid is not None else Rows(rows.values)
 
     def _part(self, array: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
         return np.ascontiguousarray(array[:, start:stop].T) if self.transposed else array[start:stop]

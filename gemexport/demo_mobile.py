@@ -55,7 +55,7 @@ QUANTIZATION: dict[str, Any] = {
 LAYER_TYPES = [demo.SLIDING, demo.SLIDING, demo.FULL] * 6
 SHARED_LAYERS = 3
 LARGEST_CODE = {2: 2.0, 4: 7.5, 8: 127.0}  # what a row's largest weight is divided by
-LOGIT_SPREAD, LAYER_SHARE = 2 / 3, 0.15  # of what the demo has
+LOGIT_SPREAD, LAYER_SHARE = 1 / 3, 0.1  # of what the demo has
 SEQUENCES, TOKENS = 4, 64  # that activations are measured on
 
 
@@ -124,8 +124,8 @@ def _values(name: str, decoder: Architecture, silent: list[int], seed: int) -> F
     """The demo's weights, but for layers that add less to what they read.
 
     Rounding moves a value that lies between two steps by a whole one, whoever computes it; a random model of this
-    depth whose layers add as much as the demo's makes of that another answer (measured: between two orders of
-    summation a mean KL divergence of 2e-2 instead of 3e-4).
+    depth whose layers add as much as the demo's makes of that another answer (measured over 256 tokens, between two
+    orders of summation in f32: a mean KL divergence of 0.011 instead of 0.0003).
     """
     stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
     values = demo.random_values(name, decoder.tensor_shapes()[name], decoder, silent, stream)

@@ -21,7 +21,10 @@ from gemexport.formats.files import atomic
 from gemexport.formats.tensor import DType, Grid, Kind
 
 Status = Literal["pass", "fail", "error", "skipped"]
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-int8", "static-int16"]
+Arithmetic = Literal[
+    "f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-activations", "static-int8",
+    "static-int16",
+]  # fmt: skip
 
 SCHEMA = 1
 _PACKAGES = (

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -21,12 +21,15 @@ from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import read_model
 from gemexport.validators.runtime import Arithmetic, Logits
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 CHUNK = 256  # tokens of a prompt at once where sizes are free
 SINGLE = 8  # tokens at the end of a sequence that go one at a time
 NPU_GRAPHS = ("embeddings", "prefill", "decode")
-NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16, "tensor(int16)": np.int16,
+NUMPY_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16, "tensor(uint16)": np.uint16,
 }  # fmt: skip
 
 _ATTRIBUTES = ("accuracy_level", "sliding_window_cache", "local_window_size")
@@ -74,6 +77,7 @@ OpenGraph = Callable[[str, Path], Session]  # by the graph's name and file
 
 def cpu_session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     """A graph on the CPU, computing what its operators say; InputError when ONNX Runtime cannot load it."""
+    as_written = _traits([file]).arithmetic == "static-activations"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -83,6 +87,9 @@ def cpu_session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     # Without VNNI the 8-bit kernels saturate; and fused DequantizeLinear would quantize activations to 8 bit.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Rounded activations in f32, as the graph says: fused with INT8 weights in blocks they end in an operator that
+    # ONNX Runtime 1.32 cannot run.
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -98,6 +105,16 @@ class Traits:
     capacities: dict[str, int]  # positions that a cache of fixed size holds, by the input's name
 
 
+def _rounding(node: ir.Node) -> Arithmetic:
+    """What a QuantizeLinear of activations means: the checkpoint's own int8 scales, or an NPU's unsigned integers."""
+    import onnx_ir as ir
+
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is None or zero.dtype == ir.DataType.INT8:
+        return "static-activations"
+    return "static-int8" if zero.dtype == ir.DataType.UINT8 else "static-int16"
+
+
 def _traits(files: Sequence[Path]) -> Traits:
     import onnx_ir as ir
 
@@ -106,10 +123,8 @@ def _traits(files: Sequence[Path]) -> Traits:
     for file in files:
         graph = read_model(file).graph
         for node in graph:
-            # An activation's zero point; the widths of weights and of what an NPU keeps exact do not matter here.
-            if node.op_type == "QuantizeLinear" and node.inputs[2] is not None:
-                eight = node.inputs[2].dtype == ir.DataType.UINT8
-                arithmetics.add("static-int8" if eight else "static-int16")
+            if node.op_type == "QuantizeLinear":
+                arithmetics.add(_rounding(node))
             numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
             if numbers.get("accuracy_level") == 4:
                 arithmetics.add("int8-activations")
@@ -118,7 +133,9 @@ def _traits(files: Sequence[Path]) -> Traits:
                 capacities |= {v.name or "": numbers["local_window_size"] for v in node.inputs[3:5] if v is not None}
         if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
             arithmetics.add("f16")
-    order: tuple[Arithmetic, ...] = ("static-int8", "static-int16", "int8-activations", "f16")
+    order: tuple[Arithmetic, ...] = (
+        "static-int8", "static-int16", "int8-activations", "static-activations", "f16"
+    )  # fmt: skip
     return Traits(next((kind for kind in order if kind in arithmetics), "f32"), capacities)
 
 

@@ -9,7 +9,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Arithmetic = Literal["f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-int8", "static-int16"]
+# "static-activations" is f32 but for what an artefact's own static scales round; "static-int8" and "static-int16" are
+# an NPU's integers throughout.
+Arithmetic = Literal[
+    "f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-activations", "static-int8",
+    "static-int16",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

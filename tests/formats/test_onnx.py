@@ -67,7 +67,9 @@ def test_fused_weights_with_zero_points(tmp_path: Path) -> None:
     initializers = [packed(WEIGHT), tensor("s", SCALES), tensor("z", stored)]
     path = save(tmp_path / "model.onnx", [matmul_nbits(WEIGHT, zero_points=True)], initializers)
     found = tensors(path)[WEIGHT]
-    assert found.grid is None
+    assert found.grid is not None
+    assert found.grid.kind == "zero-point"
+    assert np.array_equal(found.rows(0, OUT).shifts, zero_points)
     wanted = (CODES - np.repeat(zero_points.astype(np.float32) - 8, BLOCK, 1)) * np.repeat(SCALES, BLOCK, 1)
     assert np.array_equal(found.numpy(), wanted)
 

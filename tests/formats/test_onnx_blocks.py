@@ -72,7 +72,8 @@ def test_zero_points_move_the_codes_and_leave_no_symmetric_grid() -> None:
     codes, scales = codes_of(4, (2, 32)), np.ones((2, 2), np.float32)
     zero_points = np.array([[1, -2], [0, 3]], np.float32)
     tensor = PackedTensor("w", pack(codes, 4), scales, 4, signed=False, transposed=False, zero_points=zero_points)
-    assert tensor.grid is None
+    assert tensor.grid is not None
+    assert tensor.grid.kind == "zero-point"
     assert np.array_equal(tensor.numpy(), codes - np.repeat(zero_points, 16, 1))
     none = PackedTensor("w", pack(codes, 4), scales, 4, signed=False, transposed=False, zero_points=0 * zero_points)
     assert none.grid is not None
