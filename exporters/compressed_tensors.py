@@ -1,40 +1,48 @@
 """compressed-tensors: a checkpoint that `transformers.AutoModelForCausalLM` and vLLM load, its linears packed.
 
-Codes and scales pass through unchanged in the format `pack-quantized`. Decompressed in bf16 they give the checkpoint's
-own numbers back, bit for bit.
+Codes, scales and zero points pass through unchanged. Decompressed in the dtype of the checkpoint they give its own
+numbers back, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemexport.exporters.compressed_tensors_schemes import (
+    Scheme,
+    codes,
+    columns,
+    constants,
+    holds_scales,
+    scheme_of,
+)
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.result import Export, ignore
-from gemexport.exporters.streaming import Waiting, count_rounded, rounding_note, stored, write_plain, write_settings
-from gemexport.formats.bitpack import pack, words
+from gemexport.exporters.streaming import Rounding, rounding_note, write_packed, write_plain, write_settings
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Tensor, reblock, slices
+from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
 CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight")
 HEAD = "lm_head.weight"
-Scheme = tuple[int, int]  # bits, and the block of a scale; 0: a whole row
+FINAL_NORM = "model.norm.weight"  # a tensor that no format quantizes: it has the model's own dtype
 
 
 @dataclass
 class _Plan:
     """What becomes of each tensor."""
 
-    plain: DType | None  # of everything that is not packed; None: as in the source
+    model: DType  # what the config tells loaders to compute in
+    plain: dict[str, DType] = field(default_factory=dict)  # of the tensors that are not packed
     packed: dict[str, Scheme] = field(default_factory=dict)
     unpack_early: bool = False  # transformers is to unpack while it loads, not at the first forward pass
     rounded: dict[str, int] = field(default_factory=dict)  # scales of each tensor
@@ -57,95 +65,130 @@ def export(
     Loaders cast scales to the dtype of the model. Scales of a lattice that this would change are stored as f32, and
     the config asks transformers to unpack while it loads, before it casts; it also has to for packed embeddings.
     """
-    tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
-    if variant != "bf16":
-        checkpoint = replace(checkpoint, tensors=tensors)
-    plan = _plan(checkpoint, variant, pack_embeddings, notes)
+    if variant == "bf16":
+        plan = _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
+    else:
+        checkpoint, plan = _plan(checkpoint, variant, pack_embeddings)
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, _config(checkpoint, plan), checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
     call = f"pipeline('text-generation', '{path}')('The capital of France is')[0]['generated_text']"
     run = f'python -c "from transformers import pipeline; print({call})"'
-    source = checkpoint.tensors[EMBEDDINGS[0]].dtype
-    return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, source)], files)
+    return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, plan.model)], files)
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant == "bf16":
         return "the variant bf16 holds plain numbers"
-    if grid.kind != "symmetric":
-        return f"there is no scheme for {grid.bits}-bit codes of the kind {grid.kind}"
-    strategy = f"group {grid.block}" if grid.block < width else "channel"
-    return Container(f"pack-quantized {grid.bits} bit, {strategy}", "f32")
+    scheme = scheme_of(grid, width)
+    if isinstance(scheme, str):
+        return scheme
+    strategy = f"group {scheme.group}" if scheme.group else "channel"
+    zeros = "" if scheme.symmetric else " with zero points"
+    return Container(f"{scheme.format} {scheme.bits} bit{zeros}, {strategy}", "f32")
 
 
-def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool, notes: list[str]) -> _Plan:
-    if variant == "bf16":
-        return _Plan("bf16")
-    plan = _Plan(None, notes=notes)
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.grid is None:
-            continue
-        if name in (*EMBEDDINGS, HEAD) and not pack_embeddings:
-            plan.notes.append(f"{name} stays {tensor.dtype}: embeddings are packed only when asked (pack_embeddings)")
+def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[Checkpoint, _Plan]:
+    """The tensors as the format holds them, and how."""
+    tensors, containers, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    plan = _Plan(checkpoint.tensors[FINAL_NORM].dtype, notes=notes)
+    for name in containers:
+        tensor = tensors[name]
+        assert tensor.grid is not None
+        scheme = scheme_of(tensor.grid, tensor.shape[1])
+        assert isinstance(scheme, Scheme)  # `fitting` left grids that have a container
+        if holds_scales(tensor, scheme):
+            plan.packed[name] = scheme
         else:
-            block = tensor.grid.block
-            plan.packed[name] = tensor.grid.bits, block if block < tensor.shape[1] else 0
+            tensors[name] = Plain(tensor)
+            plan.notes.append(f"{name} is written without its grid: a scale is none of the format {scheme.format}")
+    left = [] if pack_embeddings else [name for name in (*EMBEDDINGS, HEAD) if plan.packed.pop(name, None)]
     if plan.packed:
-        _unify(checkpoint, plan)
-    widened = any(_widened(checkpoint.tensors[name]) for name in plan.packed)
-    plan.unpack_early = widened or any(name in plan.packed for name in EMBEDDINGS)
-    if plan.unpack_early:
-        _keep_one_scheme(checkpoint, plan)
-    return plan
+        _unify(tensors, plan)
+    widened = any(
+        _scale_dtype(tensors[name], scheme, plan) == "f32" != plan.model for name, scheme in plan.packed.items()
+    )
+    # transformers 5.23 expects zero points that are not packed, but for when it unpacks while it loads.
+    shifted = any(not scheme.symmetric for scheme in plan.packed.values())
+    plan.unpack_early = widened or shifted or any(name in plan.packed for name in EMBEDDINGS)
+    others = _keep_one_scheme(tensors, plan) if plan.unpack_early else {}
+    plan.plain = {name: _plain_dtype(tensor, plan.model) for name, tensor in tensors.items() if name not in plan.packed}
+    for name in left:
+        reason = "embeddings are packed only when asked (pack_embeddings)"
+        plan.notes.append(f"{name} stays {plan.plain[name]}: {reason}")
+    plan.notes += [f"{name} stays {plan.plain[name]}: {reason}" for name, reason in others.items()]
+    return replace(checkpoint, tensors=tensors), plan
 
 
-def _scale_dtype(tensor: Tensor) -> DType:
+def _scale_dtype(tensor: Tensor, scheme: Scheme, plan: _Plan) -> DType:
     """What a tensor's scales are stored in: what loaders leave as it is, or f32 where the values depend on it."""
     assert tensor.grid is not None
-    if tensor.dtype in (tensor.grid.scale_dtype, "f32"):
+    if scheme.byte_scales or plan.model in (tensor.grid.scale_dtype, "f32"):
         return tensor.grid.scale_dtype
-    return "f32" if tensor.grid.lossless else tensor.dtype
+    return "f32" if tensor.grid.lossless else plan.model
 
 
-def _widened(tensor: Tensor) -> bool:
-    return _scale_dtype(tensor) == "f32" != tensor.dtype
+def _plain_dtype(tensor: Tensor, model: DType) -> DType:
+    """The dtype of a tensor that is not packed: its own, or what holds every value that was read from codes."""
+    if tensor.dtype != "f32" or model == "f32" or len(tensor.shape) != 2:
+        return tensor.dtype
+    left: list[DType] = ["bf16", "f16"]
+    for start, stop in slices(tensor):
+        values = tensor.rows(start, stop).values
+        left = [dtype for dtype in left if np.array_equal(round_to(values, dtype), values)]
+        if not left:
+            return "f32"
+    return left[0]
 
 
-def _unify(checkpoint: Checkpoint, plan: _Plan) -> None:
+def _unify(tensors: dict[str, Tensor], plan: _Plan) -> None:
     """Give wider blocks the commonest block, by repeating their scales: kernels want one scheme."""
-    bits, block = _usual(plan.packed)
-    for name, scheme in plan.packed.items():
-        grid = checkpoint.tensors[name].grid
-        assert grid is not None
-        if block and scheme[0] == bits and grid.block % block == 0:
-            plan.packed[name] = bits, block
-
-
-def _keep_one_scheme(checkpoint: Checkpoint, plan: _Plan) -> None:
-    """Leave unpacked what differs from the commonest scheme.
-
-    transformers 5.23, decompressing while it loads, reads every module by the first scheme of the config.
-    """
     usual = _usual(plan.packed)
-    for name, (bits, block) in list(plan.packed.items()):
-        if (bits, block) != usual:
+    for name, scheme in plan.packed.items():
+        if replace(scheme, group=usual.group) == usual and usual.holds(tensors[name]):
+            plan.packed[name] = usual
+
+
+def _keep_one_scheme(tensors: dict[str, Tensor], plan: _Plan) -> dict[str, str]:
+    """Give every module the scheme that makes the smallest file, and leave unpacked what it does not hold.
+
+    transformers 5.23, unpacking while it loads, reads every module by the first scheme of the config. Returns why a
+    module stays unpacked, by name.
+    """
+    linears = {name: scheme for name, scheme in plan.packed.items() if name not in EMBEDDINGS} or plan.packed
+    one = min(
+        sorted(set(linears.values())), key=lambda scheme: _bytes_in(scheme, [tensors[name] for name in plan.packed])
+    )
+    others = {}
+    for name, scheme in list(plan.packed.items()):
+        if one.holds(tensors[name]):
+            plan.packed[name] = one
+        else:
             del plan.packed[name]
-            dtype = checkpoint.tensors[name].dtype
-            plan.notes.append(
-                f"{name} stays {dtype}: transformers, unpacking while it loads, knows one scheme, and "
-                f"this has {bits} bits in blocks of {block or 'a row'}"
+            others[name] = (
+                "transformers, unpacking while it loads, knows one scheme, and this has "
+                f"{scheme.bits} bits in blocks of {scheme.group or 'a row'}"
             )
+    return others
+
+
+def _bytes_in(scheme: Scheme, tensors: list[Tensor]) -> float:
+    """About how large tensors are in a scheme; those that it does not hold stay floats of two bytes."""
+    total = 0.0
+    for tensor in tensors:
+        out, width = tensor.shape
+        scales = 2 * width / (scheme.group or width)
+        total += out * (width * scheme.bits / 8 + scales if scheme.holds(tensor) else 2 * width)
+    return total
 
 
 def _config(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     """config.json of the decoder alone, in the spelling it came in."""
     kept = {key: value for key, value in checkpoint.text_config.items() if key != "torch_dtype"}
     dtypes = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-    stored = plan.plain or checkpoint.tensors[EMBEDDINGS[0]].dtype
-    config = {**kept, "architectures": [CLASSES[checkpoint.architecture.family]], "dtype": dtypes[stored]}
+    config = {**kept, "architectures": [CLASSES[checkpoint.architecture.family]], "dtype": dtypes[plan.model]}
     if plan.packed:
         config["quantization_config"] = _quantization(checkpoint, plan)
     return config
@@ -165,7 +208,8 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
         named = [_module(name) for name, own in schemes.items() if own == scheme]
         if scheme == usual and linears:
             named = ["Linear", *(name for name in named if f"{name}.weight" in EMBEDDINGS)]
-        groups[f"group_{i}"] = _group(scheme, named)
+        groups[f"group_{i}"] = scheme.group_config(named)
+    formats = {scheme.format for scheme in ordered}
     matrices = [name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 2]
     left = [_module(name) for name in matrices if name not in schemes and name not in EMBEDDINGS]
     if checkpoint.architecture.tied:
@@ -175,31 +219,12 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
         # transformers 5.23 initialises modules after loading them, and an embedding without `weight` stops it
         # there; told to decompress while it loads, it has one.
         "dequantize": plan.unpack_early,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": left,
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-    }
-
-
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    bits, block = scheme
-    weights = {
-        "dynamic": False,
-        "group_size": block or None,
-        "num_bits": bits,
-        "strategy": "group" if block else "channel",
-        "symmetric": True,
-        "type": "int",
-    }
-    return {
-        "format": "pack-quantized",
-        "input_activations": None,
-        "output_activations": None,
-        "targets": targets,
-        "weights": weights,
     }
 
 
@@ -214,43 +239,26 @@ def _module(name: str) -> str:
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
-    entries = [entry for tensor in checkpoint.tensors.values() for entry in _entries(tensor, plan)]
+    rounding = {
+        name: Rounding(_scale_dtype(checkpoint.tensors[name], scheme, plan)) for name, scheme in plan.packed.items()
+    }
+    beside = {
+        name: tuple(columns(checkpoint.tensors[name], scheme, rounding[name])) for name, scheme in plan.packed.items()
+    }
+    entries: list[Entry] = []
+    for name, tensor in checkpoint.tensors.items():
+        if name not in plan.packed:
+            entries.append(Entry(name, DTYPE_NAMES[plan.plain[name]], tensor.shape))
+            continue
+        entries += [codes(tensor, plan.packed[name])[0], *(column.entry for column in beside[name])]
+        entries += [entry for entry, _ in constants(tensor, plan.packed[name])]
     with ShardedWriter(folder, entries, {"format": "pt"}) as out:
         for name, tensor in checkpoint.tensors.items():
-            if name in plan.packed:
-                _write_packed(out, folder, tensor, plan, progress)
-            else:
-                write_plain(out, tensor, plan.plain or tensor.dtype, plan.notes, progress)
-
-
-def _entries(tensor: Tensor, plan: _Plan) -> Iterator[Entry]:
-    scheme, grid = plan.packed.get(tensor.name), tensor.grid
-    if scheme is None or grid is None:
-        yield Entry(tensor.name, DTYPE_NAMES[plan.plain or tensor.dtype], tensor.shape)
-        return
-    (out, width), module = tensor.shape, _module(tensor.name)
-    yield Entry(f"{module}.weight_packed", "I32", (out, words(width, grid.bits)))
-    yield Entry(f"{module}.weight_scale", DTYPE_NAMES[_scale_dtype(tensor)], (out, width // (scheme[1] or width)))
-    yield Entry(f"{module}.weight_shape", "I64", (2,))
-
-
-def _write_packed(
-    out: ShardedWriter, folder: Path, tensor: Tensor, plan: _Plan, progress: Callable[[int], None]
-) -> None:
-    """Words slice by slice; the scales wait, since they come after the last of the words."""
-    grid, module = tensor.grid, _module(tensor.name)
-    assert grid is not None
-    dtype = _scale_dtype(tensor)
-    exact, plan.rounded[tensor.name] = dtype in (grid.scale_dtype, "f32"), 0
-    with Waiting(folder, dtype) as waiting:
-        for start, stop in slices(tensor):
-            codes, scales = tensor.rows(start, stop).grid()
-            out.write(f"{module}.weight_packed", pack(codes, grid.bits).view("<i4"))
-            grouped = reblock(scales, grid.block, plan.packed[tensor.name][1] or grid.block)
-            assert grouped is not None
-            plan.rounded[tensor.name] += 0 if exact else count_rounded(grouped, dtype)
-            waiting.write(grouped, exact)
-            progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
-        for scales in waiting.chunks():
-            out.write(f"{module}.weight_scale", stored(scales, dtype, exact=True))
-    out.write(f"{module}.weight_shape", np.array(tensor.shape, dtype="<i8"))
+            if name not in plan.packed:
+                write_plain(out, tensor, plan.plain[name], plan.notes, progress)
+                continue
+            entry, pack = codes(tensor, plan.packed[name])
+            write_packed(out, folder, tensor, (entry.name, pack), beside[name], progress)
+            for constant, values in constants(tensor, plan.packed[name]):
+                out.write(constant.name, values)
+            plan.rounded[name] = rounding[name].count

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, ShardedWriter
-from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Tensor, from_bf16, round_to, slices, to_bf16
+from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
+from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
 
 
 def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -68,28 +69,62 @@ def _slices(tensor: Tensor) -> Iterator[Floats]:
         yield tensor.rows(start, stop).values
 
 
-class Waiting:
-    """Scales that come in with the codes and go out after the last of them: kept in a file, not in memory."""
+@dataclass(frozen=True)
+class Column:
+    """An array with a number for each group of a row; it follows its tensor's codes, and is made while they are."""
 
-    def __init__(self, folder: Path, dtype: DType) -> None:
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - __exit__ closes it
-        self._dtype = dtype
+    entry: Entry
+    encode: Callable[[Rows], NDArray[Any]]  # `[rows, groups]`, in any dtype
+    # What is stored of rows in any multiple of PACKED_ROWS, where that is not what `encode` gives.
+    finish: Callable[[NDArray[Any]], NDArray[Any]] | None = None
 
-    def write(self, scales: Floats, exact: bool) -> None:
-        """Append scales, rounded to the dtype unless they are known to be `exact`."""
-        self._file.write(np.ascontiguousarray(stored(scales, self._dtype, exact)).data)
 
-    def chunks(self, count: int = 1 << 20) -> Iterator[Floats]:
-        """All scales from the first, `count` at a time, as float32."""
-        self._file.seek(0)
-        while data := self._file.read(count * ITEM_BYTES[self._dtype]):
-            numbers = np.frombuffer(data, NUMPY_DTYPES[DTYPE_NAMES[self._dtype]])
-            yield from_bf16(numbers) if self._dtype == "bf16" else numbers.astype(np.float32)
+@dataclass
+class Rounding:
+    """Counts the numbers that a dtype could not hold."""
 
-    def __enter__(self) -> Waiting:
-        return self
+    dtype: DType
+    count: int = 0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def store(self, values: Floats | NDArray[np.float64], exact: bool = False) -> NDArray[Any]:
+        """Values as the dtype is stored; those of an array that is not known to be `exact` are counted."""
+        narrow = values.astype(np.float32, copy=False)
+        self.count += 0 if exact else int(np.count_nonzero(round_to(narrow, self.dtype) != values))
+        return stored(narrow, self.dtype, exact)
+
+
+PACKED_ROWS = 32  # so many codes of any width end where a 32-bit word ends
+_HELD = 1 << 20  # numbers of a column that are in memory at a time
+
+
+def write_packed(
+    out: ShardedWriter,
+    folder: Path,
+    tensor: Tensor,
+    codes: tuple[str, Callable[[Rows], NDArray[Any]]],
+    columns: Sequence[Column],
+    progress: Callable[[int], None],
+) -> None:
+    """Write a tensor's codes (the array's name, and what it holds of rows) slice by slice, then its columns.
+
+    Columns wait in files in `folder`: codes and columns come from the same rows, which are read once.
+    """
+    name, pack = codes
+    with ExitStack() as stack:
+        files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in columns]
+        dtypes: list[np.dtype[Any]] = []
+        for start, stop in slices(tensor):
+            rows = tensor.rows(start, stop)
+            out.write(name, pack(rows))
+            made = [column.encode(rows) for column in columns]
+            dtypes = [array.dtype for array in made]
+            groups = [array.shape[1] for array in made]
+            for file, array in zip(files, made, strict=True):
+                file.write(np.ascontiguousarray(array).data)
+            progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+        for column, file, dtype, count in zip(columns, files, dtypes, groups, strict=True):
+            file.seek(0)
+            step = max(1, _HELD // count // PACKED_ROWS) * PACKED_ROWS
+            while data := file.read(step * count * dtype.itemsize):
+                array = np.frombuffer(data, dtype).reshape(-1, count)
+                out.write(column.entry.name, array if column.finish is None else column.finish(array))

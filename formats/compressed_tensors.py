@@ -2,8 +2,8 @@
 
 A module has `weight_packed` (32-bit words or bytes of codes, packed as in bitpack) or a `weight` of int8 or fp8 codes;
 `weight_scale` for a tensor, a row, a group or a 2-D block; perhaps `weight_zero_point`, and for nvfp4
-`weight_global_scale`. A weight is (code - zero point) * scale, and scale is divided by the global one
-(compressed_tensors.compressors; quantization.lifecycle.forward_helpers).
+`weight_global_scale`. A weight is (code - zero point) * scale, or scale times the level of its code, which the global
+scale divides (compressed_tensors.compressors; quantization.lifecycle.forward_helpers).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gemexport.formats.bitpack import Unsigned, unpack, words, zero_code
 from gemexport.formats.checkpoint import Source
 from gemexport.formats.checkpoint import read_config as read_json
 from gemexport.formats.compressed_tensors_settings import Args, Quantization, quantization
-from gemexport.formats.minifloat import E2M1, E2M3, E4M3, from_e4m3, from_e8m0
+from gemexport.formats.minifloat import E2M1, E2M3, E4M3, from_e4m3, from_e8m0, scaled
 from gemexport.formats.modules import Module, apart, finite_e4m3, read_source, reordered_note
 from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float, misshapen, runs
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray
@@ -116,7 +116,7 @@ def _layout(module: Module, stored: MappedArray, args: Args | None) -> Layout:
         known = [item for item in PACKED_FLOATS if shape == (out, width * item[0] // 8) and width * item[0] % 8 == 0]
         if not known:
             raise misshapen(module.name, stored, module.shape)
-        bits, levels = known[0]
+        bits, levels = known[0][0], scaled(known[0][1], 1 / _global_scale(module))
         return Layout(bits, block, _codes(stored, bits, width), scales, kind="codebook", levels=levels)
     if shape != module.shape:
         raise misshapen(module.name, stored, module.shape)
@@ -163,20 +163,13 @@ def _scales(module: Module, args: Args | None) -> tuple[int, Read]:
     stored = module.need("weight_scale")
     if stored.entry.dtype not in SCALES:
         raise module.wrong(f"has scales of {stored.entry.dtype}", f"use scales of {', '.join(SCALES)}")
-    global_scale = module.arrays.get("weight_global_scale")
-    if global_scale is not None and (global_scale.entry.dtype != "F32" or global_scale.array.size != 1):
-        raise misshapen(module.name, global_scale, (1,))
-    # The library divides in float32 as well.
-    divisor = np.float32(1 if global_scale is None else global_scale.array.ravel()[0])
-    if divisor == 0:
-        raise module.wrong("has a global scale of 0", "download or save the model again")
 
     def decoded(start: int, stop: int) -> Floats:
         if stored.entry.dtype == "U8":
             return from_e8m0(stored.array[start:stop])
         if stored.entry.dtype == "F8_E4M3":
-            return from_e4m3(stored.array[start:stop]) / divisor
-        return floats(stored, start, stop) / divisor if divisor != 1 else floats(stored, start, stop)
+            return from_e4m3(stored.array[start:stop])
+        return floats(stored, start, stop)
 
     block, read = _spread(module, stored, decoded, args)
     reordered = _reordered(module, block)
@@ -184,6 +177,19 @@ def _scales(module: Module, args: Args | None) -> tuple[int, Read]:
         return block, read
     narrow, order = reordered
     return narrow, lambda start, stop: read(start, stop)[:, order]
+
+
+def _global_scale(module: Module) -> float:
+    """What divides every scale of a module."""
+    stored = module.arrays.get("weight_global_scale")
+    if stored is None:
+        return 1.0
+    if stored.entry.dtype != "F32" or stored.array.size != 1:
+        raise misshapen(module.name, stored, (1,))
+    found = float(stored.array.ravel()[0])
+    if not 0 < found < np.inf:
+        raise module.wrong(f"has a global scale of {found}", "download or save the model again")
+    return found
 
 
 def _spread(module: Module, stored: MappedArray, decoded: Read, args: Args | None) -> tuple[int, Read]:

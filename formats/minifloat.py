@@ -77,10 +77,13 @@ def to_e8m0(values: Floats) -> Bytes | None:
 
 
 def multiple(levels: tuple[float, ...], of: tuple[float, ...]) -> float | None:
-    """The factor by which `levels` are `of`; None when they are something else."""
+    """The factor by which `levels` are `of`, which has a level of 1; None when they are something else."""
     if len(levels) != len(of):
         return None
-    top = max(of)
-    factor = max(levels) / top
-    same = factor > 0 and all(mine == factor * theirs for mine, theirs in zip(levels, of, strict=True))
-    return factor if same else None
+    factor = levels[of.index(1.0)]
+    return factor if factor > 0 and levels == scaled(of, factor) else None
+
+
+def scaled(levels: tuple[float, ...], factor: float) -> tuple[float, ...]:
+    """Every level times a factor."""
+    return tuple(level * factor for level in levels)
