@@ -152,14 +152,19 @@ def _unify(tensors: dict[str, Tensor], plan: _Plan) -> None:
 
 
 def _keep_one_scheme(tensors: dict[str, Tensor], plan: _Plan) -> dict[str, str]:
-    """Give every module the commonest scheme, and leave unpacked what that does not hold; returns why, by name.
+    """Give every module the scheme that makes the smallest file, and leave unpacked what it does not hold.
 
-    transformers 5.23, unpacking while it loads, reads every module by the first scheme of the config.
+    transformers 5.23, unpacking while it loads, reads every module by the first scheme of the config. Returns why a
+    module stays unpacked, by name.
     """
-    usual, others = _usual(plan.packed), {}
+    linears = {name: scheme for name, scheme in plan.packed.items() if name not in EMBEDDINGS} or plan.packed
+    one = min(
+        sorted(set(linears.values())), key=lambda scheme: _bytes_in(scheme, [tensors[name] for name in plan.packed])
+    )
+    others = {}
     for name, scheme in list(plan.packed.items()):
-        if usual.holds(tensors[name]):
-            plan.packed[name] = usual
+        if one.holds(tensors[name]):
+            plan.packed[name] = one
         else:
             del plan.packed[name]
             others[name] = (
@@ -167,6 +172,16 @@ def _keep_one_scheme(tensors: dict[str, Tensor], plan: _Plan) -> dict[str, str]:
                 f"{scheme.bits} bits in blocks of {scheme.group or 'a row'}"
             )
     return others
+
+
+def _bytes_in(scheme: Scheme, tensors: list[Tensor]) -> float:
+    """About how large tensors are in a scheme; those that it does not hold stay floats of two bytes."""
+    total = 0.0
+    for tensor in tensors:
+        out, width = tensor.shape
+        scales = 2 * width / (scheme.group or width)
+        total += out * (width * scheme.bits / 8 + scales if scheme.holds(tensor) else 2 * width)
+    return total
 
 
 def _config(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:

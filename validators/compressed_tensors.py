@@ -39,6 +39,7 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
                 local_files_only=True,
                 output_loading_info=True,
             )
+            _unpack(model)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -64,18 +65,18 @@ class CompressedTensors(Reference):
 
 @contextmanager
 def _scales_in_f32() -> Iterator[None]:
-    """Decompress in float32 where that happens while loading, before transformers casts anything."""
+    """Decompress in float32, also where that happens while loading, before transformers casts anything."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.nvfp4 import base as fp4
     except ImportError:  # a plain bf16 folder needs no such package
         yield
         return
-    patched = [kind for kind in _subclasses(BaseCompressor) if "decompress" in vars(kind)]
-    originals = {kind: vars(kind)["decompress"] for kind in patched}
+    kinds = _subclasses(BaseCompressor)
+    originals = {kind: vars(kind)["decompress"] for kind in kinds if "decompress" in vars(kind)}
     unpack = fp4.unpack_fp4_from_uint8
-    for kind in patched:
-        kind.decompress = _widened(kind.decompress)
+    for kind, original in originals.items():
+        kind.decompress = _widened(original)
     # Small floats are looked up in bfloat16, and the product with a scale is rounded to that.
     fp4.unpack_fp4_from_uint8 = partial(unpack, dtype=torch.float32)
     try:
@@ -86,15 +87,21 @@ def _scales_in_f32() -> Iterator[None]:
             kind.decompress = original
 
 
+def _unpack(model: Any) -> None:
+    """Unpack now what transformers would unpack at the first forward pass, out of our sight."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
+
+
 def _subclasses(kind: Any) -> set[Any]:
     return {kind, *(below for child in kind.__subclasses__() for below in _subclasses(child))}
 
 
 def _widened(decompress: Any) -> Any:
-    def in_f32(state: dict[str, torch.Tensor], scheme: Any) -> Any:
+    def in_f32(cls: Any, state: dict[str, torch.Tensor], scheme: Any) -> Any:
         scale = state["weight_scale"]
         # Scales of a byte are decoded by the library.
         wide = scale.float() if scale.dtype in (torch.bfloat16, torch.float16) else scale
-        return decompress({**state, "weight_scale": wide}, scheme)
+        return decompress.__func__(cls, {**state, "weight_scale": wide}, scheme)
 
-    return in_f32
+    return classmethod(in_f32)

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,8 @@ class Model:
             # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
             mx.disable_compile()
             mx.quantized_matmul = unpacking(mx, mx.quantized_matmul)
+        # Small floats with scales of a byte come out in bfloat16 unless told otherwise, and the rest follows.
+        mx.dequantize = partial(mx.dequantize, dtype=mx.float32)
         loaded: Any
         loaded, self._tokenizer = mlx_lm.load(folder)[:2]
         # A multimodal model's decoder is a model of its own.
@@ -105,7 +108,8 @@ def unpacking(mx: Any, quantized_matmul: Any) -> Any:
         parts = []
         for start in range(0, w.shape[0], step):
             own = slice(start, start + step)
-            matrix = mx.dequantize(w[own], scales=scales[own], biases=biases[own], **layout)
+            shifts = None if biases is None else biases[own]
+            matrix = mx.dequantize(w[own], scales=scales[own], biases=shifts, **layout)
             parts.append(x @ mx.swapaxes(matrix, -1, -2))
             mx.eval(parts[-1])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
