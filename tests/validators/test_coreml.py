@@ -132,7 +132,9 @@ def test_what_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Program(path)
     assert "\n" not in str(raised.value)
     monkeypatch.setitem(OPERATIONS, "crop_resize", lambda x: x)
-    with pytest.raises(InputError, match=r"the input box_coordinate_mode, .* of crop_resize is not known to the evaluator"):
+    with pytest.raises(
+        InputError, match=r"the input box_coordinate_mode, .* of crop_resize is not known to the evaluator"
+    ):
         Program(path)
 
 
