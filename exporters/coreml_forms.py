@@ -33,7 +33,7 @@ class Form:
 
 
 def code_type(grid: Grid) -> str:
-    """The element type of a grid's codes: the narrowest that Core ML has, which for uint2, 3 and 6 means a table."""
+    """The element type of a grid's codes, or of their places in a table: those of 2 bits and of codebooks."""
     if grid.kind == "codebook":
         return next(f"uint{bits}" for bits in (2, 3, 4, 6, 8) if bits >= grid.bits)
     if grid.bits == 2:
@@ -57,8 +57,8 @@ def form(tensor: Tensor) -> Form:
     if codes == "uint2":
         table = np.arange(-2, 2, dtype=np.int8) if grid.kind == "symmetric" else np.arange(4, dtype=np.uint8)
     if grid.kind == "affine":
-        biases: dict[str, Float] = {"fp16": "fp16", "fp32": "fp32"}
-        return Form(codes, scales, table, integer, biases.get(shifts))
+        rest: Float | None = None if shifts == "none" else "fp16" if shifts == "fp16" else "fp32"
+        return Form(codes, scales, table, integer, rest)
     return Form(codes, scales, table, shifts if grid.kind == "zero-point" else None)
 
 

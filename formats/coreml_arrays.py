@@ -148,6 +148,9 @@ class Palette:
         """`[stop - start, …, vector]`: the entries of these rows of indices."""
         indices = self.indices.rows(start, stop)
         groups = self.lut.shape[:-2]
+        if all(count == 1 for count in groups):
+            whole = self.lut.numpy().reshape(self.lut.shape[-2:])
+            return np.asarray(whole[indices])
         share = self.indices.shape[0] // groups[0]
         table = self.lut.rows(start // share, -(-stop // share)).reshape(-1, *self.lut.shape[-2:])
         position = np.arange(start, stop).reshape(-1, *[1] * (indices.ndim - 1)) // share - start // share

@@ -114,6 +114,8 @@ def _kind(array: ShiftScale, meaning: Coding, biases: Array | None) -> Kind | No
     if biases is not None and biases.shape != (array.shape[0], array.scale.shape[1]):
         return None
     middle = np.float32(zero_code(meaning.bits))
+    if array.offset is None and biases is None:
+        return "symmetric" if meaning.base == middle else "zero-point"
     symmetric = True
     step = max(1, (4 << 20) // array.scale.shape[1])
     for start in range(0, array.shape[0], step):

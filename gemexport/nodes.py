@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
+from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
@@ -70,9 +71,23 @@ class Workplace:
         encode = tokenizer.load(checkpoint.assets / "tokenizer.json")
         return prompts.sequences([encode(text) for text in prompts.prompts()], checkpoint.architecture, self.tokens)
 
-    def store(self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> ReferenceStore:
-        """The reference's logits with these tensors, known by their digest."""
-        return ReferenceStore(self.work / "reference" / digest, lambda: _reference(checkpoint, tensors))
+    def store(
+        self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor], activations: Activations | None
+    ) -> ReferenceStore:
+        """The reference's logits with these tensors and static scales of activations, known by their digests."""
+        name = f"{digest}-{activations.digest()}" if activations else digest
+        return ReferenceStore(
+            self.work / "reference" / name, lambda: _reference(checkpoint, tensors, activations=activations)
+        )
+
+    def source(self, checkpoint: Checkpoint) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds."""
+        return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
+
+
+def model_activations(checkpoint: Checkpoint) -> Activations | None:
+    """The static scales that transformers computes a checkpoint with: it keeps caches in floating point."""
+    return checkpoint.activations.without_caches() if checkpoint.activations else None
 
 
 def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
@@ -103,26 +118,34 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     checkpoint = place.checkpoint()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.store("source", checkpoint, tensors)
+    store = place.source(checkpoint)
     for sequence in sequences:
         store.logits(sequence)
         progress(len(sequence))
     store.close()
     floors = {}
     for arithmetic in noises:
-        noisy = _reference(checkpoint, tensors, arithmetic)
+        # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
+        rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
+        exact = place.store("source", checkpoint, tensors, rounded)
+        noisy = _reference(checkpoint, tensors, arithmetic, rounded)
         total = divergence.Divergence()
         for sequence in sequences:
-            total.add(store.logits(sequence), noisy.logits(sequence), sequence)
+            total.add(exact.logits(sequence), noisy.logits(sequence), sequence)
             progress(len(sequence))
         noisy.close()
+        exact.close()
         floors[arithmetic] = figures(total)
     return floors
 
 
-def _reference(checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32") -> Runtime:
+def _reference(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32", activations: Activations | None = None
+) -> Runtime:
     module = import_module("gemexport.validators.reference")
-    runtime: Runtime = module.reference(checkpoint.text_config, tensors, _threads(), dtype=dtype)
+    runtime: Runtime = module.reference(
+        checkpoint.text_config, tensors, _threads(), dtype=dtype, activations=activations
+    )
     return runtime
 
 
@@ -201,8 +224,8 @@ class _Trial:
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
-        self._source = place.store("source", checkpoint, dict(checkpoint.tensors))
-        self._read_back = place.store(digest, checkpoint, read_back)
+        self._source = place.source(checkpoint)
+        self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:
         context = max(map(len, self._sequences)) + GREEDY_TOKENS

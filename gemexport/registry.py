@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from gemexport.formats.activations import Activations
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import Grid
 
@@ -43,6 +44,13 @@ class Target:
     def reader(self) -> ModuleType:
         """The module with `tensors`."""
         return import_module(f"gemexport.formats.{self.module}")
+
+    def activations(self, path: Path) -> Activations | None:
+        """The static scales of activations that an artefact computes with; None in formats without any."""
+        found: Activations | None = None
+        if self.name == "onnx":
+            found = import_module("gemexport.formats.onnx_activations").activations(path)
+        return found
 
     def adapter(self) -> ModuleType:
         """The module with `load`."""

@@ -16,6 +16,7 @@ F32_TOP1 = 0.999
 # A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
 NOISE_FACTOR = 2.0
 NOISES = {
+    "static-activations": ("f32-reordered",),
     "int8-activations-256": ("bf16", "int8-activations", "int8-activations-256"),
     "int8-activations": ("bf16", "int8-activations"),
     "bf16": ("bf16",),
