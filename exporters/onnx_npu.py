@@ -22,6 +22,7 @@ from gemexport.formats.tensor import Grid, Rows, Tensor
 
 MASKED = -30_000.0  # far below any score, and within f16, which NPUs compute in
 TABLES, WEIGHTS = "embeddings.onnx.data", "decoder.onnx.data"
+ZERO_POINTS = ".zero_points"  # what those of a weight are called, after its own name
 INT: dict[int, ir.DataType] = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
@@ -129,9 +130,20 @@ class NpuBackend(StandardOperations):
             name, "column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T, file=WEIGHTS, columns=True
         )
         weight = self._weight(name, packed)
-        return self.graph.op(
-            "DequantizeLinear", [weight, self.graph.external(f"{weight.name}{SCALES}", scales)], **attributes
-        )
+        inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", scales)]
+        if bits == 8:
+            inputs.append(self._zeros(weight, bits, shape, name))
+        return self.graph.op("DequantizeLinear", inputs, **attributes)
+
+    def _zeros(self, weight: ir.Value, bits: int, shape: list[int], tensor: str) -> ir.Value:
+        """Zero points that are zero, of a weight of its own.
+
+        ONNX Runtime 1.32, told to make signed 8-bit weights unsigned (session.x64quantprecision), breaks its own graph
+        where there are none, and where two weights share them.
+        """
+        nothing = np.zeros(-(-int(np.prod(shape)) * bits // 8), np.uint8)
+        stored = self.weights.plan(tensor, "column zeros", INT[bits], shape, nothing, file=WEIGHTS)
+        return self.graph.external(f"{weight.name}{ZERO_POINTS}", stored)
 
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
         g = self.graph
