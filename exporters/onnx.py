@@ -106,8 +106,8 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
         return "the variant f32 holds plain numbers"
     if variant in PRECISIONS:
         if held_by_rows(grid, width):
-            return Container(f"DequantizeLinear INT{grid.bits}, a row", "f32")
-        return "the NPU knows signed 4- and 8-bit codes with one scale a row"
+            return Container(f"DequantizeLinear INT{max(grid.bits, 4)}, a row", "f32")
+        return "the NPU knows signed 2-, 4- and 8-bit codes with one scale a row"
     if grid.kind not in KINDS:
         return f"there is no operator for {grid.bits}-bit codes of the kind {grid.kind}"
     bits, shifted = stored_bits(grid.bits, width), grid.kind == "zero-point"

@@ -20,8 +20,6 @@ from gemexport.formats.onnx import DERIVED, EMBEDDING, HEAD, OFFSET, SCALES
 from gemexport.formats.onnx_blocks import pack_signed
 from gemexport.formats.tensor import Grid, Rows, Tensor
 
-ZERO_POINTS = ".zero_points"  # what those of a weight are called, after its own name
-
 
 class HtpBackend(NpuBackend):
     """`decoder.Backend` on a `QdqGraph`."""
@@ -61,7 +59,7 @@ class HtpBackend(NpuBackend):
     def _rows(self, tensor: Tensor) -> ir.Value:
         """A weight `[in, out]` out of codes with one scale a column; the NPU knows no blocks."""
         (out, width), grid = tensor.shape, row_grid(tensor)
-        own = tensor.grid is not None and tensor.grid.block == width
+        own = tensor.grid is not None and held_by_rows(tensor.grid, width)
         bits = 4 if grid.bits <= 4 and out % 2 == 0 else 8
 
         def codes(part: Rows) -> NDArray[Any]:
@@ -75,29 +73,16 @@ class HtpBackend(NpuBackend):
         packed = plan(name, "row columns", INTEGERS[bits, True], [width, out], codes, file=WEIGHTS, columns=True)
         factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=True)
         weight = self._weight(name, packed) if own else self._derived(name, packed)
-        inputs = [
-            weight,
-            self.graph.external(f"{weight.name}{SCALES}", factors),
-            self._zeros(f"{weight.name}", out, bits),
-        ]
-        return self.graph.raw("DequantizeLinear", inputs, axis=1)
+        scale = self.graph.external(f"{weight.name}{SCALES}", factors)
+        # QNN's provider tells 4-bit weights from 8-bit ones by their zero points; without, it computes other numbers.
+        zeros = self._zeros(weight, bits, [out], name)
+        return self.graph.raw("DequantizeLinear", [weight, scale, zeros], axis=1)
 
     def _derived(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
         """A weight on another grid than its own; of a tied one the lookup's table is what counts."""
         if name == EMBEDDING:
             return self.graph.external(HEAD, stored, metadata={DERIVED: EMBEDDING})
         return self.graph.external(name, stored)
-
-    def _zeros(self, weight: str, count: int, bits: int) -> ir.Value:
-        """Zero points, one tensor a weight.
-
-        ONNX Runtime 1.32, told to make signed weights unsigned (session.x64quantprecision), breaks its own graph where
-        there are none, and where two weights share them.
-        """
-        name = f"{weight}{ZERO_POINTS}"
-        return self.graph.initializer(
-            name, ir.Tensor(np.zeros(count, INTEGERS[bits, True].numpy()), dtype=INTEGERS[bits, True], name=name)
-        )
 
     def rms_norm(self, x: ir.Value, weight: str | None, eps: float, offset: float) -> ir.Value:
         if weight is None:
@@ -214,7 +199,7 @@ class HtpBackend(NpuBackend):
 
 def held_by_rows(grid: Grid, width: int) -> bool:
     """Whether the NPU's linears take a grid as it is: signed codes with one scale for a row of `width` weights."""
-    return grid.kind == "symmetric" and grid.block == width and grid.bits in (4, 8)
+    return grid.kind == "symmetric" and grid.block == width and grid.bits in (2, 4, 8)
 
 
 def row_grid(tensor: Tensor) -> Grid:

@@ -192,6 +192,16 @@ class NpuBackend(StandardOperations):
         attributes: dict[str, Any] = {"axis": 0, "block_size": grid.block} if blocked else {"axis": 1}
         return self.graph.op("DequantizeLinear", inputs, **attributes)
 
+    def _zeros(self, weight: ir.Value, bits: int, shape: list[int], tensor: str) -> ir.Value:
+        """Zero points that are zero, of a weight of its own.
+
+        ONNX Runtime 1.32, told to make signed 8-bit weights unsigned (session.x64quantprecision), breaks its own graph
+        where there are none, and where two weights share them.
+        """
+        nothing = np.zeros(-(-int(np.prod(shape)) * bits // 8), np.uint8)
+        stored = self.weights.plan(tensor, "column zeros", INTEGERS[bits, True], shape, nothing, file=WEIGHTS)
+        return self.graph.external(f"{weight.name}{ZEROS}", stored)
+
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
         g = self.graph
         cos, sin = self._rotation(layer)

@@ -22,9 +22,10 @@ TOKENS = np.random.default_rng(2).integers(0, 256, 60).tolist()
 SIZES: dict[str, Any] = {"context": 64, "prefill": 8}
 
 
-def test_a_graph_in_floating_point_gives_what_onnx_runtime_gives(two_layers: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_graph_in_floating_point_gives_what_onnx_runtime_gives(two_layers: Any, tmp_path: Path, bits: int) -> None:
     """Every operator of the NPU's graphs but QuantizeLinear, through both graphs and their caches."""
-    path = export(two_layers(), tmp_path / "npu", variant="npu", **SIZES).path
+    path = export(two_layers(bits=bits), tmp_path / "npu", variant="npu", **SIZES).path
     runtime = adapter.load(path, threads=1, context=40)
     wanted, found = runtime.logits(TOKENS[:20]), qnn.exact(path, length=40).logits(TOKENS[:20])
     # f32 against f64: measured 7e-6 on logits of up to 20.
