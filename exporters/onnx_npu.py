@@ -65,8 +65,8 @@ class NpuBackend(StandardOperations):
             self.graph.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
         if tensor.grid is None:
             dtype = FLOATS[tensor.dtype]
-            table = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
-            return self.scale(self.to_float(self._lookup(self.graph.external(weight, table)), tensor.dtype), scale)
+            rows = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
+            return self.scale(self.to_float(self._lookup(self.graph.external(weight, rows)), tensor.dtype), scale)
         width, block = tensor.shape[1], tensor.grid.block
         bits = stored_bits(tensor.grid.bits, width)
         table, scales, zeros = self._table(tensor, tensor.grid, bits)

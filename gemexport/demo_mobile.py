@@ -149,13 +149,11 @@ def _fill(module: QuantizedLinear | QuantizedEmbedding, codes: Codes, scales: Fl
     if module.num_bits < 8:
         packed = pack(codes, module.num_bits).view(np.uint8)[:, : -(-codes.shape[1] * module.num_bits // 8)]
     linear = isinstance(module, QuantizedLinear)
-    weight, scale = (
-        (module.weight, module.weight_scale) if linear else (module.embedding_quantized, module.embedding_scale)
-    )
-    weight.copy_(torch.from_numpy(np.ascontiguousarray(packed)))
-    scale.copy_(torch.from_numpy(scales))
-    for activation in (module.input_activation_scale, module.output_activation_scale) if linear else ():
-        activation.zero_()
+    names = ("weight", "weight_scale") if linear else ("embedding_quantized", "embedding_scale")
+    getattr(module, names[0]).copy_(torch.from_numpy(np.ascontiguousarray(packed)))
+    getattr(module, names[1]).copy_(torch.from_numpy(scales))
+    for name in ("input_activation_scale", "output_activation_scale") if linear else ():
+        getattr(module, name).zero_()
 
 
 def _calibrate(model: Any, vocabulary: int, seed: int) -> dict[str, tuple[str, Any]]:
