@@ -1,0 +1,73 @@
+"""Codes survive any way through the formats: what was compressed once is never compressed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemexport import demo_mobile
+from gemexport.exporters import compressed_tensors, gguf, mlx
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gguf_container import read
+from gemexport.formats.grids import attach, find_grids
+from gemexport.formats.recipe import load_recipe
+from gemexport.registry import TARGETS
+from gemexport.validators.weights import compare
+
+
+def opened(model: Path, work: Path) -> Checkpoint:
+    """A checkpoint with the grids of its tensors."""
+    find_grids(open_checkpoint(model, work / "source"), work / "grids", load_recipe("lossless"))
+    return attach(open_checkpoint(model, work / "source"), work / "grids")
+
+
+def blocks(path: Path) -> dict[str, tuple[str, bytes]]:
+    """The type and the bytes of every tensor of a GGUF file."""
+    file = read(path)
+    return {
+        name: (item.type.name, file.rows(item, 0, item.nbytes // item.row_bytes).tobytes())
+        for name, item in file.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["tiny_gemma3", "tiny_gemma4"])
+def test_gguf_to_mlx_to_compressed_tensors_to_gguf(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = opened(request.getfixturevalue(family), tmp_path / "0")
+    first = gguf.export(source, tmp_path / "first.gguf").path
+    folder = mlx.export(opened(first, tmp_path / "1"), tmp_path / "mlx").path
+    packed = compressed_tensors.export(opened(folder, tmp_path / "2"), tmp_path / "ct", pack_embeddings=True).path
+    last = gguf.export(opened(packed, tmp_path / "3"), tmp_path / "last.gguf").path
+    wanted, found = blocks(first), blocks(last)
+    assert {kind for kind, _ in wanted.values()} >= {"Q4_0", "F32"}
+    assert {name: kind for name, (kind, _) in found.items()} == {name: kind for name, (kind, _) in wanted.items()}
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("target", "variant", "exact"),
+    [
+        ("mlx", "4bit", True),
+        ("onnx", "int4", True),
+        ("onnx", "npu", True),
+        ("coreml", "int4", True),
+        ("compressed-tensors", "w4a16", True),
+        ("gguf", "Q4_0", False),  # f32 scales become f16, the codes stay
+    ],
+)
+def test_a_mobile_checkpoint_keeps_its_codes(target: str, variant: str, exact: bool, tmp_path: Path) -> None:
+    checkpoint = opened(demo_mobile.make(tmp_path / "model", size="tiny", calibrated=False), tmp_path / "work")
+    quantized = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.grid is not None}
+    assert {tensor.grid.bits for tensor in quantized.values() if tensor.grid} == {2, 4, 8}
+    path = TARGETS[target].exporter().export(checkpoint, tmp_path / TARGETS[target].path(Path(), "m", variant)).path
+    if variant == "npu":
+        path = (
+            TARGETS[target].exporter().export(checkpoint, tmp_path / "npu", variant="npu", context=64, prefill=8).path
+        )
+    found = compare(quantized, TARGETS[target].reader().tensors(path))
+    assert found.missing == ()
+    for item in found.tensors:
+        assert item.scale_rounded or item.grid is None, f"{item.name} has other codes"
+        assert item.exact == item.compared or not exact, item.name
+        assert np.isfinite(item.max_relative_error)
