@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.parallel import ordered
 from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
 
@@ -110,21 +111,25 @@ def write_packed(
     Columns wait in files in `folder`: codes and columns come from the same rows, which are read once.
     """
     name, pack = codes
+
+    def packed(bounds: tuple[int, int]) -> tuple[Rows, NDArray[Any]]:
+        rows = tensor.rows(*bounds)
+        return rows, pack(rows)
+
     with ExitStack() as stack:
         files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in columns]
         dtypes: list[np.dtype[Any]] = []
-        for start, stop in slices(tensor):
-            rows = tensor.rows(start, stop)
-            out.write(name, pack(rows))
+        for rows, data in ordered(packed, slices(tensor, 4 << 20)):
+            out.write(name, data)
             made = [column.encode(rows) for column in columns]
             dtypes = [array.dtype for array in made]
             groups = [array.shape[1] for array in made]
             for file, array in zip(files, made, strict=True):
                 file.write(np.ascontiguousarray(array).data)
-            progress((stop - start) * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+            progress(rows.values.size * ITEM_BYTES[tensor.dtype])
         for column, file, dtype, count in zip(columns, files, dtypes, groups, strict=True):
             file.seek(0)
             step = max(1, _HELD // count // PACKED_ROWS) * PACKED_ROWS
-            while data := file.read(step * count * dtype.itemsize):
-                array = np.frombuffer(data, dtype).reshape(-1, count)
+            while read := file.read(step * count * dtype.itemsize):
+                array = np.frombuffer(read, dtype).reshape(-1, count)
                 out.write(column.entry.name, array if column.finish is None else column.finish(array))
