@@ -101,3 +101,9 @@ def two_layer_config(wide: bool, vocab: int) -> dict[str, Any]:
         "vocab_size_per_layer_input": vocab, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
         "max_position_embeddings": 4096,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Small checkpoints that other people's libraries wrote (tests/golden/README.md). Do not write to it."""
+    return Path(__file__).parent / "golden"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,30 @@ def test_a_mobile_checkpoint_keeps_its_codes(target: str, variant: str, exact: b
         assert item.scale_rounded or item.grid is None, f"{item.name} has other codes"
         assert item.exact == item.compared or not exact, item.name
         assert np.isfinite(item.max_relative_error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gptq", "gptq-v2", "awq", "llm-compressor-w4a16", "llm-compressor-w4a16-asym", "llm-compressor-w8a8-static"],
+)
+def test_what_other_libraries_compressed_reaches_every_format(
+    name: str, golden: Path, tiny_gemma3: Path, tmp_path: Path
+) -> None:
+    """Checkpoints of gptqmodel, AutoAWQ and llm-compressor: codes pass through where a format has a container."""
+    model = Path(shutil.copytree(golden / name, tmp_path / "model"))
+    shutil.copyfile(tiny_gemma3 / "tokenizer.json", model / "tokenizer.json")
+    checkpoint = opened(model, tmp_path / "work")
+    quantized = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.grid is not None}
+    assert len(quantized) > 10
+    held = 0
+    for target in TARGETS.values():
+        variant = target.variants[0]
+        place = target.path(tmp_path / "out", "model", variant)
+        path = target.exporter().export(checkpoint, place, variant=variant).path
+        holds = target.holds(variant)
+        for item in compare(quantized, target.reader().tensors(path)).tensors:
+            assert item.source_grid is not None
+            if holds(item.source_grid, item.shape[-1]):
+                held += 1
+                assert item.scale_rounded or item.exact == item.compared, f"{target.name}: {item.name}"
+    assert held > 3 * len(quantized), "no more than two formats hold what was compressed"
