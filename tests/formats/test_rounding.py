@@ -32,8 +32,9 @@ def test_scales_are_f16_numbers_and_the_error_is_bounded(seed: int, exponent: in
     values = (generator.standard_normal((2, 64)) * 2.0**exponent).astype(np.float32)
     scales = fit(values, 32, bits)
     assert np.array_equal(round_to(scales, "f16"), scales)
-    # Rounding all weights to zero is the error to beat.
-    assert error(values, scales, bits) < float(np.square(values, dtype=np.float64).sum())
+    # Rounding all weights to zero is the error to beat; it is all that is left where f16 has no scale so small.
+    energy = float(np.square(values, dtype=np.float64).sum())
+    assert error(values, scales, bits) < energy if scales.any() else np.abs(values).max() < 127 * 2.0**-24
 
 
 def test_a_block_of_zeros_has_the_scale_zero() -> None:
