@@ -14,8 +14,8 @@ from hypothesis import settings
 from gemexport import demo
 from gemexport.formats.checkpoint import Checkpoint
 
-# The same examples in every run: what fails once in a hundred runs is found by HYPOTHESIS_PROFILE=explore, not by whoever
-# changes something else.
+# The same examples in every run: what fails once in a hundred runs is for HYPOTHESIS_PROFILE=explore to find, not for
+# whoever changes something else.
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("explore", max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
