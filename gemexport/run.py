@@ -149,7 +149,9 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted:
     """The reference and the validators: those of artefacts that lie there, or wait for their export."""
     weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
     affordable = room <= asked.memory
-    noises = {noise for step in wanted for noise in step.target.noises_of(step.variant)}
+    # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
+    own = bool(checkpoint.files)
+    noises = {noise for step in wanted for noise in step.target.noises_of("" if own else step.variant)}
     if checkpoint.activations:
         # A last bit that differs moves some activations to the next integer: so far apart are two right programs.
         noises.add("f32-reordered")
