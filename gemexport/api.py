@@ -20,6 +20,9 @@ def export(
     jobs: int | None = None,
     memory: int | None = None,
     adapter: str | Path | None = None,
+    compress: str | None = None,
+    compress_python: str | Path | None = None,
+    calibration: str | Path | None = None,
     tokens: int = 512,
     validate: bool = True,
     fresh: bool = False,
@@ -27,16 +30,17 @@ def export(
 ) -> Report:
     """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
 
-    `adapter` is the folder of a LoRA (PEFT) to merge into it. `memory` is in bytes, `tokens` how many the logits are
-    compared on, `variants` and `options` go by format. Writes into `out` (default: `NAME-gemexport`) and returns what
-    `report.json` there holds. Raises InputError when the request or the checkpoint is at fault; an artefact that fails
-    is in the report, not raised.
+    `adapter` is the folder of a LoRA (PEFT) to merge into it. `compress` (gptq, awq or rtn) has llm-compressor quantize
+    the linears first, in the interpreter `compress_python`, on the text file `calibration` (docs/compress.md). `memory`
+    is in bytes, `tokens` how many the logits are compared on, `variants` and `options` go by format. Writes into `out`
+    (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when the request or the
+    checkpoint is at fault; an artefact that fails is in the report, not raised.
     """
     from gemexport.run import request, run
 
     asked = request(
         model, out, formats, None, variants, recipe, jobs, memory, adapter,
-        tokens=tokens, validate=validate, fresh=fresh, options=options or {},
+        compress, compress_python, calibration, tokens=tokens, validate=validate, fresh=fresh, options=options or {},
     )  # fmt: skip
     return run(asked)
 

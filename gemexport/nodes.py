@@ -53,6 +53,7 @@ class Workplace:
     work: Path
     tokens: int
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
 
     @property
     def grids(self) -> Path:
@@ -61,6 +62,10 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
+        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+
+    def plain(self) -> Checkpoint:
+        """The checkpoint before it was compressed: what the loss is measured against."""
         return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
@@ -81,8 +86,9 @@ class Workplace:
             self.work / "reference" / name, lambda: _reference(checkpoint, tensors, activations=activations)
         )
 
-    def source(self, checkpoint: Checkpoint) -> ReferenceStore:
-        """The reference's logits with what the checkpoint holds."""
+    def source(self) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds, before it was compressed."""
+        checkpoint = self.plain()
         return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
 
 
@@ -116,10 +122,10 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     """
     from gemexport.validators import divergence
 
-    checkpoint = place.checkpoint()
+    checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.source(checkpoint)
+    store = place.source()
     for sequence in sequences:
         store.logits(sequence)
         progress(len(sequence))
@@ -225,7 +231,7 @@ class _Trial:
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
-        self._source = place.source(checkpoint)
+        self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:
