@@ -52,6 +52,7 @@ class Workplace:
     model: Path
     work: Path
     tokens: int
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
 
     @property
     def grids(self) -> Path:
@@ -60,7 +61,7 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
-        return open_checkpoint(self.model, self.work / SOURCE)
+        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""

@@ -84,6 +84,7 @@ class LatticeTensor(_Model):
     dtype: str
     grid: GridReport | None = None
     grid_fraction: float
+    left: bool = False  # an adapter was merged into it, which took it off the grid that its base lies on
 
 
 class LatticeReport(_Model):
@@ -96,7 +97,10 @@ class LatticeReport(_Model):
 
 
 class ModelReport(_Model):
-    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken."""
+    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken.
+
+    `adapter` is the LoRA that was merged in; `notes` say what reading and merging changed.
+    """
 
     name: str
     architecture: str
@@ -104,6 +108,8 @@ class ModelReport(_Model):
     bytes: int
     source: str
     left_out: tuple[str, ...] = ()
+    adapter: str | None = None
+    notes: tuple[str, ...] = ()
     lattice: LatticeReport | None = None
 
 

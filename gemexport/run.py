@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -62,6 +64,11 @@ class Request:
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+
+    def checkpoint(self) -> Checkpoint:
+        """The model, with its adapter merged in."""
+        return open_checkpoint(self.model, adapter=self.adapter)
 
 
 def request(
@@ -73,6 +80,7 @@ def request(
     recipe: str | Recipe = "default",
     jobs: int | None = None,
     memory: int | None = None,
+    adapter: str | Path | None = None,
     **settings: Any,
 ) -> Request:
     """A request with what was not said filled in; InputError for what cannot be done."""
@@ -84,14 +92,17 @@ def request(
             known = ", ".join(TARGETS[name].known_variants)
             raise InputError(name, f"there is no variant {unknown[0]}", f"use some of {known}")
         chosen[name] = asked
+    merged = None if adapter is None else Path(adapter)
+    names = [checkpoint_name(path), *([] if merged is None else [merged.resolve().name])]
     return Request(
         model=path,
-        out=Path(out) if out else Path(f"{checkpoint_name(path)}-gemexport"),
+        out=Path(out) if out else Path(f"{'-'.join(names)}-gemexport"),
         variants=chosen,
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
         asked_for=frozenset(formats or ()),
+        adapter=merged,
         **settings,
     )
 
@@ -121,7 +132,7 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens)
+    place = Workplace(asked.model, work, asked.tokens, asked.adapter)
     weights = checkpoint.architecture.parameters()
     nodes = [
         Node(
@@ -185,7 +196,7 @@ def run(asked: Request, events: Events | None = None) -> Report:
     Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(asked.model)
+    checkpoint = asked.checkpoint()
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
@@ -224,12 +235,12 @@ def validate(
     qnn_arch: str | None = None,
 ) -> ArtifactReport:
     """Judge one artefact, whoever made it; with `qnn_context` also by the NPU's compiler, which writes there."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
     with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
         work = Path(folder)
-        place = Workplace(model, work, asked.tokens)
+        place = Workplace(model, work, asked.tokens, asked.adapter)
         step = Step(target, artifact.stem, artifact)
         nodes = graph(asked, checkpoint, work, []) + [
             Node(node.name, node.call, tuple("grids" if need.startswith("export") else need for need in node.needs),
@@ -336,8 +347,22 @@ def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelRepor
         bytes=checkpoint.nbytes(),
         source=str(asked.model),
         left_out=checkpoint.left_out,
+        adapter=None if asked.adapter is None else str(asked.adapter),
+        notes=(*checkpoint.notes, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
         lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
     )
+
+
+def left_notes(index: GridIndex) -> list[str]:
+    """A sentence about the matrices that an adapter took off their lattice, if any; layers are counted, not named."""
+    left = [record for record in index.tensors if record.left]
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in left)
+    if not left:
+        return []
+    named = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+    plain = sum(record.bits is None for record in left)
+    becomes = "the recipe quantized them anew" if not plain else f"{plain} of them stay plain, as the recipe says"
+    return [f"the merge left the lattice: {len(left)} matrices that lay on one do no more; {becomes}: {named}"]
 
 
 def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> LatticeReport:
@@ -359,6 +384,7 @@ def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> 
                 dtype=tensor.dtype,
                 grid=grid,
                 grid_fraction=record.lattice_fraction,
+                left=record.left,
             )
         )
     return LatticeReport(weights=weights, on_grid=round(on_grid), seconds=seconds, tensors=tuple(tensors))
