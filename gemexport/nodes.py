@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from gemexport.report import (
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
@@ -200,26 +201,32 @@ class Validation:
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
 
 
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
-    report, digest = check_weights(place, target, path, progress)
+    watch = Stopwatch()
+    with watch.time("weights"):
+        report, digest = check_weights(place, target, path, progress)
     if not run_logits or report.missing:
-        return Validation(report)
+        return Validation(report, steps=watch.seconds)
     checkpoint = place.open()
-    trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
+    trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more))
+    return Validation(report, trial.tokenizer, first, tuple(more), watch.seconds)
 
 
 class _Trial:
     """One artefact in its runtime."""
 
-    def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
+    def __init__(
+        self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str, watch: Stopwatch
+    ) -> None:
+        self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
@@ -252,20 +259,33 @@ class _Trial:
         """
         from gemexport.validators import divergence
 
-        runtime = self._load(arithmetic)
+        watch, speed = self._watch, Speedometer(_threads())
+        with watch.time("load"):
+            runtime = self._load(arithmetic)
+        speed.loaded()
         if self.tokenizer is None:
-            self.tokenizer = self._compare_tokenizer(runtime)
+            with watch.time("tokenizer"):
+                self.tokenizer = self._compare_tokenizer(runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
-            outputs.append(self._keep(i, runtime.logits(sequence)))
+            with watch.time("run"):
+                output = runtime.logits(sequence)
+            with watch.time("keep"):
+                outputs.append(self._keep(i, output))
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
-        continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+        with watch.time("run"), speed.generating(runtime):
+            continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
         conversion, loss = divergence.Divergence(), divergence.Divergence()
         for sequence, output in zip(self._sequences, outputs, strict=True):
-            conversion.add(self._read_back.logits(sequence), output, sequence)
-            loss.add(self._source.logits(sequence), output, sequence)
+            with watch.time("reference"):
+                references = self._read_back.logits(sequence), self._source.logits(sequence)
+            with watch.time("compare"):
+                conversion.add(references[0], output, sequence)
+                loss.add(references[1], output, sequence)
+        with watch.time("reference"):
+            greedy = self._greedy(prompt, continuation)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -273,7 +293,8 @@ class _Trial:
             top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
             conversion=figures(conversion),
             loss=figures(loss),
-            greedy=self._greedy(prompt, continuation),
+            greedy=greedy,
+            speed=speed.report(runtime.laps),
         )
 
     def _share(self, sequence: list[int]) -> int:

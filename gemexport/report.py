@@ -190,6 +190,42 @@ class GreedyReport(_Model):
     equal: int
 
 
+class Pace(_Model):
+    """Tokens a second of `tokens` tokens that were computed in `pieces`: the median piece, and the quartiles."""
+
+    tokens: int
+    pieces: int
+    lower: float
+    median: float
+    upper: float
+
+
+class SpeedReport(_Model):
+    """What a runtime took in the validator's passes, on this machine with `threads` threads beside other steps.
+
+    `prefill` is of the sequences that were compared, with logits at every position; `decode` one token at a time
+    through the cache. `seconds` are the runtime's own for all `tokens`. Memory is anonymous: `peak_rss_bytes` while
+    generating, `idle_rss_bytes` what the process had before the runtime was loaded.
+    """
+
+    threads: int
+    load_seconds: float
+    tokens: int
+    seconds: float
+    prefill: Pace | None = None
+    decode: Pace | None = None
+    peak_rss_bytes: int | None = None
+    idle_rss_bytes: int | None = None
+
+
+class ValidationReport(_Model):
+    """Wall-clock seconds of a validation, those of the runtimes in it, and all of them by what they were spent on."""
+
+    seconds: float
+    runtime_seconds: float
+    steps: dict[str, float] = {}
+
+
 class LogitsReport(_Model):
     """An artefact run in a runtime, teacher-forced over `tokens` positions.
 
@@ -207,6 +243,7 @@ class LogitsReport(_Model):
     loss: Divergence | None = None
     noise_floor: Divergence | None = None
     greedy: GreedyReport | None = None
+    speed: SpeedReport | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
 
@@ -297,6 +334,7 @@ class ArtifactReport(_Model):
     more_logits: tuple[LogitsReport, ...] = ()
     npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()
+    validation: ValidationReport | None = None
     seconds: float = 0.0
 
     def to_json(self) -> str:
@@ -312,6 +350,9 @@ class Report(_Model):
     recipe: str | None = None
     versions: dict[str, str]
     artifacts: tuple[ArtifactReport, ...] = ()
+    machine: str | None = None
+    jobs: int | None = None
+    reference_seconds: float | None = None
     seconds: float = 0.0
     peak_rss_bytes: int | None = None
 

@@ -33,12 +33,14 @@ from gemexport.report import (
     ModelReport,
     NpuReport,
     Report,
+    ValidationReport,
     artifact_sha256,
     describe_files,
     package_versions,
     verdict,
 )
 from gemexport.scheduler import Events, Node, Scheduler, available_memory, succeeded
+from gemexport.speed import machine
 from gemexport.verdict import bounds
 from gemexport.worker import Call, Outcome
 from gemexport.workspace import claim
@@ -217,6 +219,9 @@ def run(asked: Request, events: Events | None = None) -> Report:
         recipe=asked.recipe.name,
         versions=package_versions(),
         artifacts=tuple(artifacts),
+        machine=machine(),
+        jobs=asked.jobs,
+        reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
         seconds=time.monotonic() - started,
         peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
     )
@@ -334,8 +339,15 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         more_logits=found.more_logits,
         npu=npu,
         bounds=held,
+        validation=_validation(found, judged.seconds),
         seconds=seconds,
     )
+
+
+def _validation(found: Validation, seconds: float) -> ValidationReport:
+    """How long the validation took, and the runtimes in it."""
+    runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
+    return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
 
 
 def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelReport:

@@ -59,6 +59,7 @@ class CoreMLModel(ABC):
 
     def __init__(self, how: Feeds) -> None:
         self._feeds = how
+        self.laps = runtime.Laps()
 
     @abstractmethod
     def make_state(self) -> Any:
@@ -79,7 +80,9 @@ class CoreMLModel(ABC):
         ends = [*range(CHUNK, bulk, CHUNK), *([bulk] if bulk else []), *range(bulk + 1, len(tokens) + 1)]
         whole: NDArray[np.float32] | None = None
         for end in ends:
-            part = self.step(self._feeds.at(tokens[past:end], past), state)
+            inputs = self._feeds.at(tokens[past:end], past)
+            with self.laps.lap(end - past):
+                part = self.step(inputs, state)
             if whole is None:
                 whole = np.empty((len(tokens), part.shape[-1]), np.float32)
             whole[past:end] = part
@@ -92,7 +95,10 @@ class CoreMLModel(ABC):
         found: list[int] = []
         step = list(tokens)
         while len(found) < count:
-            found.append(int(self.step(self._feeds.at(step, past), state)[-1].argmax()))
+            inputs = self._feeds.at(step, past)
+            with self.laps.lap(len(step)):
+                rows = self.step(inputs, state)
+            found.append(int(rows[-1].argmax()))
             past, step = past + len(step), found[-1:]
         return found
 
