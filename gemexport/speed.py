@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,10 +85,8 @@ def pace(laps: Sequence[tuple[int, float]]) -> Pace | None:
 def machine() -> str:
     """Processor, cores and system, as a reader wants to know them beside a speed."""
     processor = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError, StopIteration):  # not Linux, or a processor that goes without a name there
         lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor that goes without a name there
     cores = os.cpu_count() or 1
     return f"{processor}, {cores} core{'s' if cores > 1 else ''}, {platform.system()} {platform.machine()}"
