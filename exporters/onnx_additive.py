@@ -6,12 +6,15 @@ packed bits, so codes take a whole byte each.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from gemexport.exporters.onnx_graph import FLOATS, GraphBuilder, Weights, stored_floats
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.onnx import CODEBOOKS, CODEC, FITTED_RMS, SCALES
+from gemexport.formats.tensor import Tensor
 
 
 def additive_rows(graph: GraphBuilder, weights: Weights, tensor: AdditiveTensor, ids: ir.Value, file: str) -> ir.Value:
@@ -44,6 +47,15 @@ def additive_rows(graph: GraphBuilder, weights: Weights, tensor: AdditiveTensor,
     wide = graph.op("Reshape", [sums, graph.constant([0, 0, blocks, tensor.block], np.int64)])
     scaled = graph.op("Mul", [wide, graph.op("Unsqueeze", [factors, graph.constant([3], np.int64)])])
     return graph.op("Reshape", [scaled, graph.constant([0, 0, width], np.int64)])
+
+
+def byte_notes(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A sentence about codes that would fit into less than the byte that each takes."""
+    return [
+        f"codes of {tensor.codec.bits} bits take a byte each in {tensor.name}: ONNX looks up bytes"
+        for tensor in tensors.values()
+        if isinstance(tensor, AdditiveTensor) and tensor.codec.bits < 8
+    ]
 
 
 def _floats(graph: GraphBuilder, name: str, stored: ir.ExternalTensor) -> ir.Value:

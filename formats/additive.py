@@ -2,65 +2,27 @@
 
     w[row, V * i + v] = scale[row, V * i // block] * sum over m of codebooks[m, codes[row, i, m], v]
 
-This is the layout of AQLM (https://arxiv.org/abs/2401.06118), spelled `aqlm:MxB` or `aqlm:MxB:V`: M codebooks of 2**B
-vectors of V weights each (8 unless said). `additive_fit` makes the codebooks; here is what their codes mean.
+This is the layout of AQLM (https://arxiv.org/abs/2401.06118). `vector_codec` spells it, `additive_fit` makes codebooks;
+here is what codes mean, and how they are found.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import DType, Floats, Grid, Rows
+from gemexport.formats.vector_codec import Codec
 
-VECTOR = 8
 Indices = NDArray[np.uint8]
 BROKEN = "export or download it again"
-SPELLING = "write it as aqlm:MxB or aqlm:MxB:V, such as aqlm:2x8: M codebooks (1 to 8) of 2**B vectors (B 2 to 8)"
-
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 # No number here is NaN, and of several minima the first counts either way: these loops may be vectorised.
 reduction = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "contract"})
-
-
-class Codec(BaseModel):
-    """What was asked for: how many codebooks, how large, of vectors how long."""
-
-    model_config = ConfigDict(frozen=True)
-
-    codebooks: int
-    bits: int  # of a code
-    vector: int = VECTOR  # weights that a code stands for
-
-    def __str__(self) -> str:
-        return f"aqlm:{self.codebooks}x{self.bits}:{self.vector}"
-
-    @property
-    def entries(self) -> int:
-        """Vectors of a codebook."""
-        return 1 << self.bits
-
-    def nbytes(self, rows: int, width: int, block: int, scale_bytes: int = 2) -> int:
-        """Bytes of a coded matrix: codes of B bits, codebooks in f16, and a scale a block."""
-        codes = -(-rows * (width // self.vector) * self.codebooks * self.bits // 8)
-        return codes + self.codebooks * self.entries * self.vector * 2 + rows * (width // block) * scale_bytes
-
-
-def parse(text: str) -> Codec:
-    """The codec that `aqlm:MxB` or `aqlm:MxB:V` spells; InputError for anything else."""
-    match = re.fullmatch(r"aqlm:(\d{1,2})x(\d{1,2})(?::(\d{1,3}))?", text.strip())
-    if match is None:
-        raise InputError(text, "is no vector codec", SPELLING)
-    codebooks, bits, vector = (int(part or VECTOR) for part in match.groups())
-    if not (1 <= codebooks <= 8 and 2 <= bits <= 8 and 2 <= vector <= 64):
-        raise InputError(text, "is out of range", f"{SPELLING} of V weights (2 to 64)")
-    return Codec(codebooks=codebooks, bits=bits, vector=vector)
 
 
 class StoredCodes(Protocol):

@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from gemexport.formats.additive import AdditiveTensor, Codec, Encoder, Indices, evaluate
+from gemexport.formats.additive import AdditiveTensor, Encoder, Indices, evaluate
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.grids import fingerprint
 from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Floats, Tensor, round_to, slices
+from gemexport.formats.vector_codec import Codec, check
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +72,7 @@ def find_codec(
     A folder that holds the fit to the same checkpoint already is used as it is. Raises InputError for a checkpoint
     without per-layer embeddings, and for vectors that do not divide what a layer has of a row.
     """
-    layers = checkpoint.architecture.per_layer
-    if layers is None:
-        raise InputError(checkpoint.path, "has no per-layer embeddings to code", "leave out --ple-codec")
-    if layers.dim % codec.vector:
-        problem = f"has {layers.dim} per-layer embeddings a layer, which vectors of {codec.vector} do not divide"
-        raise InputError(checkpoint.path, problem, f"give vectors of another length, as in aqlm:{codec.codebooks}x8:4")
+    layers = check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     mark, known = fingerprint(checkpoint, codec), read_record(folder)
     tensor = checkpoint.tensors[NAME]
     if known is not None and known.fingerprint == mark:

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats import onnx_builder
-from gemexport.formats.additive import AdditiveTensor, Codec, parse
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx_blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.tensor import Floats, Rows, Tensor
+from gemexport.formats.vector_codec import Codec, parse
 
 if TYPE_CHECKING:
     import onnx_ir as ir

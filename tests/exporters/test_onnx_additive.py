@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gemexport.formats import additive_fit
-from gemexport.formats.additive import AdditiveTensor, parse
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ArrayTensor
+from gemexport.formats.vector_codec import parse
 
 pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport.formats import additive_fit
-from gemexport.formats.additive import AdditiveTensor, Codec, Encoder, evaluate, parse
+from gemexport.formats.additive import AdditiveTensor, Encoder, evaluate
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, Floats
+from gemexport.formats.vector_codec import Codec, parse
 
 pytest.importorskip("torch")
 
