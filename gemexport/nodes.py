@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_check
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
+from gemexport.formats.vector_codec import Codec
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
     Divergence,
@@ -33,9 +34,10 @@ from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
-from gemexport.workspace import SOURCE
+from gemexport.workspace import SOURCE, VECTORS
 
 if TYPE_CHECKING:
+    from gemexport.formats.additive_fit import Record
     from gemexport.validators import divergence
     from gemexport.validators.weights import TensorComparison
 
@@ -54,6 +56,12 @@ class Workplace:
     work: Path
     tokens: int
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+
+    @property
+    def vectors(self) -> Path:
+        """Folder of the vector codec's fit."""
+        return self.work / VECTORS
 
     @property
     def grids(self) -> Path:
@@ -100,15 +108,40 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     return find_grids(checkpoint, place.grids, recipe, progress)
 
 
+def fit_codec(place: Workplace, progress: Progress) -> Record:
+    """Fit the vector codec to the per-layer embeddings; progress in weights."""
+    from gemexport.formats.additive_fit import find_codec
+
+    assert place.codec is not None
+    return find_codec(place.checkpoint(), place.vectors, place.codec, progress)
+
+
 def export(
     place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
 ) -> Export:
     """Write one artefact; progress in bytes of the source."""
-    exporter, checkpoint = TARGETS[target].exporter(), place.open()
+    exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
+    if place.codec is not None:
+        checkpoint, note = _coded(place, place.codec, checkpoint, TARGETS[target], variant)
+        notes.append(note)
     if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
         options = {**options, "calibration": place.sequences(checkpoint)}
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
-    return result
+    return replace(result, notes=[*notes, *result.notes])
+
+
+def _coded(
+    place: Workplace, codec: Codec, checkpoint: Checkpoint, target: Target, variant: str
+) -> tuple[Checkpoint, str]:
+    """The checkpoint with its per-layer embeddings in the codec where the variant holds one, and a note."""
+    if variant not in target.codec_variants:
+        what = f"{target.title} has nothing" if not target.codec_variants else f"the variant {variant} has nothing"
+        return checkpoint, f"{what} that holds the vector codec {codec}: the per-layer embeddings are as without it"
+    from gemexport.formats.additive_fit import attach, read_fit
+
+    found = read_fit(place.vectors)
+    loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
+    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {codec}, as was asked: {loss}"
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
@@ -190,6 +223,8 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
         requantized=item.requantized,
+        codec=item.codec,
+        fitted_rms=item.fitted_rms,
     )
 
 

@@ -143,6 +143,8 @@ class TensorReport(_Model):
     rms_relative_error: float | None = None
     scale_rounded: bool = False
     requantized: bool = False
+    codec: str | None = None
+    fitted_rms: float | None = None
 
 
 class WeightsReport(_Model):

@@ -19,6 +19,7 @@ from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_check
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
+from gemexport.formats.vector_codec import Codec, check, parse
 from gemexport.nodes import Validation, Workplace
 from gemexport.npu import npu_bounds
 from gemexport.registry import TARGETS, Target
@@ -65,6 +66,7 @@ class Request:
     validate: bool = True
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
+    ple_codec: Codec | None = None  # for the per-layer embeddings, in formats that hold one
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
 
@@ -83,6 +85,7 @@ def request(
     jobs: int | None = None,
     memory: int | None = None,
     adapter: str | Path | None = None,
+    ple_codec: str | None = None,
     **settings: Any,
 ) -> Request:
     """A request with what was not said filled in; InputError for what cannot be done."""
@@ -103,6 +106,7 @@ def request(
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
+        ple_codec=None if ple_codec is None else parse(ple_codec),
         asked_for=frozenset(formats or ()),
         adapter=merged,
         **settings,
@@ -134,8 +138,9 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens, asked.adapter)
+    place = Workplace(asked.model, work, asked.tokens, asked.adapter, asked.ple_codec)
     weights = checkpoint.architecture.parameters()
+    coded = [step for step in wanted if asked.ple_codec is not None and step.variant in step.target.codec_variants]
     nodes = [
         Node(
             "grids",
@@ -146,16 +151,25 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
             light=True,
         )
     ]
+    if coded:
+        call = Call("gemexport.nodes:fit_codec", {"place": place})
+        nodes.append(Node("ple-codec", call, ("grids",), EXPORT_BYTES, _per_layer_weights(checkpoint), all_cores=True))
     for step in wanted:
         arguments = {
             "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
             "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+        needs = ("grids", "ple-codec") if step in coded else ("grids",)
+        nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
     return nodes
+
+
+def _per_layer_weights(checkpoint: Checkpoint) -> int:
+    layers = checkpoint.architecture.per_layer
+    return 0 if layers is None else layers.vocab_size * layers.dim * len(checkpoint.architecture.layers)
 
 
 def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted: list[Step]) -> list[Node]:
@@ -199,6 +213,8 @@ def run(asked: Request, events: Events | None = None) -> Report:
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
+    if asked.ple_codec is not None:
+        check(asked.ple_codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)

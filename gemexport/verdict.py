@@ -25,6 +25,9 @@ NOISES = {
 # Of a requantized matrix, relative to it: Q4_K to Q6_K stay below 0.2, the coarsest type of ggml below 0.7, and another
 # matrix is at 1.4 (docs/kquants.md).
 REQUANTIZED_RMS = 0.75
+# Of a matrix in the vector codec: what its fit measured, and room for another order of the same sum in float64. One
+# wrong code of the 300 million in E2B's per-layer embeddings would show seventy times as large.
+CODEC_ROOM = 1e-9
 
 
 Holds = Callable[[Grid, int], bool]
@@ -59,7 +62,8 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin))
-    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized]
+    result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
+    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized and item.fitted_rms is None]
     if errors:
         worst = max(errors, key=lambda error: (math.isnan(error), error))
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
@@ -72,6 +76,13 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         origin = f"a step of the {bits}-bit codes that the format has instead"
         result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
     return result
+
+
+def _as_fitted(item: TensorReport, fitted: float) -> Bound:
+    """The error of a matrix in the vector codec is the one that its fit measured: the codes that were read are its."""
+    metric = f"weights.rms_relative_error of {item.name} as {item.codec}"
+    origin = "the error that the fit of the codec measured"
+    return Bound.at_most(metric, item.rms_relative_error or 0.0, fitted * (1 + CODEC_ROOM), origin)
 
 
 def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
