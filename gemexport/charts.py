@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from gemexport.report import ArtifactReport, Report, TensorReport
 
-LETTER = 6.7  # pixels that a letter of 12 takes, at most; names are short and mostly lower case
+LETTER = 7.1  # pixels that a letter of 12 takes: DejaVu Sans, the widest of the usual fonts, half of it bold
 LINE = 15.0  # height of a line of them
 RADIUS = 5.0
 LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
@@ -37,10 +37,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class Label:
-    """A name: its left edge, its base line, and the point that a line leads to where it stands away from its own."""
+    """A name: where it is anchored, its base line, and where a line leads to it if it stands away from its point.
+
+    Fonts differ in width, so a name is anchored at the end that is next to its point.
+    """
 
     x: float
     y: float
+    anchor: str  # start, middle or end, as SVG's text-anchor has it
     leader: tuple[float, float] | None
 
 
@@ -200,8 +204,14 @@ def _labels(
         if free:
             box, leader = (clear or free)[0]
             taken.append(box)
-            found[i] = Label(box[0] + 2, box[3] - 4, leader)
+            found[i] = _anchored(box, places[i][0], leader)
     return found
+
+
+def _anchored(box: Box, x: float, leader: tuple[float, float] | None) -> Label:
+    left, right = box[0] + 2, box[2] - 2
+    anchor, at = ("start", left) if left > x else ("end", right) if right < x else ("middle", (left + right) / 2)
+    return Label(round(at, 1), round(box[3] - 4, 1), anchor, leader)
 
 
 def _room(places: Sequence[tuple[float, float]], i: int) -> float:
@@ -278,8 +288,11 @@ def layer_errors(tensors: Iterable[TensorReport]) -> LayerErrors | None:
     width = 100 / len(columns)
     across = {at: round((i + 0.5) * width, 2) for i, at in enumerate(columns)}
     groups: dict[str, str] = {"attention": "", "MLP": "", "other": ""}
+    # Side by side in their layer's column: equal errors would hide each other.
+    beside = dict(zip(groups, (-width / 5, 0.0, width / 5), strict=True))
     for item, error in shown:
-        groups[_group(item.name)] += f"M{across[layer(item.name)]:g} {axis.at(error):g}h0"
+        group = _group(item.name)
+        groups[group] += f"M{across[layer(item.name)] + beside[group]:.4g} {axis.at(error):g}h0"
     line = [f"{across[at]:g} {axis.at(column.error):g}" for at, column in columns.items() if at >= 0]
     step = 5 if len(columns) <= 40 else 10
     return LayerErrors(

@@ -33,10 +33,11 @@ def report(points: list[tuple[str, int, float]], floor: float | None = None) -> 
 
 
 def box(point: charts.Point) -> charts.Box:
-    """What a name covers, at least: the width that the page's letters really take is below LETTER."""
+    """What a name covers in the widest font."""
     assert point.label is not None
     width = charts.LETTER * len(f"{point.artifact.format} {point.artifact.variant}")
-    return point.label.x, point.label.y - 11, point.label.x + width, point.label.y + 4
+    left = point.label.x - {"start": 0, "middle": width / 2, "end": width}[point.label.anchor]
+    return left, point.label.y - 11, left + width, point.label.y + 4
 
 
 sizes = st.integers(1, 10**12)
