@@ -125,7 +125,7 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens, asked.ple_codec)
+    place = Workplace(asked.model, work, asked.tokens, codec=asked.ple_codec)
     weights = checkpoint.architecture.parameters()
     coded = [step for step in wanted if asked.ple_codec is not None and step.variant in step.target.codec_variants]
     nodes = [
