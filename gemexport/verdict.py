@@ -25,8 +25,8 @@ NOISES = {
 # Of a requantized matrix, relative to it: Q4_K to Q6_K stay below 0.2, the coarsest type of ggml below 0.7, and another
 # matrix is at 1.4 (docs/kquants.md).
 REQUANTIZED_RMS = 0.75
-# Of a matrix in the vector codec: what its fit measured, and room for another order of the same sum in float64. One
-# wrong code of the 300 million in E2B's per-layer embeddings would show seventy times as large.
+# Of a matrix in the vector codec: what its fit measured, and room for another order of the same sum in float64. A wrong
+# code among the 587 million of E2B's table at 2x8, a vector as long as the right one, moves it by some 1e-8.
 CODEC_ROOM = 1e-9
 
 

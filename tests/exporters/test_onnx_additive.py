@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemexport.formats import additive_fit
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ArrayTensor
-from gemexport.formats.vector_codec import parse
+from gemexport.formats.vector_codec import Codec, parse
 
-pytest.importorskip("onnx_ir")
+ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")
 exporter = pytest.importorskip("gemexport.exporters.onnx")
 reader = pytest.importorskip("gemexport.formats.onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+from gemexport.exporters.onnx_additive import additive_rows  # noqa: E402
+from gemexport.exporters.onnx_graph import GraphBuilder, Weights  # noqa: E402
 
 NAME = additive_fit.NAME
 
@@ -61,6 +65,31 @@ def test_the_runtime_looks_up_what_the_codec_says(tiny_gemma4: Path, tmp_path: P
     assert checkpoint.architecture.per_layer is not None
     factor = np.float32(checkpoint.architecture.per_layer.embed_scale)
     assert np.array_equal(found[0], checkpoint.tensors[NAME].numpy()[ids[0]] * factor)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.data())
+def test_the_operators_compute_the_formula(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    codec = Codec(codebooks=data.draw(st.integers(1, 4)), bits=data.draw(st.integers(2, 8)), vector=4)
+    rows, blocks, vectors = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    generator = np.random.default_rng(data.draw(st.integers(0, 1 << 20)))
+    codes = generator.integers(0, codec.entries, (rows, blocks * vectors, codec.codebooks), np.uint8)
+    books = generator.standard_normal((codec.codebooks, codec.entries, 4)).astype(np.float16).astype(np.float32)
+    scales = generator.standard_normal((rows, blocks)).astype(data.draw(st.sampled_from((np.float16, np.float32))))
+    tensor = AdditiveTensor(NAME, codec, codes, books, scales)
+    folder, graph, weights = tmp_path_factory.mktemp("graph"), GraphBuilder("table"), Weights({NAME: tensor})
+    ids = graph.input("ids", ir.DataType.INT64, ["batch", "n"])
+    found = additive_rows(graph, weights, tensor, ids, "table.data")
+    graph.output(found, "rows", ir.DataType.FLOAT, ["batch", "n", tensor.shape[1]])
+    weights.write(folder, lambda _: None)
+    graph.save(folder / "model.onnx", "gemexport")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    asked = generator.integers(0, rows, (2, 3))
+    values = session.run(None, {"ids": asked})[0]
+    # Sums of up to four f16 numbers of like size are exact in f32, so there is one rounding.
+    assert np.array_equal(values, tensor.numpy()[asked])
+    back = additive(reader.tensors(folder)[NAME])
+    assert np.array_equal(back.numpy(), tensor.numpy())
 
 
 def test_f32_scales_stay_what_they_are(tiny_gemma4: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from gemexport.formats import additive_fit
 from gemexport.formats.additive import AdditiveTensor, Encoder, evaluate
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.coreml import StackedCodes
+from gemexport.formats.coreml_arrays import Palette, Stored
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, Floats
 from gemexport.formats.vector_codec import Codec, parse
@@ -67,6 +69,31 @@ def test_evaluation_is_what_the_formula_says(data: st.DataObject) -> None:
         wanted += books[m].astype(np.float64)[codes[:, :, m]]
     wanted = wanted.reshape(rows, blocks, -1) * scales[:, :, None].astype(np.float64)
     assert np.array_equal(evaluate(codes, books, scales), wanted.reshape(rows, -1))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_palettes_of_vectors_are_codebooks(data: st.DataObject) -> None:
+    """What Core ML's constexpr_lut_to_dense gives, added, is the sum of the codec; its indices are the codes."""
+    count, bits, vector = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((2, 3, 4, 6, 8))), 4
+    rows, blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    generator = np.random.default_rng(data.draw(st.integers(0, 1 << 20)))
+    codes = generator.integers(0, 1 << bits, (rows, 2 * blocks, count), np.uint8)
+    books = generator.standard_normal((count, 1 << bits, vector)).astype(np.float16)
+    scales = generator.standard_normal((rows, blocks)).astype(np.float16).astype(np.float32)
+    palettes = [
+        Palette(
+            Stored(f"uint{bits}", codes.shape[:2], np.ascontiguousarray(codes[:, :, m])),
+            Stored("fp16", (1, 1, 1 << bits, vector), books[m][None, None]),
+            1,
+        )
+        for m in range(count)
+    ]
+    start = data.draw(st.integers(0, rows - 1))
+    assert np.array_equal(StackedCodes(palettes)[start:rows], codes[start:])
+    added = sum(palette.numpy().astype(np.float64) for palette in palettes)
+    wanted = evaluate(codes, books.astype(np.float32), scales)
+    assert np.array_equal(added * np.repeat(scales, wanted.shape[1] // blocks, axis=1), wanted)
 
 
 @settings(deadline=None, max_examples=50)
