@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
+from gemexport.facts import differences
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    DepartureReport,
     Divergence,
+    FactReport,
     GreedyReport,
     GridReport,
     LogitsReport,
@@ -41,8 +45,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
-# A choice between tokens whose logits are closer than this is a tie that rounding decides, not a disagreement.
-TIE_NATS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         name=item.name,
         shape=item.shape,
         dtype=item.dtype,
+        source_dtype=item.source_dtype,
         grid=GridReport.of(item.grid),
         source_grid=GridReport.of(item.source_grid),
         compared=item.compared,
@@ -198,20 +201,23 @@ class Validation:
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
+    facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
 
 
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
     report, digest = check_weights(place, target, path, progress)
-    if not run_logits or report.missing:
-        return Validation(report)
     checkpoint = place.open()
+    facts = differences(target, path, checkpoint.architecture)
+    if not run_logits or report.missing:
+        return Validation(report, facts=facts)
     trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more))
+    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts)
 
 
 class _Trial:
@@ -224,6 +230,7 @@ class _Trial:
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source(checkpoint)
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
@@ -264,6 +271,8 @@ class _Trial:
         for sequence, output in zip(self._sequences, outputs, strict=True):
             conversion.add(self._read_back.logits(sequence), output, sequence)
             loss.add(self._source.logits(sequence), output, sequence)
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
+            self.departs = self._walk(arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -273,6 +282,24 @@ class _Trial:
             loss=figures(loss),
             greedy=self._greedy(prompt, continuation),
         )
+
+    def _walk(self, arithmetic: str | None) -> DepartureReport:
+        """The first layer whose output is not the reference's, on the first sequence."""
+        from gemexport.validators.layers import departure
+
+        tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
+        limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
+        runtime = self._load(arithmetic)
+        found = runtime.hidden(tokens)
+        runtime.close()
+        if found is None:
+            return DepartureReport(
+                layer=None, name="an unknown place: the runtime does not show its layers", limit=limit
+            )
+        first = departure(found, self._read_back.hidden(tokens), limit)
+        if first is None:
+            return DepartureReport(layer=layers, name="the logits: after the last layer, which agrees", limit=limit)
+        return DepartureReport(layer=first.layer, name=first.name, relative_error=first.relative_error, limit=limit)
 
     def _share(self, sequence: list[int]) -> int:
         """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""
