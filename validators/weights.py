@@ -28,6 +28,7 @@ class TensorComparison:
     name: str
     shape: tuple[int, ...]
     dtype: DType
+    source_dtype: DType
     grid: Grid | None
     source_grid: Grid | None
     compared: int
@@ -124,6 +125,7 @@ def _tensor(source: Tensor, stored: Tensor, digest: hashlib.blake2b, threads: in
         name=source.name,
         shape=source.shape,
         dtype=stored.dtype,
+        source_dtype=source.dtype,
         grid=stored.grid,
         source_grid=source.grid,
         compared=_count(source),
