@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
-from gemexport.exporters.coreml_forms import Float, form
+from gemexport.exporters.coreml_forms import INDICES, Float, form
 from gemexport.exporters.coreml_weights import Sources, placeholder
-from gemexport.formats.coreml import BIASES, stored_name
+from gemexport.formats.additive import AdditiveTensor
+from gemexport.formats.coreml import BIASES, CODEBOOK, SCALES, stored_name
 from gemexport.formats.tensor import Tensor
 
 Var = Any
@@ -28,6 +30,38 @@ class Matrix:
     weight: Var
     biases: Var | None = None
     block: int = 0
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A matrix in the vector codec: the sum of `parts` `[out, in]`, times `scales` `[out, in / block]`."""
+
+    parts: tuple[Var, ...]
+    scales: Var
+    block: int
+
+
+def vectors(tensor: AdditiveTensor, sources: Sources) -> Sum:
+    """A tensor's constants, placeholders until `sources` fills them: a palette of vectors for each codebook."""
+    stored, codec = stored_name(tensor.name), tensor.codec
+    out, width = tensor.shape
+    bits = next(bits for bits in INDICES if bits >= codec.bits)
+    parts = []
+    for m in range(codec.codebooks):
+        table = np.zeros((1, 1, 1 << bits, codec.vector), np.float16)
+        table[0, 0, : codec.entries] = tensor.codebooks[m]
+        parts.append(
+            mb.constexpr_lut_to_dense(
+                indices=_empty(f"{stored}_codes_{m}", (out, width // codec.vector), f"uint{bits}"),
+                lut=mb.const(val=table, name=f"{stored}_vectors_{m}"),
+                vector_axis=np.int32(1),
+                name=f"{stored}{CODEBOOK}{m}",
+            )
+        )
+    kind: Float = "fp16" if tensor.scale_dtype == "f16" else "fp32"
+    scales = _empty(f"{stored}{SCALES}", (out, width // tensor.block), kind)
+    sources.vectors(stored, tensor)
+    return Sum(tuple(parts), scales, tensor.block)
 
 
 def matrix(tensor: Tensor, sources: Sources) -> Matrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ import numpy as np
 from gemexport.exporters.result import Export
 from gemexport.facts import differences
 from gemexport.formats.activations import Activations
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
+from gemexport.formats.vector_codec import Codec
 from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
@@ -33,12 +34,14 @@ from gemexport.report import (
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
-from gemexport.workspace import SOURCE
+from gemexport.workspace import SOURCE, VECTORS
 
 if TYPE_CHECKING:
+    from gemexport.formats.additive_fit import Record
     from gemexport.validators import divergence
     from gemexport.validators.weights import TensorComparison
 
@@ -54,6 +57,13 @@ class Workplace:
     model: Path
     work: Path
     tokens: int
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+
+    @property
+    def vectors(self) -> Path:
+        """Folder of the vector codec's fit."""
+        return self.work / VECTORS
 
     @property
     def grids(self) -> Path:
@@ -62,7 +72,7 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
-        return open_checkpoint(self.model, self.work / SOURCE)
+        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""
@@ -96,18 +106,44 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
     checkpoint.unpack()  # before the exports, which would all do it at once
+    check_tokenizer(checkpoint.assets / "tokenizer.json")
     return find_grids(checkpoint, place.grids, recipe, progress)
+
+
+def fit_codec(place: Workplace, progress: Progress) -> Record:
+    """Fit the vector codec to the per-layer embeddings; progress in weights."""
+    from gemexport.formats.additive_fit import find_codec
+
+    assert place.codec is not None
+    return find_codec(place.checkpoint(), place.vectors, place.codec, progress)
 
 
 def export(
     place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
 ) -> Export:
     """Write one artefact; progress in bytes of the source."""
-    exporter, checkpoint = TARGETS[target].exporter(), place.open()
+    exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
+    if place.codec is not None:
+        checkpoint, note = _coded(place, place.codec, checkpoint, TARGETS[target], variant)
+        notes.append(note)
     if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
         options = {**options, "calibration": place.sequences(checkpoint)}
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
-    return result
+    return replace(result, notes=[*notes, *result.notes])
+
+
+def _coded(
+    place: Workplace, codec: Codec, checkpoint: Checkpoint, target: Target, variant: str
+) -> tuple[Checkpoint, str]:
+    """The checkpoint with its per-layer embeddings in the codec where the variant holds one, and a note."""
+    if variant not in target.codec_variants:
+        what = f"{target.title} has nothing" if not target.codec_variants else f"the variant {variant} has nothing"
+        return checkpoint, f"{what} that holds the vector codec {codec}: the per-layer embeddings are as without it"
+    from gemexport.formats.additive_fit import attach, read_fit
+
+    found = read_fit(place.vectors)
+    loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
+    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {codec}, as was asked: {loss}"
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
@@ -190,6 +226,8 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
         requantized=item.requantized,
+        codec=item.codec,
+        fitted_rms=item.fitted_rms,
     )
 
 
@@ -203,27 +241,33 @@ class Validation:
     more_logits: tuple[LogitsReport, ...] = ()
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
     facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
 
 
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
-    report, digest = check_weights(place, target, path, progress)
+    watch = Stopwatch()
+    with watch.time("weights"):
+        report, digest = check_weights(place, target, path, progress)
     checkpoint = place.open()
     facts = differences(target, path, checkpoint.architecture)
     if not run_logits or report.missing:
-        return Validation(report, facts=facts)
-    trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
+        return Validation(report, facts=facts, steps=watch.seconds)
+    trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts)
+    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts, watch.seconds)
 
 
 class _Trial:
     """One artefact in its runtime."""
 
-    def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
+    def __init__(
+        self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str, watch: Stopwatch
+    ) -> None:
+        self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
@@ -257,22 +301,36 @@ class _Trial:
         """
         from gemexport.validators import divergence
 
-        runtime = self._load(arithmetic)
+        watch, speed = self._watch, Speedometer(_threads())
+        with watch.time("load"):
+            runtime = self._load(arithmetic)
+        speed.loaded()
         if self.tokenizer is None:
-            self.tokenizer = self._compare_tokenizer(runtime)
+            with watch.time("tokenizer"):
+                self.tokenizer = self._compare_tokenizer(runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
-            outputs.append(self._keep(i, runtime.logits(sequence)))
+            with watch.time("run"):
+                output = runtime.logits(sequence)
+            with watch.time("keep"):
+                outputs.append(self._keep(i, output))
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
-        continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+        with watch.time("run"), speed.generating(runtime):
+            continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
         conversion, loss = divergence.Divergence(), divergence.Divergence()
         for sequence, output in zip(self._sequences, outputs, strict=True):
-            conversion.add(self._read_back.logits(sequence), output, sequence)
-            loss.add(self._source.logits(sequence), output, sequence)
+            with watch.time("reference"):
+                references = self._read_back.logits(sequence), self._source.logits(sequence)
+            with watch.time("compare"):
+                conversion.add(references[0], output, sequence)
+                loss.add(references[1], output, sequence)
+        with watch.time("reference"):
+            greedy = self._greedy(prompt, continuation)
         if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
-            self.departs = self._walk(arithmetic)
+            with watch.time("walk"):
+                self.departs = self._walk(arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -280,7 +338,8 @@ class _Trial:
             top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
             conversion=figures(conversion),
             loss=figures(loss),
-            greedy=self._greedy(prompt, continuation),
+            greedy=greedy,
+            speed=speed.report(runtime.laps),
         )
 
     def _walk(self, arithmetic: str | None) -> DepartureReport:

@@ -29,3 +29,6 @@ TIE_NATS = 1e-3
 # What a layer's output may be off by in f32, root mean square over its size. llama.cpp looks GELU up in f16.
 LAYER_ERROR = 1e-4
 LAYER_ERRORS = {"gguf": 1e-2}
+# Of a matrix in the vector codec: what its fit measured, and room for another order of the same sum in float64. A wrong
+# code among the 587 million of E2B's table at 2x8, a vector as long as the right one, moves it by some 1e-8.
+CODEC_ROOM = 1e-9

@@ -84,6 +84,7 @@ class LatticeTensor(_Model):
     dtype: str
     grid: GridReport | None = None
     grid_fraction: float
+    left: bool = False  # an adapter was merged into it, which took it off the grid that its base lies on
 
 
 class LatticeReport(_Model):
@@ -96,7 +97,10 @@ class LatticeReport(_Model):
 
 
 class ModelReport(_Model):
-    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken."""
+    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken.
+
+    `adapter` is the LoRA that was merged in; `notes` say what reading and merging changed.
+    """
 
     name: str
     architecture: str
@@ -104,6 +108,8 @@ class ModelReport(_Model):
     bytes: int
     source: str
     left_out: tuple[str, ...] = ()
+    adapter: str | None = None
+    notes: tuple[str, ...] = ()
     lattice: LatticeReport | None = None
 
 
@@ -138,6 +144,8 @@ class TensorReport(_Model):
     rms_relative_error: float | None = None
     scale_rounded: bool = False
     requantized: bool = False
+    codec: str | None = None
+    fitted_rms: float | None = None
 
 
 class WeightsReport(_Model):
@@ -215,6 +223,42 @@ class GreedyReport(_Model):
     equal: int
 
 
+class Pace(_Model):
+    """Tokens a second of `tokens` tokens that were computed in `pieces`: the median piece, and the quartiles."""
+
+    tokens: int
+    pieces: int
+    lower: float
+    median: float
+    upper: float
+
+
+class SpeedReport(_Model):
+    """What a runtime took in the validator's passes, on this machine with `threads` threads beside other steps.
+
+    `prefill` is of the sequences that were compared, with logits at every position; `decode` one token at a time
+    through the cache. `seconds` are the runtime's own for all `tokens`. Memory is anonymous: `peak_rss_bytes` while
+    generating, `idle_rss_bytes` what the process had before the runtime was loaded.
+    """
+
+    threads: int
+    load_seconds: float
+    tokens: int
+    seconds: float
+    prefill: Pace | None = None
+    decode: Pace | None = None
+    peak_rss_bytes: int | None = None
+    idle_rss_bytes: int | None = None
+
+
+class ValidationReport(_Model):
+    """Wall-clock seconds of a validation, those of the runtimes in it, and all of them by what they were spent on."""
+
+    seconds: float
+    runtime_seconds: float
+    steps: dict[str, float] = {}
+
+
 class LogitsReport(_Model):
     """An artefact run in a runtime, teacher-forced over `tokens` positions.
 
@@ -232,6 +276,7 @@ class LogitsReport(_Model):
     loss: Divergence | None = None
     noise_floor: Divergence | None = None
     greedy: GreedyReport | None = None
+    speed: SpeedReport | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
 
@@ -331,6 +376,7 @@ class ArtifactReport(_Model):
     departs: DepartureReport | None = None
     npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()
+    validation: ValidationReport | None = None
     seconds: float = 0.0
 
     def to_json(self) -> str:
@@ -346,6 +392,9 @@ class Report(_Model):
     recipe: str | None = None
     versions: dict[str, str]
     artifacts: tuple[ArtifactReport, ...] = ()
+    machine: str | None = None
+    jobs: int | None = None
+    reference_seconds: float | None = None
     seconds: float = 0.0
     peak_rss_bytes: int | None = None
 

@@ -9,6 +9,7 @@ from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Grid
 from gemexport.nodes import Validation
 from gemexport.noise import (
+    CODEC_ROOM,
     F32_KLD,
     F32_TOP1,
     NOISE_FACTOR,
@@ -63,7 +64,8 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         where = _listed(item.name for item in changed)
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
     result += _vectors(report.tensors)
-    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized]
+    result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
+    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized and item.fitted_rms is None]
     if errors:
         worst = max(errors, key=lambda error: (math.isnan(error), error))
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
@@ -76,6 +78,13 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         origin = f"a step of the {bits}-bit codes that the format has instead"
         result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
     return result
+
+
+def _as_fitted(item: TensorReport, fitted: float) -> Bound:
+    """The error of a matrix in the vector codec is the one that its fit measured: the codes that were read are its."""
+    metric = f"weights.rms_relative_error of {item.name} as {item.codec}"
+    origin = "the error that the fit of the codec measured"
+    return Bound.at_most(metric, item.rms_relative_error or 0.0, fitted * (1 + CODEC_ROOM), origin)
 
 
 def _vectors(tensors: tuple[TensorReport, ...]) -> list[Bound]:

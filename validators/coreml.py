@@ -61,6 +61,7 @@ class CoreMLModel(ABC):
 
     def __init__(self, how: Feeds) -> None:
         self._feeds = how
+        self.laps = runtime.Laps()
 
     @abstractmethod
     def make_state(self) -> Any:
@@ -84,7 +85,9 @@ class CoreMLModel(ABC):
         ends = pieces(len(tokens))
         whole: NDArray[np.float32] | None = None
         for end in ends:
-            part = self.step(self._feeds.at(tokens[past:end], past), state)
+            inputs = self._feeds.at(tokens[past:end], past)
+            with self.laps.lap(end - past):
+                part = self.step(inputs, state)
             if whole is None:
                 whole = np.empty((len(tokens), part.shape[-1]), np.float32)
             whole[past:end] = part
@@ -97,7 +100,10 @@ class CoreMLModel(ABC):
         found: list[int] = []
         step = list(tokens)
         while len(found) < count:
-            found.append(int(self.step(self._feeds.at(step, past), state)[-1].argmax()))
+            inputs = self._feeds.at(step, past)
+            with self.laps.lap(len(step)):
+                rows = self.step(inputs, state)
+            found.append(int(rows[-1].argmax()))
             past, step = past + len(step), found[-1:]
         return found
 

@@ -23,7 +23,7 @@ from gemexport.formats.gguf import write_f32
 from gemexport.formats.gguf_parts import read_parts
 from gemexport.formats.tensor import Floats
 from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, EvalCallback, api
-from gemexport.validators.runtime import Arithmetic
+from gemexport.validators.runtime import Arithmetic, Laps
 
 BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
 
@@ -65,6 +65,7 @@ class LlamaCpp:
         self.arithmetic: Arithmetic = arithmetic_of(path)
         self._api = api()
         self.name = f"llama.cpp (xllamacpp {self._api.version})"
+        self.laps = Laps()
         self._context_size = context
         self._api.messages.clear()
         self._model = self._api.llama_model_load_from_file(str(path).encode(), self._api.llama_model_default_params())
@@ -181,7 +182,8 @@ class LlamaCpp:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = 1
-        status = self._api.llama_decode(self._context, batch)
+        with self.laps.lap(len(tokens)):
+            status = self._api.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returns {status}: {' '.join(self._api.messages)}")
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(tokens), self._vocab_size))

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemexport.validators.runtime import Laps
+
 # From so many positions on, unpacking a matrix pays: MLX's quantized product on x86-64 does a billion
 # multiplications a second, whatever the number of cores.
 UNPACK_FROM = 8
@@ -61,6 +63,7 @@ class Model:
         self._decoder.set_dtype(mx.float32)
         mx.eval(self._decoder.parameters())
         self._mx = mx
+        self.laps = Laps()
         versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
         self.name = f"{versions}, {'Metal' if metal else 'CPU'}, set to f32)"
 
@@ -96,8 +99,9 @@ class Model:
 
     def _run(self, tokens: list[int], cache: Any) -> Any:
         ids = self._mx.array([tokens])
-        logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
-        self._mx.eval(logits)
+        with self.laps.lap(len(tokens)):
+            logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
+            self._mx.eval(logits)
         return logits
 
     def _embedded(self, ids: Any) -> dict[str, Any]:
@@ -157,12 +161,14 @@ def serve(folder: str, requests: BinaryIO, answers: BinaryIO) -> None:
     answers.flush()
     for line in requests:
         method, *arguments = json.loads(line)
+        model.laps.laps.clear()
         value = getattr(model, method)(*arguments)
+        laps = {"laps": model.laps.laps}
         if isinstance(value, np.ndarray):
-            answers.write(json.dumps({"value": value.shape}).encode() + b"\n")
+            answers.write(json.dumps({"value": value.shape, **laps}).encode() + b"\n")
             answers.write(np.ascontiguousarray(value, dtype=np.float32).data)
         else:
-            answers.write(json.dumps({"value": value}).encode() + b"\n")
+            answers.write(json.dumps({"value": value, **laps}).encode() + b"\n")
         answers.flush()
 
 

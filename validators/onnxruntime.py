@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import read_model
 from gemexport.validators.layers import in_order
-from gemexport.validators.runtime import Arithmetic, Logits
+from gemexport.validators.runtime import Arithmetic, Laps, Logits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -155,6 +155,7 @@ class _Model(ABC):
         self.traits = _traits(files)
         self.arithmetic = self.traits.arithmetic
         self.single = SINGLE
+        self.laps = Laps()
         tokenizer = folder / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
 
@@ -280,7 +281,8 @@ class OnnxModel(_Model):
             "attention_mask": np.ones((1, stop), np.int64),
             "position_ids": np.arange(start, stop, dtype=np.int64)[None],
         }
-        found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
+        with self.laps.lap(len(tokens)):
+            found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
         self._note(self.outputs, found)
         rows: NDArray[np.float32] = _sort(cache, self.outputs, found)[0]
         return rows
@@ -345,13 +347,13 @@ class NpuModel(_Model):
             self.sessions[name] = self.open_graph(name, self.files[name])
         padding = length - len(tokens)
         ids = np.asarray([0] * padding + list(tokens), np.int64)[None]
-        looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})
         names = [item.name for item in self.sessions["embeddings"].get_outputs()]
         positions = np.arange(start - padding, start + len(tokens), dtype=np.int32)[None]
         session = self.sessions[name]
-        fed = dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache
         outputs = [item.name for item in session.get_outputs()]
-        found = session.run(None, fed)
+        with self.laps.lap(len(tokens)):
+            looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})
+            found = session.run(None, dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache)
         self._note(outputs, found, padding)
         rows: NDArray[np.float32] = _sort(cache, outputs, found)[0, padding:]
         return rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.lattice import edges, jit
 from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, evaluate, round_to, slices
@@ -36,6 +37,8 @@ class TensorComparison:
     rms_relative_error: float
     scale_rounded: bool  # the source's codes, on scales that differ only by the artefact's rounding of them
     requantized: bool  # the artefact says itself that its codes were fitted to the values anew, as was asked
+    codec: str | None = None  # the vector codec that it is in
+    fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
 
     @property
     def exact_fraction(self) -> float:
@@ -131,6 +134,8 @@ def _tensor(source: Tensor, stored: Tensor, digest: hashlib.blake2b, threads: in
         rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
         scale_rounded=same_codes,
         requantized=getattr(stored, "requantized", False),
+        codec=str(stored.codec) if isinstance(stored, AdditiveTensor) else None,
+        fitted_rms=stored.fitted_rms if isinstance(stored, AdditiveTensor) else None,
     )
 
 
