@@ -29,7 +29,7 @@ class Clean:
 
 
 def random_size(stream: np.random.Generator) -> demo.Size:
-    """A small decoder: widths, heads, head size, per-layer size and window drawn; rows are whole blocks."""
+    """A small decoder: widths, heads, head size and window drawn; every row is a whole number of blocks."""
     kv_heads = int(stream.integers(1, 3))
     return demo.Size(
         vocab=int(stream.choice([512, 544, 640])),
@@ -54,7 +54,8 @@ def fault_free(
         folder = work / f"seed-{seed}"
         model = demo.make(folder / "model", family=family, size=size, seed=seed, rule=rule)
         bench = Bench(model, folder / "work", tokens, whole=True)
-        label = f"{family} {size.hidden}/{size.intermediate}, {size.heads}:{size.kv_heads} × {size.head_dim}, {rule}"
+        heads = f"{size.heads}:{size.kv_heads} × {size.head_dim}"
+        label = f"{family} {size.hidden}/{size.intermediate}, {heads}, {rule}"
         for target, variant in columns:
             status, reason = bench.judge(target, variant, bench.clean(target, variant))
             yield Clean(seed, label, target, variant, status, reason)
