@@ -314,6 +314,7 @@ class _Trial:
                 output = runtime.logits(sequence)
             with watch.time("keep"):
                 outputs.append(self._keep(i, output))
+            del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
         with watch.time("run"), speed.generating(runtime):

@@ -250,6 +250,13 @@ class SpeedReport(_Model):
     peak_rss_bytes: int | None = None
     idle_rss_bytes: int | None = None
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the runtime added to the process; None where the system does not tell."""
+        if self.peak_rss_bytes is None or self.idle_rss_bytes is None:
+            return None
+        return max(0, self.peak_rss_bytes - self.idle_rss_bytes)
+
 
 class ValidationReport(_Model):
     """Wall-clock seconds of a validation, those of the runtimes in it, and all of them by what they were spent on."""
