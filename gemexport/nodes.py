@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
+from gemexport.facts import differences
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
 from gemexport.formats.vector_codec import Codec
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    DepartureReport,
     Divergence,
+    FactReport,
     GreedyReport,
     GridReport,
     LogitsReport,
@@ -44,8 +48,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
-# A choice between tokens whose logits are closer than this is a tie that rounding decides, not a disagreement.
-TIE_NATS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         name=item.name,
         shape=item.shape,
         dtype=item.dtype,
+        source_dtype=item.source_dtype,
         grid=GridReport.of(item.grid),
         source_grid=GridReport.of(item.source_grid),
         compared=item.compared,
@@ -236,6 +239,8 @@ class Validation:
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
+    facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
     steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
 
 
@@ -244,15 +249,16 @@ def validate(place: Workplace, target: str, path: Path, run_logits: bool, progre
     watch = Stopwatch()
     with watch.time("weights"):
         report, digest = check_weights(place, target, path, progress)
-    if not run_logits or report.missing:
-        return Validation(report, steps=watch.seconds)
     checkpoint = place.open()
+    facts = differences(target, path, checkpoint.architecture)
+    if not run_logits or report.missing:
+        return Validation(report, facts=facts, steps=watch.seconds)
     trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more), watch.seconds)
+    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts, watch.seconds)
 
 
 class _Trial:
@@ -268,6 +274,7 @@ class _Trial:
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source(checkpoint)
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
@@ -322,6 +329,9 @@ class _Trial:
                 loss.add(references[1], output, sequence)
         with watch.time("reference"):
             greedy = self._greedy(prompt, continuation)
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
+            with watch.time("walk"):
+                self.departs = self._walk(arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -332,6 +342,24 @@ class _Trial:
             greedy=greedy,
             speed=speed.report(runtime.laps),
         )
+
+    def _walk(self, arithmetic: str | None) -> DepartureReport:
+        """The first layer whose output is not the reference's, on the first sequence."""
+        from gemexport.validators.layers import departure
+
+        tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
+        limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
+        runtime = self._load(arithmetic)
+        found = runtime.hidden(tokens)
+        runtime.close()
+        if found is None:
+            return DepartureReport(
+                layer=None, name="an unknown place: the runtime does not show its layers", limit=limit
+            )
+        first = departure(found, self._read_back.hidden(tokens), limit)
+        if first is None:
+            return DepartureReport(layer=layers, name="the logits: after the last layer, which agrees", limit=limit)
+        return DepartureReport(layer=first.layer, name=first.name, relative_error=first.relative_error, limit=limit)
 
     def _share(self, sequence: list[int]) -> int:
         """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""

@@ -134,6 +134,7 @@ class TensorReport(_Model):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    source_dtype: str | None = None
     grid: GridReport | None = None
     source_grid: GridReport | None = None
     compared: int
@@ -157,6 +158,36 @@ class WeightsReport(_Model):
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     tensors: tuple[TensorReport, ...] = ()
+
+
+class FactReport(_Model):
+    """A fact of the decoder that an artefact's metadata state otherwise than the checkpoint; in some layers or all."""
+
+    name: str
+    found: str
+    expected: str
+    layers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        some = f" in layers {', '.join(map(str, self.layers))}" if self.layers else ""
+        return f"{self.name} is {self.found}{some}, the checkpoint says {self.expected}"
+
+
+class DepartureReport(_Model):
+    """The first place where a runtime's values are not the reference's, on the same weights and tokens.
+
+    `layer` counts from 0; -1 is what goes into the first one, the number of layers what comes after the last.
+    `relative_error` is the root mean square of the difference over that of the reference's values.
+    """
+
+    layer: int | None
+    name: str
+    relative_error: float | None = None
+    limit: float
+
+    def __str__(self) -> str:
+        by = "" if self.relative_error is None else f", whose output is off by {self.relative_error:.2g} of its size"
+        return f"it departs at {self.name}{by}"
 
 
 class TokenizerDifference(_Model):
@@ -294,7 +325,10 @@ class NpuReport(_Model):
 
 
 class Bound(_Model):
-    """One thing the verdict rests on: a metric, its value, its limit and where that comes from."""
+    """One thing the verdict rests on: a metric, its value, its limit and where that comes from.
+
+    `where` names what broke it: tensors, facts, a text.
+    """
 
     metric: str
     value: float
@@ -302,21 +336,25 @@ class Bound(_Model):
     limit: float
     origin: str
     held: bool
+    where: str | None = None
 
     @classmethod
-    def at_most(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+    def at_most(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
         """`value` must not exceed `limit`; NaN does not hold."""
-        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=value <= limit)
+        held = value <= limit
+        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=held, where=where)
 
     @classmethod
-    def at_least(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+    def at_least(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
         """`value` must reach `limit`; NaN does not hold."""
-        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=value >= limit)
+        held = value >= limit
+        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=held, where=where)
 
     def __str__(self) -> str:
         broken = "" if self.held else "not "
         text = f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
-        return re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
+        text = re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
+        return text if self.held or not self.where else f"{text}: {self.where}"
 
 
 class ArtifactReport(_Model):
@@ -338,9 +376,11 @@ class ArtifactReport(_Model):
     notes: tuple[str, ...] = ()
     export: ExportStats | None = None
     weights: WeightsReport | None = None
+    facts: tuple[FactReport, ...] = ()
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None
     npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()
     validation: ValidationReport | None = None

@@ -59,7 +59,15 @@ class MlxRuntime:
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`."""
-        shape = self._ask("logits", list(tokens))
+        return self._array("logits", tokens)
+
+    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`."""
+        return list(self._array("hidden", tokens))
+
+    def _array(self, method: str, tokens: Sequence[int]) -> Floats:
+        """What comes as raw numbers after its shape."""
+        shape = self._ask(method, list(tokens))
         found: Floats = np.empty(shape, np.float32)
         view = found.reshape(-1).view(np.uint8).data
         done = 0

@@ -82,6 +82,17 @@ class Model:
             tokens = continuation[-1:]
         return continuation
 
+    def hidden(self, tokens: list[int]) -> np.ndarray:
+        """What goes into the first layer and what each layer gives, `[layers + 1, n, hidden]`."""
+        layers, seen = self._decoder.model.layers, []
+        plain = list(layers)
+        try:
+            layers[:] = [Watched(layer, seen) for layer in plain]
+            self._run(tokens, None)
+        finally:
+            layers[:] = plain
+        return np.stack([seen[0], *seen[1::2]])
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -100,6 +111,22 @@ class Model:
         scale = self._decoder.args.hidden_size**0.5
         rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
         return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
+
+
+class Watched:
+    """A layer that notes what goes in and what comes out."""
+
+    def __init__(self, layer: Any, seen: list[np.ndarray]) -> None:
+        self._layer, self._seen = layer, seen
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        self._seen.append(np.array(x[0]))
+        output = self._layer(x, *arguments, **options)
+        self._seen.append(np.array((output[0] if isinstance(output, tuple) else output)[0]))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 def unpacking(mx: Any, quantized_matmul: Any) -> Any:

@@ -156,6 +156,25 @@ class Reference:
                 step, cache = _row(continuation[-1:]), output.past_key_values
         return continuation
 
+    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`."""
+        layers = self._model.model.layers
+        found: list[Floats] = []
+
+        def keep(value: Any) -> None:
+            tensor = value[0] if isinstance(value, tuple) else value
+            found.append(np.ascontiguousarray(tensor[0].float().numpy()))
+
+        hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))]
+        hooks += [layer.register_forward_hook(lambda _, inputs, output: keep(output)) for layer in layers]
+        try:
+            with self._running():
+                self._model(_row(tokens), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
     def tokenize(self, text: str) -> list[int] | None:
         """None: weights and a config have no tokenizer."""
         return None

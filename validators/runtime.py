@@ -70,6 +70,13 @@ class Runtime(Protocol):
         """The `count` most likely next tokens, one by one, through the runtime's own KV cache."""
         ...
 
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`, as `logits` runs them.
+
+        None where the program does not show it.
+        """
+        ...
+
     def tokenize(self, text: str) -> list[int] | None:
         """The artefact's own tokenizer, without BOS and with special tokens parsed; None if it has none of its own."""
         ...

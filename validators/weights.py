@@ -28,6 +28,7 @@ class TensorComparison:
     name: str
     shape: tuple[int, ...]
     dtype: DType
+    source_dtype: DType
     grid: Grid | None
     source_grid: Grid | None
     compared: int
@@ -126,6 +127,7 @@ def _tensor(
         name=source.name,
         shape=source.shape,
         dtype=stored.dtype,
+        source_dtype=source.dtype,
         grid=stored.grid,
         source_grid=source.grid,
         compared=_count(source),
