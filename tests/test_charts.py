@@ -82,6 +82,14 @@ def test_the_front_is_what_loses_least_of_all_that_are_as_small() -> None:
     assert [x for x, _ in chart.front] == sorted(x for x, _ in chart.front)
 
 
+def test_what_failed_is_no_choice() -> None:
+    whole = report([("broken", 100, 1e-9), ("sound", 200, 0.1)])
+    broken = whole.artifacts[0].model_copy(update={"status": "fail"})
+    chart = charts.operating_points(whole.model_copy(update={"artifacts": (broken, whole.artifacts[1])}), 720, 340)
+    assert chart is not None
+    assert [(point.x, point.y) in chart.front for point in chart.points] == [False, True]
+
+
 def test_nothing_is_drawn_of_what_was_not_measured() -> None:
     assert charts.operating_points(report([]), 720, 340) is None
     assert charts.operating_points(report([("Q4_0", 5, math.nan)]), 720, 340) is None
