@@ -111,7 +111,9 @@ def _count(tensor: Tensor) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64))
 
 
-def _tensor(source: Tensor, stored: Tensor, update: Callable[[Floats], None], threads: int | None) -> TensorComparison:
+def _tensor(
+    source: Tensor, stored: Tensor, update: Callable[[memoryview], None], threads: int | None
+) -> TensorComparison:
     exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
     same_codes = source.grid is not None and stored.grid is not None
     for (counted, largest, squared, top, power), same, values in ordered(
@@ -150,10 +152,10 @@ def _pairs(source: Tensor, stored: Tensor) -> Iterator[tuple[Rows, Rows]]:
 
 def _slice(
     wanted: Rows, found: Rows, source: Tensor, stored: Tensor
-) -> tuple[tuple[int, float, float, float, float], bool, Floats]:
+) -> tuple[tuple[int, float, float, float, float], bool, memoryview]:
     values = _exact(stored.grid, found)
     numbers = _compare(np.ascontiguousarray(wanted.values), values, _SOURCE[source.dtype])
-    return numbers, _same_codes(wanted, found, source, stored), np.ascontiguousarray(values, np.float32)
+    return numbers, _same_codes(wanted, found, source, stored), np.ascontiguousarray(values, np.float32).data
 
 
 def _exact(grid: Grid | None, rows: Rows) -> NDArray[np.float64]:
