@@ -239,7 +239,8 @@ def _vector(name: str, stored: NDArray[Any], node: ir.Node, file: Path) -> Tenso
     scale, zero_point = (_array(_constant(value), file).astype(np.float64) for value in node.inputs[1:3])
     weight = _constant(node.inputs[0]).const_value
     offset = 0.0 if weight is None else float(weight.metadata_props.get(OFFSET, 0.0))
-    return StoredTensor(name, ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32))
+    values = ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32)
+    return StoredTensor(name, values, requantized=True)
 
 
 def _uses(value: ir.Value) -> Iterator[Use]:

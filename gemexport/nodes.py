@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
+from gemexport.facts import differences
 from gemexport.formats.activations import Activations
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
 from gemexport.formats.vector_codec import Codec
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    DepartureReport,
     Divergence,
+    FactReport,
     GreedyReport,
     GridReport,
     LogitsReport,
@@ -30,6 +34,7 @@ from gemexport.report import (
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
@@ -43,8 +48,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
-# A choice between tokens whose logits are closer than this is a tie that rounding decides, not a disagreement.
-TIE_NATS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Workplace:
     model: Path
     work: Path
     tokens: int
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
 
     @property
@@ -68,7 +72,7 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
-        return open_checkpoint(self.model, self.work / SOURCE)
+        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""
@@ -102,6 +106,7 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
     checkpoint.unpack()  # before the exports, which would all do it at once
+    check_tokenizer(checkpoint.assets / "tokenizer.json")
     return find_grids(checkpoint, place.grids, recipe, progress)
 
 
@@ -211,6 +216,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         name=item.name,
         shape=item.shape,
         dtype=item.dtype,
+        source_dtype=item.source_dtype,
         grid=GridReport.of(item.grid),
         source_grid=GridReport.of(item.source_grid),
         compared=item.compared,
@@ -233,32 +239,42 @@ class Validation:
     tokenizer: TokenizerReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
+    facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
 
 
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
-    report, digest = check_weights(place, target, path, progress)
-    if not run_logits or report.missing:
-        return Validation(report)
+    watch = Stopwatch()
+    with watch.time("weights"):
+        report, digest = check_weights(place, target, path, progress)
     checkpoint = place.open()
-    trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
+    facts = differences(target, path, checkpoint.architecture)
+    if not run_logits or report.missing:
+        return Validation(report, facts=facts, steps=watch.seconds)
+    trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more))
+    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts, watch.seconds)
 
 
 class _Trial:
     """One artefact in its runtime."""
 
-    def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
+    def __init__(
+        self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str, watch: Stopwatch
+    ) -> None:
+        self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source(checkpoint)
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
@@ -285,20 +301,37 @@ class _Trial:
         """
         from gemexport.validators import divergence
 
-        runtime = self._load(arithmetic)
+        watch, speed = self._watch, Speedometer(_threads())
+        with watch.time("load"):
+            runtime = self._load(arithmetic)
+        speed.loaded()
         if self.tokenizer is None:
-            self.tokenizer = self._compare_tokenizer(runtime)
+            with watch.time("tokenizer"):
+                self.tokenizer = self._compare_tokenizer(runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
-            outputs.append(self._keep(i, runtime.logits(sequence)))
+            with watch.time("run"):
+                output = runtime.logits(sequence)
+            with watch.time("keep"):
+                outputs.append(self._keep(i, output))
+            del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
-        continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+        with watch.time("run"), speed.generating(runtime):
+            continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
         conversion, loss = divergence.Divergence(), divergence.Divergence()
         for sequence, output in zip(self._sequences, outputs, strict=True):
-            conversion.add(self._read_back.logits(sequence), output, sequence)
-            loss.add(self._source.logits(sequence), output, sequence)
+            with watch.time("reference"):
+                references = self._read_back.logits(sequence), self._source.logits(sequence)
+            with watch.time("compare"):
+                conversion.add(references[0], output, sequence)
+                loss.add(references[1], output, sequence)
+        with watch.time("reference"):
+            greedy = self._greedy(prompt, continuation)
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
+            with watch.time("walk"):
+                self.departs = self._walk(arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -306,8 +339,27 @@ class _Trial:
             top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
             conversion=figures(conversion),
             loss=figures(loss),
-            greedy=self._greedy(prompt, continuation),
+            greedy=greedy,
+            speed=speed.report(runtime.laps),
         )
+
+    def _walk(self, arithmetic: str | None) -> DepartureReport:
+        """The first layer whose output is not the reference's, on the first sequence."""
+        from gemexport.validators.layers import departure
+
+        tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
+        limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
+        runtime = self._load(arithmetic)
+        found = runtime.hidden(tokens)
+        runtime.close()
+        if found is None:
+            return DepartureReport(
+                layer=None, name="an unknown place: the runtime does not show its layers", limit=limit
+            )
+        first = departure(found, self._read_back.hidden(tokens), limit)
+        if first is None:
+            return DepartureReport(layer=layers, name="the logits: after the last layer, which agrees", limit=limit)
+        return DepartureReport(layer=first.layer, name=first.name, relative_error=first.relative_error, limit=limit)
 
     def _share(self, sequence: list[int]) -> int:
         """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,12 +30,14 @@ class Owner(BaseModel):
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest of what makes it this model whatever its weights: name, decoder, tensors' names and shapes."""
-    parts = {
+    """A digest of what makes it this model whatever its weights: name, decoder, names and shapes, the adapter."""
+    parts: dict[str, Any] = {
         "name": checkpoint.name,
         "architecture": checkpoint.architecture.model_dump(mode="json"),
         "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()},
     }
+    if checkpoint.adapter is not None:
+        parts["adapter"] = checkpoint.adapter
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
