@@ -15,8 +15,10 @@ import torch
 import transformers
 
 from gemexport.formats.compressed_tensors import read_config
+from gemexport.formats.compressed_tensors_activations import activations
 from gemexport.formats.errors import InputError
 from gemexport.validators.reference import Reference, quiet
+from gemexport.validators.runtime import Arithmetic
 
 
 def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
@@ -47,15 +49,15 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise InputError(path, f"transformers finds no {missing[0]} in it", remedy)
-    return CompressedTensors(model, tokenizer, threads)
+    return CompressedTensors(model, tokenizer, threads, "static-activations" if activations(path) else "f32")
 
 
 class CompressedTensors(Reference):
     """The model as transformers loaded it, and the tokenizer beside it."""
 
-    def __init__(self, model: Any, tokenizer: Any, threads: int) -> None:
-        version = transformers.__version__
-        super().__init__(model, "f32", threads, f"transformers {version} (compressed-tensors, set to f32)")
+    def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:
+        name = f"transformers {transformers.__version__} (compressed-tensors, set to f32)"
+        super().__init__(model, arithmetic, threads, name)
         self._tokenizer = tokenizer
 
     def tokenize(self, text: str) -> list[int] | None:
