@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    ChatReport,
     Divergence,
     GreedyReport,
     GridReport,
     LogitsReport,
     TensorReport,
-    TokenizerDifference,
     TokenizerReport,
     WeightsReport,
 )
@@ -196,6 +196,7 @@ class Validation:
 
     weights: WeightsReport
     tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
 
@@ -203,15 +204,28 @@ class Validation:
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
     report, digest = check_weights(place, target, path, progress)
-    if not run_logits or report.missing:
-        return Validation(report)
     checkpoint = place.open()
+    if not run_logits or report.missing:
+        return Validation(report, *check_wording(place, checkpoint, path, None))
     trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more))
+    return Validation(report, *trial.wording, first, tuple(more))
+
+
+def check_wording(
+    place: Workplace, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> tuple[TokenizerReport | None, ChatReport | None]:
+    """Tokenizer and chat template of an artefact in its runtime, or read back where there is none."""
+    from gemexport.wording import Artifact, Wording
+
+    artifact = Artifact.of(path, place.work)
+    if artifact is None:
+        return None, None
+    wording = Wording(checkpoint)
+    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
 
 
 class _Trial:
@@ -219,11 +233,12 @@ class _Trial:
 
     def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
         self._checkpoint, self._target, self._path = checkpoint, target, path
+        self._place = place
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self.wording: tuple[TokenizerReport | None, ChatReport | None] | tuple[()] = ()  # in the first arithmetic
         self._source = place.source(checkpoint)
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
@@ -233,16 +248,6 @@ class _Trial:
         runtime: Runtime = self._target.adapter().load(self._path, threads=_threads(), context=context, **options)
         return runtime
 
-    def _compare_tokenizer(self, runtime: Runtime) -> TokenizerReport | None:
-        """The artefact's own tokenizer on the hard texts and the prompts; None when the format has none."""
-        texts = [*prompts.HARD_TEXTS, *prompts.prompts()]
-        if runtime.tokenize(texts[0]) is None:
-            return None
-        expected = tokenizer.load(self._checkpoint.assets / "tokenizer.json")
-        found = tokenizer.compare(expected, lambda text: runtime.tokenize(text) or [], texts)
-        differences = tuple(TokenizerDifference(**asdict(item)) for item in found.differences)
-        return TokenizerReport(texts=found.texts, equal=found.equal, name=runtime.name, differences=differences)
-
     def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
         """Run every sequence, then compare with both references.
 
@@ -251,8 +256,7 @@ class _Trial:
         from gemexport.validators import divergence
 
         runtime = self._load(arithmetic)
-        if self.tokenizer is None:
-            self.tokenizer = self._compare_tokenizer(runtime)
+        self.wording = self.wording or check_wording(self._place, self._checkpoint, self._path, runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
             outputs.append(self._keep(i, runtime.logits(sequence)))

@@ -100,6 +100,10 @@ class CoreMLModel(ABC):
         """None: a package has no tokenizer of its own."""
         return None
 
+    def chat(self, layouts: Sequence[runtime.Layout]) -> list[str] | None:
+        """None: and no chat template."""
+        return None
+
 
 class Evaluated(CoreMLModel):
     """A package evaluated in PyTorch."""
