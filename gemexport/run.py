@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_check
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
+from gemexport.formats.vector_codec import Codec, check, parse
 from gemexport.nodes import Validation, Workplace
 from gemexport.npu import npu_bounds
 from gemexport.registry import TARGETS, Target
@@ -31,12 +34,14 @@ from gemexport.report import (
     ModelReport,
     NpuReport,
     Report,
+    ValidationReport,
     artifact_sha256,
     describe_files,
     package_versions,
     verdict,
 )
 from gemexport.scheduler import Events, Node, Scheduler, available_memory, succeeded
+from gemexport.speed import machine
 from gemexport.verdict import bounds
 from gemexport.wording import notes
 from gemexport.worker import Call, Outcome
@@ -62,7 +67,13 @@ class Request:
     validate: bool = True
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
+    ple_codec: Codec | None = None  # for the per-layer embeddings, in formats that hold one
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+
+    def checkpoint(self) -> Checkpoint:
+        """The model, with its adapter merged in."""
+        return open_checkpoint(self.model, adapter=self.adapter)
 
 
 def request(
@@ -74,6 +85,8 @@ def request(
     recipe: str | Recipe = "default",
     jobs: int | None = None,
     memory: int | None = None,
+    adapter: str | Path | None = None,
+    ple_codec: str | None = None,
     **settings: Any,
 ) -> Request:
     """A request with what was not said filled in; InputError for what cannot be done."""
@@ -85,14 +98,18 @@ def request(
             known = ", ".join(TARGETS[name].known_variants)
             raise InputError(name, f"there is no variant {unknown[0]}", f"use some of {known}")
         chosen[name] = asked
+    merged = None if adapter is None else Path(adapter)
+    names = [checkpoint_name(path), *([] if merged is None else [merged.resolve().name])]
     return Request(
         model=path,
-        out=Path(out) if out else Path(f"{checkpoint_name(path)}-gemexport"),
+        out=Path(out) if out else Path(f"{'-'.join(names)}-gemexport"),
         variants=chosen,
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
+        ple_codec=None if ple_codec is None else parse(ple_codec),
         asked_for=frozenset(formats or ()),
+        adapter=merged,
         **settings,
     )
 
@@ -122,8 +139,9 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens)
+    place = Workplace(asked.model, work, asked.tokens, asked.adapter, asked.ple_codec)
     weights = checkpoint.architecture.parameters()
+    coded = [step for step in wanted if asked.ple_codec is not None and step.variant in step.target.codec_variants]
     nodes = [
         Node(
             "grids",
@@ -134,16 +152,25 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
             light=True,
         )
     ]
+    if coded:
+        call = Call("gemexport.nodes:fit_codec", {"place": place})
+        nodes.append(Node("ple-codec", call, ("grids",), EXPORT_BYTES, _per_layer_weights(checkpoint), all_cores=True))
     for step in wanted:
         arguments = {
             "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
             "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+        needs = ("grids", "ple-codec") if step in coded else ("grids",)
+        nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
     return nodes
+
+
+def _per_layer_weights(checkpoint: Checkpoint) -> int:
+    layers = checkpoint.architecture.per_layer
+    return 0 if layers is None else layers.vocab_size * layers.dim * len(checkpoint.architecture.layers)
 
 
 def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted: list[Step]) -> list[Node]:
@@ -186,7 +213,9 @@ def run(asked: Request, events: Events | None = None) -> Report:
     Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(asked.model)
+    checkpoint = asked.checkpoint()
+    if asked.ple_codec is not None:
+        check(asked.ple_codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
@@ -207,6 +236,9 @@ def run(asked: Request, events: Events | None = None) -> Report:
         recipe=asked.recipe.name,
         versions=package_versions(),
         artifacts=tuple(artifacts),
+        machine=machine(),
+        jobs=asked.jobs,
+        reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
         seconds=time.monotonic() - started,
         peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
     )
@@ -225,12 +257,12 @@ def validate(
     qnn_arch: str | None = None,
 ) -> ArtifactReport:
     """Judge one artefact, whoever made it; with `qnn_context` also by the NPU's compiler, which writes there."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
     with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
         work = Path(folder)
-        place = Workplace(model, work, asked.tokens)
+        place = Workplace(model, work, asked.tokens, asked.adapter)
         step = Step(target, artifact.stem, artifact)
         nodes = graph(asked, checkpoint, work, []) + [
             Node(node.name, node.call, tuple("grids" if need.startswith("export") else need for need in node.needs),
@@ -320,14 +352,23 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         status=status,
         reason=reason,
         weights=found.weights,
+        facts=found.facts,
         tokenizer=found.tokenizer,
         chat=found.chat,
         logits=logits,
         more_logits=found.more_logits,
+        departs=found.departs,
         npu=npu,
         bounds=held,
+        validation=_validation(found, judged.seconds),
         seconds=seconds,
     )
+
+
+def _validation(found: Validation, seconds: float) -> ValidationReport:
+    """How long the validation took, and the runtimes in it."""
+    runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
+    return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
 
 
 def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelReport:
@@ -339,8 +380,22 @@ def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelRepor
         bytes=checkpoint.nbytes(),
         source=str(asked.model),
         left_out=checkpoint.left_out,
+        adapter=None if asked.adapter is None else str(asked.adapter),
+        notes=(*checkpoint.notes, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
         lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
     )
+
+
+def left_notes(index: GridIndex) -> list[str]:
+    """A sentence about the matrices that an adapter took off their lattice, if any; layers are counted, not named."""
+    left = [record for record in index.tensors if record.left]
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in left)
+    if not left:
+        return []
+    named = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+    plain = sum(record.bits is None for record in left)
+    becomes = "the recipe quantized them anew" if not plain else f"{plain} of them stay plain, as the recipe says"
+    return [f"the merge left the lattice: {len(left)} matrices that lay on one do no more; {becomes}: {named}"]
 
 
 def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> LatticeReport:
@@ -362,6 +417,7 @@ def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> 
                 dtype=tensor.dtype,
                 grid=grid,
                 grid_fraction=record.lattice_fraction,
+                left=record.left,
             )
         )
     return LatticeReport(weights=weights, on_grid=round(on_grid), seconds=seconds, tensors=tuple(tensors))

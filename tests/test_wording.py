@@ -111,9 +111,9 @@ def test_the_artefacts_fault_is_a_failure_that_names_the_text(tiny_gemma4: Path,
     found, talked = compared(tiny_gemma4, folder, tmp_path, reader(folder))
     assert found.runtime_only == 0 < found.texts - found.equal
     broken = judged(found, talked)
-    assert f"not so: {found.differences[0].text!r}" in broken[0]
-    assert "40 merges are missing" in broken[1]
-    assert "not so: finished" in broken[2]
+    assert f"the text {found.differences[0].text!r}" in broken[1]
+    assert "40 merges are missing" in broken[0]
+    assert "the conversation 'finished'" in broken[2]
     assert 0 < talked.equal < talked.conversations
     assert not any(difference.runtime for difference in talked.differences)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,6 +31,20 @@ Layout = Mapping[str, Any]  # messages, tools, thinking, add_generation_prompt: 
 Logits = NDArray[np.float32] | TopLogits  # [n, vocab], or the top of it
 
 
+@dataclass
+class Laps:
+    """What a runtime took for each piece of what it was asked: (tokens, seconds) in order, one token being decoding."""
+
+    laps: list[tuple[int, float]] = field(default_factory=list)
+
+    @contextmanager
+    def lap(self, tokens: int) -> Iterator[None]:
+        """Time the block, in which the runtime computes `tokens` positions at once, and nothing else happens."""
+        started = time.perf_counter()
+        yield
+        self.laps.append((tokens, time.perf_counter() - started))
+
+
 class Runtime(Protocol):
     """An artefact loaded by the program that users load it with."""
 
@@ -42,12 +58,24 @@ class Runtime(Protocol):
         """What it computes in; decides which bound the conversion is held to."""
         ...
 
+    @property
+    def laps(self) -> Laps:
+        """What it took for the pieces that it has computed so far."""
+        ...
+
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Teacher-forced logits, one row for each of `tokens`, from an empty cache."""
         ...
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` most likely next tokens, one by one, through the runtime's own KV cache."""
+        ...
+
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`, as `logits` runs them.
+
+        None where the program does not show it.
+        """
         ...
 
     def tokenize(self, text: str) -> list[int] | None:

@@ -37,6 +37,7 @@ class Vocabulary:
     stops: frozenset[int] = frozenset()
     add_bos: bool | None = None
     add_eos: bool | None = None
+    stated: bool = True  # both, by the tokenizer's own table
     prefix: bool = False  # whether a space is put before a text
     visible: frozenset[str] = frozenset()  # special tokens that the format wants typed as added ones
 
@@ -135,13 +136,14 @@ def _prefixed(source: Mapping[str, Any]) -> bool:
 
 def _around(
     source: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, int | None]
-) -> tuple[bool, bool]:
-    """Whether BOS is put before a text and EOS behind it."""
+) -> tuple[bool, bool, bool]:
+    """Whether BOS is put before a text, EOS behind it, and whether it is tokenizer.json that says so."""
     processor = source.get("post_processor") or {}
     steps = [processor, *processor.get("processors", [])]
     template = next((step for step in steps if step.get("type") == "TemplateProcessing"), None)
     if template is None:
-        return bool(settings.get("add_bos_token", False)), bool(settings.get("add_eos_token", False))
+        # transformers may make one of these when it loads the tokenizer; other programs take the file as it is.
+        return bool(settings.get("add_bos_token", False)), bool(settings.get("add_eos_token", False)), False
     known = template.get("special_tokens") or {}
     used = [
         known.get(item["SpecialToken"]["id"], {}).get("ids", []) if "SpecialToken" in item else None
@@ -150,7 +152,7 @@ def _around(
     middle = used.index(None) if None in used else len(used)
     before, behind = used[:middle], used[middle + 1 :]
     adds = [any(named[name] in (ids or ()) for ids in part) for name, part in (("bos", before), ("eos", behind))]
-    return adds[0] and settings.get("add_bos_token") is not False, adds[1]
+    return adds[0] and settings.get("add_bos_token") is not False, adds[1], True
 
 
 def _gguf(path: Path) -> Vocabulary:
@@ -193,8 +195,8 @@ def _gguf(path: Path) -> Vocabulary:
         frozenset(stop for stop in stops if stop is not None),
         facts.flag(key.ADD_BOS, scored),
         facts.flag(key.ADD_EOS, False),
-        facts.flag(key.ADD_PREFIX, scored),
-        stored.VISIBLE,
+        prefix=facts.flag(key.ADD_PREFIX, scored),
+        visible=stored.VISIBLE,
     )
 
 
@@ -315,5 +317,6 @@ def _settings(expected: Vocabulary, found: Vocabulary) -> Iterator[str]:
         ("prefix", "a space is put before a text"),
     ):
         ours, theirs = getattr(expected, flag), getattr(found, flag)
+        theirs = theirs and (found.stated or not expected.stated or flag == "prefix")
         if ours is not None and theirs is not None and ours != theirs:
             yield f"{what} by the checkpoint and not by the artefact" if ours else f"{what} by the artefact alone"
