@@ -10,7 +10,7 @@ class InputError(Exception):
 
     def __init__(self, path: str | Path, problem: str, remedy: str) -> None:
         # What a file says of itself may be quoted in the problem, and may have line breaks.
-        super().__init__(" ".join(f"{path}: {problem}; {remedy}".split()))
+        super().__init__(" ".join(line.strip() for line in f"{path}: {problem}; {remedy}".splitlines()))
         self.path = str(path)
         self.problem = problem
         self.remedy = remedy
