@@ -29,10 +29,10 @@ def export(
     """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
 
     `adapter` is the folder of a LoRA (PEFT) to merge into it. `memory` is in bytes, `tokens` how many the logits are
-    compared on, `variants` and `options` go by format; `ple_codec`, such as "aqlm:2x8", is for the per-layer embeddings
-    in formats that hold one (docs/ple-codec.md). Writes into `out` (default: `NAME-gemexport`) and returns what
-    `report.json` there holds. Raises InputError when the request or the checkpoint is at fault; an artefact that fails
-    is in the report, not raised.
+    compared on, `variants` and `options` go by format; `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the
+    per-layer embeddings, an artefact each in formats that hold one (docs/ple-codec.md). Writes into `out` (default:
+    `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when the request or the checkpoint
+    is at fault; an artefact that fails is in the report, not raised.
     """
     from gemexport.run import request, run
 

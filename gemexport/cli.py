@@ -46,7 +46,8 @@ Adapter = Annotated[
 PleCodec = Annotated[
     str | None,
     typer.Option(
-        metavar="aqlm:MxB", help="A vector codec for per-layer embeddings, in ONNX and Core ML; docs/ple-codec.md."
+        metavar="aqlm:MxB,…",
+        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]

@@ -63,7 +63,8 @@ class Workplace:
     @property
     def vectors(self) -> Path:
         """Folder of the vector codec's fit."""
-        return self.work / VECTORS
+        assert self.codec is not None
+        return self.work / VECTORS / self.codec.label
 
     @property
     def grids(self) -> Path:
@@ -124,7 +125,7 @@ def export(
     """Write one artefact; progress in bytes of the source."""
     exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
     if place.codec is not None:
-        checkpoint, note = _coded(place, place.codec, checkpoint, TARGETS[target], variant)
+        checkpoint, note = _coded(place, checkpoint)
         notes.append(note)
     if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
         options = {**options, "calibration": place.sequences(checkpoint)}
@@ -132,18 +133,13 @@ def export(
     return replace(result, notes=[*notes, *result.notes])
 
 
-def _coded(
-    place: Workplace, codec: Codec, checkpoint: Checkpoint, target: Target, variant: str
-) -> tuple[Checkpoint, str]:
-    """The checkpoint with its per-layer embeddings in the codec where the variant holds one, and a note."""
-    if variant not in target.codec_variants:
-        what = f"{target.title} has nothing" if not target.codec_variants else f"the variant {variant} has nothing"
-        return checkpoint, f"{what} that holds the vector codec {codec}: the per-layer embeddings are as without it"
+def _coded(place: Workplace, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
+    """The checkpoint with its per-layer embeddings in the codec, and a note."""
     from gemexport.formats.additive_fit import attach, read_fit
 
     found = read_fit(place.vectors)
     loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
-    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {codec}, as was asked: {loss}"
+    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {found.codec}, as was asked: {loss}"
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:

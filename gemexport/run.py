@@ -19,7 +19,7 @@ from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_check
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
-from gemexport.formats.vector_codec import Codec, check, parse
+from gemexport.formats.vector_codec import Codec, check, parse_all
 from gemexport.nodes import Validation, Workplace
 from gemexport.npu import npu_bounds
 from gemexport.registry import TARGETS, Target
@@ -67,7 +67,7 @@ class Request:
     validate: bool = True
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
-    ple_codec: Codec | None = None  # for the per-layer embeddings, in formats that hold one
+    ple_codecs: tuple[Codec | None, ...] = (None,)  # for the per-layer embeddings, an artefact each
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
 
@@ -107,7 +107,7 @@ def request(
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
-        ple_codec=None if ple_codec is None else parse(ple_codec),
+        ple_codecs=(None,) if ple_codec is None else parse_all(ple_codec),
         asked_for=frozenset(formats or ()),
         adapter=merged,
         **settings,
@@ -121,27 +121,38 @@ class Step:
     target: Target
     variant: str
     path: Path
+    codec: Codec | None = None  # of its per-layer embeddings
+
+    @property
+    def label(self) -> str:
+        """What it is called in the report: the variant, and its codec."""
+        return labelled(self.variant, self.codec)
 
     @property
     def key(self) -> str:
         """Its name in the DAG."""
-        return f"{self.target.name}:{self.variant}"
+        return f"{self.target.name}:{self.label}"
+
+
+def labelled(variant: str, codec: Codec | None) -> str:
+    """A variant with its codec: `int4-aqlm-2x8`."""
+    return variant if codec is None else f"{variant}-{codec.label}"
 
 
 def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
     """The artefacts of a request, in the registry's order."""
     return [
-        Step(TARGETS[name], variant, TARGETS[name].path(asked.out, checkpoint.name, variant))
-        for name, variants in asked.variants.items()
+        Step(target, variant, target.path(asked.out, checkpoint.name, labelled(variant, codec)), codec)
+        for target, variants in ((TARGETS[name], variants) for name, variants in asked.variants.items())
         for variant in variants
+        for codec in (asked.ple_codecs if variant in target.codec_variants else (None,))
     ]
 
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens, asked.adapter, asked.ple_codec)
+    place = Workplace(asked.model, work, asked.tokens, asked.adapter)
     weights = checkpoint.architecture.parameters()
-    coded = [step for step in wanted if asked.ple_codec is not None and step.variant in step.target.codec_variants]
     nodes = [
         Node(
             "grids",
@@ -152,16 +163,17 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
             light=True,
         )
     ]
-    if coded:
-        call = Call("gemexport.nodes:fit_codec", {"place": place})
-        nodes.append(Node("ple-codec", call, ("grids",), EXPORT_BYTES, _per_layer_weights(checkpoint), all_cores=True))
+    for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
+        call = Call("gemexport.nodes:fit_codec", {"place": replace(place, codec=codec)})
+        coded = _per_layer_weights(checkpoint)
+        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
     for step in wanted:
         arguments = {
-            "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
-            "options": asked.options.get(step.target.name, {}),
+            "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
+            "path": step.path, "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        needs = ("grids", "ple-codec") if step in coded else ("grids",)
+        needs = ("grids", *(() if step.codec is None else (f"codec {step.codec}",)))
         nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
@@ -214,8 +226,8 @@ def run(asked: Request, events: Events | None = None) -> Report:
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
-    if asked.ple_codec is not None:
-        check(asked.ple_codec, checkpoint.architecture.per_layer, checkpoint.path)
+    for codec in filter(None, asked.ple_codecs):
+        check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
@@ -305,7 +317,7 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
         if step.target.name in asked.asked_for:
             raise InputError(step.target.name, problem, step.target.install_hint())
         left_out.append(
-            ArtifactReport(format=step.target.name, variant=step.variant, status="skipped",
+            ArtifactReport(format=step.target.name, variant=step.label, status="skipped",
                            reason=f"{problem}; {step.target.install_hint()}")
         )  # fmt: skip
     return possible, left_out
@@ -316,7 +328,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     exported = outcomes.get(f"export {step.key}", Outcome())
     judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
-    base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
+    base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
         files = describe_files(asked.out, step.path)
@@ -329,7 +341,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if isinstance(exported.value, Export):
         base |= {
             "run": exported.value.run,
-            "notes": tuple(exported.value.notes),
+            "notes": (*exported.value.notes, *_codec_notes(asked, step)),
             "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
         }
     seconds = exported.seconds + judged.seconds
@@ -363,6 +375,15 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         validation=_validation(found, judged.seconds),
         seconds=seconds,
     )
+
+
+def _codec_notes(asked: Request, step: Step) -> list[str]:
+    """That a codec was asked for which the artefact has no place for."""
+    codecs = ", ".join(str(codec) for codec in asked.ple_codecs if codec is not None)
+    if not codecs or step.variant in step.target.codec_variants:
+        return []
+    what = f"the variant {step.variant}" if step.target.codec_variants else step.target.title
+    return [f"{what} has nothing that holds a vector codec ({codecs}): the per-layer embeddings are as without it"]
 
 
 def _validation(found: Validation, seconds: float) -> ValidationReport:
