@@ -14,7 +14,7 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
-from gemexport.exporters.coreml_forms import INDICES, Float, form
+from gemexport.exporters.coreml_forms import INDICES, Float, form, held, row_slices
 from gemexport.exporters.coreml_weights import Sources, placeholder
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.coreml import BIASES, CODEBOOK, SCALES, stored_name
@@ -68,7 +68,7 @@ def matrix(tensor: Tensor, sources: Sources) -> Matrix:
     """A tensor's constants, placeholders until `sources` fills them: on its grid where it has one and may keep it."""
     stored = stored_name(tensor.name)
     if tensor.grid is None or sources.variant != "int4":
-        kind: Float = "fp32" if sources.variant == "f32" else "fp16"
+        kind = _kind(tensor, sources.variant)
         sources.floats(stored, tensor, kind)
         return Matrix(_empty(stored, tensor.shape, kind))
     kept = form(tensor)
@@ -84,6 +84,13 @@ def matrix(tensor: Tensor, sources: Sources) -> Matrix:
     biases = None if kept.biases is None else _empty(f"{stored}{BIASES}", blocks, kept.biases)
     sources.grid(stored, tensor, kept)
     return Matrix(weight, biases, tensor.grid.block)
+
+
+def _kind(tensor: Tensor, variant: str) -> Float:
+    """The element type of a matrix without a grid: beside codes, one that holds every value as it is."""
+    if variant != "int4" or tensor.dtype == "f16":
+        return "fp32" if variant == "f32" else "fp16"
+    return "fp16" if all(held(tensor.rows(*bounds).values, "fp16") for bounds in row_slices(tensor)) else "fp32"
 
 
 def _empty(name: str, shape: tuple[int, ...], kind: str) -> Var:

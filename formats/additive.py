@@ -156,9 +156,9 @@ def _search(
             _alone(vectors[n], codebooks[m], halves[m], own)
             found = 0
             for b in range(kept):
-                low = _together(own, score[b], path[b], products[m], m, total)
+                low = _together(own, path[b], products[m], m, total) + score[b]
                 if found < beam or low < new_score[beam - 1]:
-                    found = _keep_best(total, b, found, new_score, parent, code)
+                    found = _keep_best(total, score[b], b, found, new_score, parent, code)
             for b in range(found):
                 score[b] = new_score[b]
                 for j in range(m):
@@ -172,9 +172,9 @@ def _search(
         _alone(vectors[n], codebooks[last], halves[last], own)
         best = np.float32(np.inf)
         for b in range(kept):
-            low = _together(own, score[b], path[b], products[last], last, total)
-            if low < best:
-                best = low
+            low = _together(own, path[b], products[last], last, total)
+            if low + score[b] < best:
+                best = low + score[b]
                 for j in range(last):
                     codes[n, j] = path[b, j]
                 codes[n, last] = _place(total, low)
@@ -182,12 +182,18 @@ def _search(
 
 @jit
 def _keep_best(
-    total: Floats, sum_: int, found: int, score: Floats, parent: NDArray[np.int64], code: NDArray[np.int64]
+    total: Floats,
+    before: np.float32,
+    sum_: int,
+    found: int,
+    score: Floats,
+    parent: NDArray[np.int64],
+    code: NDArray[np.int64],
 ) -> int:
-    """Work the distances of one sum's continuations into the `found` best so far, which are in order; how many now."""
+    """Work one sum's continuations, at `before` + `total`, into the `found` best so far, in order; their number."""
     room = score.size
     for k in range(total.size):
-        value = total[k]
+        value = total[k] + before
         if found < room or value < score[room - 1]:
             place = min(found, room - 1)
             found = min(found + 1, room)
@@ -203,20 +209,27 @@ def _alone(vector: Floats, codebook: NDArray[np.float32], halves: NDArray[np.flo
     """|y|² / 2 - <x, y> for each vector y of a codebook `[V, entries]`."""
     for k in range(own.size):
         own[k] = halves[k]
-    for v in range(vector.size):
-        x = vector[v]
+    pairs = vector.size // 2
+    for pair in range(pairs):  # two at a time: what is loaded and stored costs more than the products
+        first, second = vector[2 * pair], vector[2 * pair + 1]
         for k in range(own.size):
-            own[k] -= x * codebook[v, k]
+            own[k] -= first * codebook[2 * pair, k] + second * codebook[2 * pair + 1, k]
+    if vector.size % 2:
+        for k in range(own.size):
+            own[k] -= vector[vector.size - 1] * codebook[vector.size - 1, k]
 
 
 @reduction
-def _together(
-    own: Floats, score: np.float32, path: Indices, products: NDArray[np.float32], length: int, total: Floats
-) -> np.float32:
-    """The distances of a sum of `length` vectors with each vector of the next codebook, and the least of them."""
-    for k in range(own.size):
-        total[k] = own[k] + score
-    for j in range(length):
+def _together(own: Floats, path: Indices, products: NDArray[np.float32], length: int, total: Floats) -> np.float32:
+    """What each vector of the next codebook adds to the distance of a sum of `length` vectors, and the least of it."""
+    if length == 0:
+        for k in range(own.size):
+            total[k] = own[k]
+    else:
+        product = products[0, path[0]]
+        for k in range(own.size):
+            total[k] = own[k] + product[k]
+    for j in range(1, length):
         product = products[j, path[j]]
         for k in range(own.size):
             total[k] += product[k]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from gemexport.formats.vector_codec import Codec
 from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    ChatReport,
     DepartureReport,
     Divergence,
     FactReport,
@@ -30,7 +31,6 @@ from gemexport.report import (
     GridReport,
     LogitsReport,
     TensorReport,
-    TokenizerDifference,
     TokenizerReport,
     WeightsReport,
 )
@@ -237,6 +237,7 @@ class Validation:
 
     weights: WeightsReport
     tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
@@ -252,13 +253,28 @@ def validate(place: Workplace, target: str, path: Path, run_logits: bool, progre
     checkpoint = place.open()
     facts = check_facts(checkpoint, target, path)
     if not run_logits or report.missing:
-        return Validation(report, facts=facts, steps=watch.seconds)
+        with watch.time("tokenizer"):
+            wording = check_wording(place, checkpoint, path, None)
+        return Validation(report, *wording, facts=facts, steps=watch.seconds)
     trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more), trial.departs, facts, watch.seconds)
+    return Validation(report, *trial.wording, first, tuple(more), trial.departs, facts, watch.seconds)
+
+
+def check_wording(
+    place: Workplace, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> tuple[TokenizerReport | None, ChatReport | None]:
+    """Tokenizer and chat template of an artefact in its runtime, or read back where there is none."""
+    from gemexport.wording import Artifact, Wording
+
+    artifact = Artifact.of(path, place.work)
+    if artifact is None:
+        return None, None
+    wording = Wording(checkpoint)
+    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
 
 
 def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
@@ -275,11 +291,12 @@ class _Trial:
     ) -> None:
         self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
+        self._place = place
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
+        self.wording: tuple[TokenizerReport | None, ChatReport | None] | tuple[()] = ()  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source(checkpoint)
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
@@ -289,16 +306,6 @@ class _Trial:
         options = {} if arithmetic is None else {"arithmetic": arithmetic}
         runtime: Runtime = self._target.adapter().load(self._path, threads=_threads(), context=context, **options)
         return runtime
-
-    def _compare_tokenizer(self, runtime: Runtime) -> TokenizerReport | None:
-        """The artefact's own tokenizer on the hard texts and the prompts; None when the format has none."""
-        texts = [*prompts.HARD_TEXTS, *prompts.prompts()]
-        if runtime.tokenize(texts[0]) is None:
-            return None
-        expected = tokenizer.load(self._checkpoint.assets / "tokenizer.json")
-        found = tokenizer.compare(expected, lambda text: runtime.tokenize(text) or [], texts)
-        differences = tuple(TokenizerDifference(**asdict(item)) for item in found.differences)
-        return TokenizerReport(texts=found.texts, equal=found.equal, name=runtime.name, differences=differences)
 
     def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
         """Run every sequence, then compare with both references.
@@ -311,15 +318,15 @@ class _Trial:
         with watch.time("load"):
             runtime = self._load(arithmetic)
         speed.loaded()
-        if self.tokenizer is None:
-            with watch.time("tokenizer"):
-                self.tokenizer = self._compare_tokenizer(runtime)
+        with watch.time("tokenizer"):
+            self.wording = self.wording or check_wording(self._place, self._checkpoint, self._path, runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
             with watch.time("run"):
                 output = runtime.logits(sequence)
             with watch.time("keep"):
                 outputs.append(self._keep(i, output))
+            del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
         with watch.time("run"), speed.generating(runtime):

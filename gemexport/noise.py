@@ -26,6 +26,8 @@ VECTOR_STEPS = {"f32": 2.0**-16, "f16": 2.0**-9, "bf16": 2.0**-7}
 REQUANTIZED_VECTOR = 1 / 255
 # Choices between tokens whose logits are closer than this are ties that rounding decides.
 TIE_NATS = 1e-3
+# Share of the texts that the runtime alone may read differently; with Gemma 3's own tables llama.cpp does 1.0 % so.
+RUNTIME_TEXTS = 0.02
 # What a layer's output may be off by in f32, root mean square over its size. llama.cpp looks GELU up in f16.
 LAYER_ERROR = 1e-4
 LAYER_ERRORS = {"gguf": 1e-2}

@@ -196,15 +196,46 @@ class TokenizerDifference(_Model):
     text: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
+    runtime: bool = False
 
 
 class TokenizerReport(_Model):
-    """On how many texts the artefact's own tokenizer gives exactly the ids of the checkpoint's."""
+    """On how many texts the artefact's own tokenizer gives exactly the ids of the checkpoint's.
+
+    Of those that differ, `ordinary` are built-in prompts, and `runtime_only` are the runtime's own fault: the
+    artefact's tables, read back, give the checkpoint's ids. `vocabulary` says what differs in these tables;
+    `differences` shows some texts.
+    """
 
     texts: int
     equal: int
     name: str | None = None
+    runtime_only: int = 0
+    ordinary: int = 0
+    vocabulary: tuple[str, ...] = ()
     differences: tuple[TokenizerDifference, ...] = ()
+
+
+class ChatDifference(_Model):
+    """A conversation that the artefact's engine lays out differently; `runtime`: with the checkpoint's template."""
+
+    conversation: str
+    expected: str
+    found: str
+    runtime: bool = False
+
+
+class ChatReport(_Model):
+    """Conversations laid out by the artefact's engine as by transformers with the checkpoint's chat template.
+
+    `runtime_only` of those that differ are the engine's own fault: the artefact's template is right in transformers.
+    """
+
+    engine: str
+    conversations: int
+    equal: int
+    runtime_only: int = 0
+    differences: tuple[ChatDifference, ...] = ()
 
 
 class Divergence(_Model):
@@ -249,6 +280,13 @@ class SpeedReport(_Model):
     decode: Pace | None = None
     peak_rss_bytes: int | None = None
     idle_rss_bytes: int | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the runtime added to the process; None where the system does not tell."""
+        if self.peak_rss_bytes is None or self.idle_rss_bytes is None:
+            return None
+        return max(0, self.peak_rss_bytes - self.idle_rss_bytes)
 
 
 class ValidationReport(_Model):
@@ -371,6 +409,7 @@ class ArtifactReport(_Model):
     weights: WeightsReport | None = None
     facts: tuple[FactReport, ...] = ()
     tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
     departs: DepartureReport | None = None

@@ -43,6 +43,7 @@ from gemexport.report import (
 from gemexport.scheduler import Events, Node, Scheduler, available_memory, succeeded
 from gemexport.speed import machine
 from gemexport.verdict import bounds
+from gemexport.wording import notes
 from gemexport.worker import Call, Outcome
 from gemexport.workspace import claim
 
@@ -345,6 +346,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         reason = "logits were not compared: the model does not fit into --memory"
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
+    base["notes"] = (*base.get("notes", ()), *notes(found.tokenizer, found.chat))
     return ArtifactReport(
         **base,
         status=status,
@@ -352,6 +354,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         weights=found.weights,
         facts=found.facts,
         tokenizer=found.tokenizer,
+        chat=found.chat,
         logits=logits,
         more_logits=found.more_logits,
         departs=found.departs,

@@ -16,9 +16,18 @@ from gemexport.noise import (
     NOISES,
     REQUANTIZED_RMS,
     REQUANTIZED_VECTOR,
+    RUNTIME_TEXTS,
     VECTOR_STEPS,
 )
-from gemexport.report import Bound, DepartureReport, Divergence, LogitsReport, TensorReport
+from gemexport.report import (
+    Bound,
+    ChatReport,
+    DepartureReport,
+    Divergence,
+    LogitsReport,
+    TensorReport,
+    TokenizerReport,
+)
 
 TEXT = 60  # characters of a text that is named
 NAMED = 3  # of the tensors, facts or texts that broke a bound
@@ -36,9 +45,9 @@ def bounds(
     origin = "an artefact says of the decoder what the checkpoint says"
     result.append(Bound.at_most("metadata.different", len(found.facts), 0, origin, _listed(map(str, found.facts))))
     if found.tokenizer is not None:
-        origin = "the same texts must give the same tokens"
-        texts = _listed(f"the text {item.text[:TEXT]!r}" for item in found.tokenizer.differences)
-        result.append(Bound.at_least("tokenizer.equal", found.tokenizer.equal, found.tokenizer.texts, origin, texts))
+        result += _tokenizer(found.tokenizer)
+    if found.chat is not None:
+        result.append(_chat(found.chat))
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
             result += _conversion(logits, floors, found.departs)
@@ -46,6 +55,33 @@ def bounds(
         origin = f"the budget of the recipe {recipe.name}"
         result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
     return tuple(result)
+
+
+def _tokenizer(report: TokenizerReport) -> list[Bound]:
+    """Tables equal, texts equal but for what the runtime itself gets wrong; of ordinary texts not even that."""
+    same = report.equal + report.runtime_only
+    texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if not item.runtime)
+    origin = "the tables must be the checkpoint's"
+    tables = Bound.at_most(
+        "tokenizer.vocabulary differences", len(report.vocabulary), 0, origin, "; ".join(report.vocabulary) or None
+    )
+    origin = "the same texts must give the same tokens"
+    result = [tables, Bound.at_least("tokenizer.equal", same, report.texts, origin, texts)]
+    if report.runtime_only:
+        texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if item.runtime)
+        origin = "a runtime that reads ordinary texts differently makes every other number say nothing"
+        result.append(Bound.at_most("tokenizer.ordinary texts that differ", report.ordinary, 0, origin, texts))
+        origin = "twice what llama.cpp gets wrong with Gemma's own tables; more would be another tokenizer"
+        share = report.runtime_only / report.texts
+        result.append(Bound.at_most("tokenizer.runtime_only share", share, RUNTIME_TEXTS, origin, texts))
+    return result
+
+
+def _chat(report: ChatReport) -> Bound:
+    """Every conversation laid out as the checkpoint's template does it, but for what the engine itself gets wrong."""
+    names = _listed(f"the conversation {item.conversation!r}" for item in report.differences if not item.runtime)
+    origin = "the chat template must lay out every conversation as the checkpoint's does"
+    return Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)
 
 
 def _weights(found: Validation, holds: Holds) -> list[Bound]:

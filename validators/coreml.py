@@ -111,6 +111,10 @@ class CoreMLModel(ABC):
         """None: a package has no tokenizer of its own."""
         return None
 
+    def chat(self, layouts: Sequence[runtime.Layout]) -> list[str] | None:
+        """None: and no chat template."""
+        return None
+
 
 def pieces(count: int) -> list[int]:
     """Where the steps of a sequence of `count` tokens end: chunks, then one token at a time."""

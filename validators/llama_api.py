@@ -119,6 +119,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_nbytes": (ctypes.c_size_t, [_POINTER]),
     "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_size_t]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),
+    "llama_vocab_bos": (_INT, [_POINTER]),
+    "llama_vocab_get_add_bos": (_BOOL, [_POINTER]),
+    "llama_vocab_get_text": (ctypes.c_char_p, [_POINTER, _INT]),
     "llama_tokenize": (_INT, [_POINTER, ctypes.c_char_p, _INT, ctypes.POINTER(ctypes.c_int32), _INT, _BOOL, _BOOL]),
 }
 

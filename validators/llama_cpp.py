@@ -23,7 +23,8 @@ from gemexport.formats.gguf import write_f32
 from gemexport.formats.gguf_parts import read_parts
 from gemexport.formats.tensor import Floats
 from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, EvalCallback, api
-from gemexport.validators.runtime import Arithmetic, Laps
+from gemexport.validators.llama_chat import render
+from gemexport.validators.runtime import Arithmetic, Laps, Layout
 
 BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
 
@@ -42,7 +43,7 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] |
     with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
         evaluated = Path(folder) / path.name
         write_f32(path, evaluated)
-        return LlamaCpp(evaluated, threads, context)
+        return LlamaCpp(evaluated, threads, context, path)
 
 
 def arithmetic_of(path: Path) -> Arithmetic:
@@ -61,8 +62,9 @@ def _rounded(kind: Type) -> Arithmetic:
 class LlamaCpp:
     """One model and one context of llama.cpp."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int, original: Path | None = None) -> None:
         self.arithmetic: Arithmetic = arithmetic_of(path)
+        self._path = original or path  # that stays
         self._api = api()
         self.name = f"llama.cpp (xllamacpp {self._api.version})"
         self.laps = Laps()
@@ -152,6 +154,13 @@ class LlamaCpp:
         if count < 0:
             raise RuntimeError(f"llama.cpp makes {-count} tokens of {len(data)} bytes")
         return list(ids[:count])
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as llama.cpp's server lays them out, with the BOS that it puts before them."""
+        first = self._api.llama_vocab_bos(self._vocab)
+        begins = self._api.llama_vocab_get_add_bos(self._vocab) and first >= 0
+        bos = self._api.llama_vocab_get_text(self._vocab, first).decode("utf-8", "replace") if begins else ""
+        return render(self._path, layouts, bos)
 
     def close(self) -> None:
         """Free the context and the model; further calls have no effect."""

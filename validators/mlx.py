@@ -18,7 +18,7 @@ import numpy as np
 from gemexport.formats.errors import InputError
 from gemexport.formats.mlx import read_config
 from gemexport.formats.tensor import Floats
-from gemexport.validators.runtime import Arithmetic, Laps
+from gemexport.validators.runtime import Arithmetic, Laps, Layout
 
 
 def load(path: Path, *, threads: int, context: int) -> MlxRuntime:
@@ -85,6 +85,10 @@ class MlxRuntime:
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that mlx-lm's tokenizer gives, without BOS."""
         return list(self._ask("tokenize", text))
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as mlx-lm's tokenizer lays them out."""
+        return list(self._ask("chat", [dict(layout) for layout in layouts]))
 
     def close(self) -> None:
         """End the child process."""

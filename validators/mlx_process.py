@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemexport.validators.chat import apply
 from gemexport.validators.runtime import Laps
 
 # From so many positions on, unpacking a matrix pays: MLX's quantized product on x86-64 does a billion
@@ -96,6 +97,10 @@ class Model:
     def tokenize(self, text: str) -> list[int]:
         """Token ids without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(self, layouts: list[dict[str, Any]]) -> list[str]:
+        """Conversations as mlx-lm's tokenizer lays them out."""
+        return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
 
     def _run(self, tokens: list[int], cache: Any) -> Any:
         ids = self._mx.array([tokens])

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import read_model
 from gemexport.validators.layers import in_order
-from gemexport.validators.runtime import Arithmetic, Laps, Logits
+from gemexport.validators.runtime import Arithmetic, Laps, Layout, Logits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -212,6 +212,10 @@ class _Model(ABC):
         if self._tokenizer is None:
             return None
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """None: the folder's template is for whoever runs it."""
+        return None
 
     def _feed(self, cache: Cache, tokens: Sequence[int], single: int) -> Iterator[NDArray[np.float32]]:
         """Logits of the tokens in pieces, the last `single` one at a time; `cache` is changed."""

@@ -21,7 +21,7 @@ from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
 from gemexport.validators import activation_rounding
-from gemexport.validators.runtime import Laps
+from gemexport.validators.runtime import Laps, Layout
 
 Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
 
@@ -177,6 +177,10 @@ class Reference:
 
     def tokenize(self, text: str) -> list[int] | None:
         """None: weights and a config have no tokenizer."""
+        return None
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """None: and no chat template."""
         return None
 
     def close(self) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ class TopLogits:
     logprobs: NDArray[np.float32]  # [n, k], natural logarithms over the whole vocabulary
 
 
+Layout = Mapping[str, Any]  # messages, tools, thinking, add_generation_prompt: plain JSON
 Logits = NDArray[np.float32] | TopLogits  # [n, vocab], or the top of it
 
 
@@ -79,6 +80,10 @@ class Runtime(Protocol):
 
     def tokenize(self, text: str) -> list[int] | None:
         """The artefact's own tokenizer, without BOS and with special tokens parsed; None if it has none of its own."""
+        ...
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations (validators/chat) as the program lays them out; None if it has no engine for templates."""
         ...
 
     def close(self) -> None:

@@ -52,7 +52,8 @@ for (const figure of document.querySelectorAll("figure")) {
   const tips = [...figure.querySelectorAll(".tip")];
   const show = (tip) => {
     for (const each of tips) each.classList.toggle("shown", each === tip);
-    readout.textContent = tip.querySelector("title").textContent;
+    // A number and its unit stay on one line.
+    readout.textContent = tip.querySelector("title").textContent.replace(/(\d) (?=\S)/g, "$1\u00a0");
   };
   for (const tip of tips) {
     let touched = false;
