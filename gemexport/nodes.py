@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
-from gemexport.facts import differences
+from gemexport.facts import activation_differences, differences
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
@@ -247,7 +247,7 @@ def validate(place: Workplace, target: str, path: Path, run_logits: bool, progre
     with watch.time("weights"):
         report, digest = check_weights(place, target, path, progress)
     checkpoint = place.open()
-    facts = differences(target, path, checkpoint.architecture)
+    facts = check_facts(checkpoint, target, path)
     if not run_logits or report.missing:
         with watch.time("tokenizer"):
             wording = check_wording(place, checkpoint, path, None)
@@ -271,6 +271,12 @@ def check_wording(
         return None, None
     wording = Wording(checkpoint)
     return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
+
+
+def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
+    """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
+    stated = differences(target, path, checkpoint.architecture)
+    return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
 
 
 class _Trial:
