@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from gemexport.exporters import compressed_tensors_activations as rounding
 from gemexport.exporters.compressed_tensors_schemes import (
     Scheme,
+    activation_args,
     codes,
     columns,
     constants,
     holds_scales,
     scheme_of,
 )
-from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, ShardedWriter
@@ -47,6 +50,7 @@ class _Plan:
     unpack_early: bool = False  # transformers is to unpack while it loads, not at the first forward pass
     rounded: dict[str, int] = field(default_factory=dict)  # scales of each tensor
     notes: list[str] = field(default_factory=list)
+    activations: Activations = field(default_factory=Activations)  # those that transformers computes with
 
 
 def export(
@@ -64,6 +68,9 @@ def export(
 
     Loaders cast scales to the dtype of the model. Scales of a lattice that this would change are stored as f32, and
     the config asks transformers to unpack while it loads, before it casts; it also has to for packed embeddings.
+
+    Static activation scales, those of caches too, are written where transformers computes with them: not where it
+    unpacks while it loads. A model whose scales its own dtype does not hold is then to be loaded in float32.
     """
     if variant == "bf16":
         plan = _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
@@ -92,6 +99,8 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
 
 def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[Checkpoint, _Plan]:
     """The tensors as the format holds them, and how."""
+    given = rounding.signed(checkpoint.activations or Activations())
+    checkpoint = replace(checkpoint, activations=None)  # what is left out of them is known only at the end
     tensors, containers, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
     plan = _Plan(checkpoint.tensors[FINAL_NORM].dtype, notes=notes)
     for name in containers:
@@ -104,15 +113,24 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[
         else:
             tensors[name] = Plain(tensor)
             plan.notes.append(f"{name} is written without its grid: a scale is none of the format {scheme.format}")
-    left = [] if pack_embeddings else [name for name in (*EMBEDDINGS, HEAD) if plan.packed.pop(name, None)]
+    kept = {HEAD} & given.linears.keys()  # a head that rounds what it reads is a linear like the others
+    unpacked = () if pack_embeddings else (*EMBEDDINGS, HEAD)
+    left = [name for name in unpacked if name not in kept and plan.packed.pop(name, None)]
     if plan.packed:
         _unify(tensors, plan)
-    widened = any(
-        _scale_dtype(tensors[name], scheme, plan) == "f32" != plan.model for name, scheme in plan.packed.items()
-    )
     # transformers 5.23 expects zero points that are not packed, but for when it unpacks while it loads.
     shifted = any(not scheme.symmetric for scheme in plan.packed.values())
-    plan.unpack_early = widened or shifted or any(name in plan.packed for name in EMBEDDINGS)
+    early = shifted or any(name in plan.packed for name in EMBEDDINGS)
+    if given and not early and (_widened(tensors, plan) or not rounding.held(given, plan.model)):
+        plan.notes.append(
+            f"config.json says float32: {plan.model} does not hold the scales, and activations are static"
+        )
+        plan.model = "f32"
+    plan.unpack_early = early or _widened(tensors, plan)
+    if not plan.unpack_early:
+        plan.activations = rounding.placed(given, plan.packed, checkpoint.architecture)
+        plan.packed = rounding.with_activations(plan.packed, plan.activations)
+    plan.notes += left_out(given, plan.activations)
     others = _keep_one_scheme(tensors, plan) if plan.unpack_early else {}
     plan.plain = {name: _plain_dtype(tensor, plan.model) for name, tensor in tensors.items() if name not in plan.packed}
     for name in left:
@@ -120,6 +138,11 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[
         plan.notes.append(f"{name} stays {plan.plain[name]}: {reason}")
     plan.notes += [f"{name} stays {plan.plain[name]}: {reason}" for name, reason in others.items()]
     return replace(checkpoint, tensors=tensors), plan
+
+
+def _widened(tensors: dict[str, Tensor], plan: _Plan) -> bool:
+    """Whether scales are stored in a wider dtype than the model's, to which loaders cast them."""
+    return any(_scale_dtype(tensors[name], scheme, plan) == "f32" != plan.model for name, scheme in plan.packed.items())
 
 
 def _scale_dtype(tensor: Tensor, scheme: Scheme, plan: _Plan) -> DType:
@@ -214,6 +237,7 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     left = [_module(name) for name in matrices if name not in schemes and name not in EMBEDDINGS]
     if checkpoint.architecture.tied:
         left.append(_module(HEAD))
+    cached = rounding.cache_scheme(plan.activations)
     return {
         "config_groups": groups,
         # transformers 5.23 initialises modules after loading them, and an embedding without `weight` stops it
@@ -222,7 +246,7 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": left,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": activation_args(*cached) if cached else None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
@@ -239,11 +263,11 @@ def _module(name: str) -> str:
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
-    rounding = {
+    roundings = {
         name: Rounding(_scale_dtype(checkpoint.tensors[name], scheme, plan)) for name, scheme in plan.packed.items()
     }
     beside = {
-        name: tuple(columns(checkpoint.tensors[name], scheme, rounding[name])) for name, scheme in plan.packed.items()
+        name: tuple(columns(checkpoint.tensors[name], scheme, roundings[name])) for name, scheme in plan.packed.items()
     }
     entries: list[Entry] = []
     for name, tensor in checkpoint.tensors.items():
@@ -252,6 +276,8 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: 
             continue
         entries += [codes(tensor, plan.packed[name])[0], *(column.entry for column in beside[name])]
         entries += [entry for entry, _ in constants(tensor, plan.packed[name])]
+    scales = list(rounding.arrays(plan.activations))
+    entries += [entry for entry, _ in scales]
     with ShardedWriter(folder, entries, {"format": "pt"}) as out:
         for name, tensor in checkpoint.tensors.items():
             if name not in plan.packed:
@@ -261,4 +287,6 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: 
             write_packed(out, folder, tensor, (entry.name, pack), beside[name], progress)
             for constant, values in constants(tensor, plan.packed[name]):
                 out.write(constant.name, values)
-            plan.rounded[name] = rounding[name].count
+            plan.rounded[name] = roundings[name].count
+        for entry, number in scales:
+            out.write(entry.name, number)

@@ -25,6 +25,21 @@ MX_GROUP, NV_GROUP = 32, 16
 NARROWEST = 16  # weights that share a scale: with fewer, the scales would outweigh the codes
 
 
+Integers = tuple[()] | tuple[int, bool]  # bits of an activation, and whether around a zero point of 0; (): none
+
+
+def activation_args(bits: int, symmetric: bool) -> dict[str, Any]:
+    """Static integers for a whole activation, as compressed_tensors.quantization.QuantizationArgs serialises them."""
+    return {
+        "dynamic": False,
+        "num_bits": bits,
+        "observer": "static_minmax",
+        "strategy": "tensor",
+        "symmetric": symmetric,
+        "type": "int",
+    }
+
+
 @dataclass(frozen=True, order=True)
 class Scheme:
     """How a module is quantized, as config.json says it."""
@@ -33,6 +48,8 @@ class Scheme:
     bits: int
     group: int  # consecutive weights that share a scale; 0: a whole row
     symmetric: bool = True
+    input: Integers = ()
+    output: Integers = ()
 
     def group_config(self, targets: list[str]) -> dict[str, Any]:
         """A config group, as compressed_tensors.quantization.QuantizationScheme serialises it."""
@@ -51,8 +68,8 @@ class Scheme:
             weights["scale_dtype"] = "torch.float8_e4m3fn"
         return {
             "format": self.format,
-            "input_activations": None,
-            "output_activations": None,
+            "input_activations": activation_args(*self.input) if self.input else None,
+            "output_activations": activation_args(*self.output) if self.output else None,
             "targets": targets,
             "weights": weights,
         }

@@ -6,7 +6,7 @@ A format or a runtime that has a place for them computes with them; the others a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 
@@ -59,6 +59,24 @@ class Activations:
     def without_caches(self) -> Activations:
         """The same for keys and values in floating point."""
         return replace(self, caches={})
+
+    def differences(self, stored: Activations | None) -> Iterator[str]:
+        """What `stored` computes with other scales than these, or without any here, by weight or layer, and side.
+
+        What it has left out is in floating point: no difference, but a loss that its notes tell of.
+        """
+        found = stored or Activations()
+        pairs: list[tuple[str, object, object]] = [
+            *((weight, both, self.linear(weight)) for weight, both in found.linears.items()),
+            *(
+                (f"cache of layer {i}", both, self.caches.get(i, CacheActivations()))
+                for i, both in found.caches.items()
+            ),
+        ]
+        for name, theirs, ours in pairs:
+            for side, quantizer in vars(theirs).items():
+                if quantizer is not None and quantizer != getattr(ours, side):
+                    yield f"{name}, {side}"
 
     def digest(self) -> str:
         """Equal for equal scales, whatever the order in which they were found."""

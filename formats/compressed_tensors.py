@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.activations import Activations, LinearActivations, Quantizer
+from gemexport.formats.architecture import architecture
 from gemexport.formats.bitpack import Unsigned, unpack, words, zero_code
 from gemexport.formats.checkpoint import Source
 from gemexport.formats.checkpoint import read_config as read_json
-from gemexport.formats.compressed_tensors_settings import Args, Quantization, quantization
+from gemexport.formats.compressed_tensors_activations import caches, quantizer
+from gemexport.formats.compressed_tensors_settings import Args, Quantization, Scheme, quantization
 from gemexport.formats.minifloat import E2M1, E2M3, E4M3, from_e4m3, from_e8m0, scaled
 from gemexport.formats.modules import Module, apart, finite_e4m3, read_source, reordered_note
 from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float, misshapen, runs
@@ -51,9 +54,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def source(folder: Path, config: dict[str, Any]) -> Source:
     """The decoder in compressed-tensors folder `folder`: quantized modules on the grids of their codes."""
-    reader = _Reader(quantization(folder / "config.json", config))
+    settings = quantization(folder / "config.json", config)
+    reader = _Reader(settings)
     found = read_source(folder, config, reader.read)
-    return Source(found.tensors, found.left_out, tuple(reader.notes()))
+    decoder = architecture(config, folder / "config.json")
+    cached, names = caches(folder, decoder, settings.kv_cache_scheme)
+    left_out = tuple(name for name in found.left_out if name not in names)
+    rounded = Activations(reader.linears, cached)
+    return Source(found.tensors, left_out, tuple(reader.notes(bool(cached))), rounded or None)
 
 
 class _Reader:
@@ -61,6 +69,7 @@ class _Reader:
 
     def __init__(self, settings: Quantization) -> None:
         self._settings = settings
+        self.linears: dict[str, LinearActivations] = {}
         self._activations: Counter[str] = Counter()
         self._reordered = 0
 
@@ -75,12 +84,7 @@ class _Reader:
         scheme = self._settings.scheme(module)
         if "weight_scale" not in module.arrays:
             raise module.wrong(f"is {stored.entry.dtype} without scales", "download or save the model again")
-        for kind, args in (
-            ("input", scheme and scheme.input_activations),
-            ("output", scheme and scheme.output_activations),
-        ):
-            if args is not None:
-                self._activations[f"{kind} activations ({args})"] += 1
+        self._round(module, scheme)
         if scheme is None and any(key in module.arrays for key in ACTIVATION_SCALES):
             self._activations["activations (static)"] += 1
         _check_shape(module)
@@ -88,10 +92,25 @@ class _Reader:
         self._reordered += apart(layout, module)
         return QuantizedTensor(module.name, module.shape, layout)
 
-    def notes(self) -> list[str]:
+    def _round(self, module: Module, scheme: Scheme | None) -> None:
+        """Keep the static scales of what goes into a module and comes out of it, and count what is none."""
+        sides: dict[str, Quantizer] = {}
+        for kind, args in (
+            ("input", scheme and scheme.input_activations),
+            ("output", scheme and scheme.output_activations),
+        ):
+            found = quantizer(module.arrays, kind, args) if args is not None else None
+            if found is not None:
+                sides[kind] = found
+            elif args is not None:
+                self._activations[f"{kind} activations ({args})"] += 1
+        if sides:
+            self.linears[module.name] = LinearActivations(**sides)
+
+    def notes(self, cached: bool) -> list[str]:
         """What the tensors do not tell, one sentence each."""
         found = [f"the {kind} of {count} modules are left out" for kind, count in self._activations.items()]
-        if self._settings.kv_cache_scheme is not None:
+        if self._settings.kv_cache_scheme is not None and not cached:
             found.append(f"the KV cache scheme ({self._settings.kv_cache_scheme}) is left out")
         return [*found, *reordered_note(self._reordered)]
 

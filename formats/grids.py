@@ -86,9 +86,9 @@ class GridTensor:
         return self._base.numpy()
 
 
-def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """A digest of what the grids depend on: sizes and times of the weight files, config, recipe, adapter."""
-    digest = hashlib.sha256(recipe.model_dump_json().encode())
+def fingerprint(checkpoint: Checkpoint, settings: BaseModel) -> str:
+    """A digest of what is found in a checkpoint with these settings: sizes and times of its files, config, adapter."""
+    digest = hashlib.sha256(settings.model_dump_json().encode())
     if checkpoint.adapter is not None:
         digest.update(f"adapter {checkpoint.adapter}\n".encode())
     for path in checkpoint.files or sorted(checkpoint.path.glob("*")):

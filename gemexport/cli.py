@@ -52,6 +52,13 @@ CompressPython = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq calibrate on; default: built-in prompts.")
 ]
+PleCodec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="aqlm:MxB,…",
+        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
@@ -86,6 +93,7 @@ def export_all(
     tokens: Tokens = 512,
     no_validate: NoValidate = False,
     fresh: Fresh = False,
+    ple_codec: PleCodec = None,
     as_json: Json = False,
 ) -> None:
     """Export MODEL into every format and validate each."""
@@ -94,7 +102,8 @@ def export_all(
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate, fresh=fresh,
+        adapter, compress, compress_python, calibration, ple_codec,
+        tokens=tokens, validate=not no_validate, fresh=fresh,
     )  # fmt: skip
     _run(asked, as_json)
 
@@ -166,40 +175,32 @@ def onnx(
     variant: Annotated[str | None, _variant("int4, npu, npu-a8, npu-a16, f32")] = None,
     ranges: Annotated[Path | None, typer.Option(help="The activations.json of an earlier npu-a8 or npu-a16.")] = None,
     range_method: Annotated[str | None, typer.Option(help="minmax or percentile, for npu-a8 and npu-a16.")] = None,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
-    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to ONNX, for ONNX Runtime and NPUs."""
     options = {"ranges": ranges, "range_method": range_method}
-    _single(
-        "onnx",
-        model,
-        variant,
-        options,
-        _common(
-            out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-        ),
-    )
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    ) | {"ple_codec": ple_codec}
+    _single("onnx", model, variant, options, common)
 
 
 @app.command()
 def coreml(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("int4, f16, f32")] = None,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
-    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to Core ML, for iPhones, iPads and Macs."""
-    _single(
-        "coreml",
-        model,
-        variant,
-        {},
-        _common(
-            out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-        ),
-    )
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    ) | {"ple_codec": ple_codec}
+    _single("coreml", model, variant, {}, common)
 
 
 @app.command("compressed-tensors")

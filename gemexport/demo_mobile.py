@@ -1,7 +1,7 @@
 """Makes a small random checkpoint in the format of Gemma's mobile releases, out of transformers' own quantized layers.
 
-The weights are those of `gemexport.demo` on grids of 2, 4 and 8 bits; the scales of activations and caches are what
-the model shows on random tokens. Needs torch and transformers.
+The weights are random ones on grids of 2, 4 and 8 bits, of the sizes that training leaves; the scales of activations
+and caches fit what the model shows on random tokens. Needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -54,9 +54,21 @@ QUANTIZATION: dict[str, Any] = {
 # Three layers behind number 14 share keys and values, so that those have the doubled MLP in two bits, as in E2B.
 LAYER_TYPES = [demo.SLIDING, demo.SLIDING, demo.FULL] * 6
 SHARED_LAYERS = 3
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST_CODE = {2: 2.0, 4: 7.5, 8: 127.0}  # what a row's largest weight is divided by
-LOGIT_SPREAD, LAYER_SHARE = 1 / 3, 0.1  # of what the demo has
+# Of what the demo has: how far logits spread, how peaked attention is, and what each part of a layer adds.
+SHARES = {
+    "model.norm": 1 / 3,
+    "k_norm": 3.0,
+    "post_attention": 0.03,
+    "post_feedforward": 0.03,
+    "post_per_layer": 0.015,
+}
+RESEMBLANCE = 0.5  # of the head's rows to those of the embedding
+QUIET = 0.25  # what is left of a head's row whose token is no text
 SEQUENCES, TOKENS = 4, 64  # that activations are measured on
+CLIPPED = np.linspace(0.2, 1.0, 17)  # shares of the largest magnitude that a scale may end at
+SAMPLE = 16384  # values of an activation that a scale is fitted to
 
 
 def config_json(size: demo.Size) -> dict[str, Any]:
@@ -107,9 +119,7 @@ def _model(config: dict[str, Any], decoder: Architecture, silent: list[int], see
     for name, module in model.named_modules():
         canonical = canonical_name(name)
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            # A head is the embedding that it was once tied to.
-            weight = "model.embed_tokens.weight" if canonical == "lm_head" else f"{canonical}.weight"
-            codes, scales = quantize(_values(weight, decoder, silent, seed), module.num_bits)
+            codes, scales = quantize(_values(f"{canonical}.weight", decoder, silent, seed), module.num_bits)
             _fill(module, codes, scales)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -121,18 +131,26 @@ def _model(config: dict[str, Any], decoder: Architecture, silent: list[int], see
 
 
 def _values(name: str, decoder: Architecture, silent: list[int], seed: int) -> Floats:
-    """The demo's weights, but for layers that add less to what they read.
+    """The demo's weights, made to stand static rounding as trained ones do.
 
-    Rounding moves a value that lies between two steps by a whole one, whoever computes it; a random model of this
-    depth whose layers add as much as the demo's makes of that another answer (measured over 256 tokens, between two
-    orders of summation in f32: a mean KL divergence of 0.011 instead of 0.0003).
+    Rounding moves a value that lies between two steps by a whole one, whoever computes it, and each step that moves
+    makes others move. So two right programs differ by about half of what the rounding itself costs, and that is to be
+    small where a model is to tell right programs from wrong ones. Layers here add little to what they read, and
+    attention looks at few tokens: it would else leave its output far below the range that the first token needs.
+
+    The head resembles the embedding and is not the same: with the same one the likeliest token was nearly always the
+    one just read, at a probability so near 1 that 96 % of the positions could not differ whatever was rounded.
     """
     stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
-    values = demo.random_values(name, decoder.tensor_shapes()[name], decoder, silent, stream)
+    kind = EMBEDDING if name == HEAD else name
+    values = demo.random_values(kind, decoder.tensor_shapes()[kind], decoder, [], stream)
+    if name == HEAD:
+        same = _values(EMBEDDING, decoder, silent, seed)
+        values = np.float32(RESEMBLANCE) * same + np.float32((1 - RESEMBLANCE**2) ** 0.5) * values
+        values[silent] *= np.float32(QUIET)
     if name.endswith("layer_scalar"):
         return values * np.float32(0.25) + np.float32(0.775)  # 0.9 to 1 instead of 0.5 to 0.9
-    factor = LOGIT_SPREAD if name == "model.norm.weight" else LAYER_SHARE if ".post_" in name else 1.0
-    return values * np.float32(factor)
+    return values * np.float32(next((share for part, share in SHARES.items() if part in name), 1.0))
 
 
 def quantize(weights: Floats, bits: int) -> tuple[Codes, Floats]:
@@ -160,9 +178,9 @@ def _calibrate(model: Any, vocabulary: int, seed: int) -> dict[str, tuple[str, A
     """Set the activation scales to what random tokens show; returns those of the caches, as they are stored."""
     ids = np.random.Generator(np.random.PCG64(seed)).integers(3, vocabulary, (SEQUENCES, TOKENS))
     ids[:, 0] = 2
-    with _peaks(model) as peaks, torch.inference_mode():
+    with _ends(model) as ends, torch.inference_mode():
         found = model(torch.from_numpy(ids), use_cache=True, past_key_values=transformers.DynamicCache())
-    for module, (highest_input, highest_output) in peaks.items():
+    for module, (highest_input, highest_output) in ends.items():
         module.input_activation_scale.fill_(_scale(highest_input))
         # Logits stay as they are: a scale of 0.
         module.output_activation_scale.fill_(0.0 if module is model.lm_head else _scale(highest_output))
@@ -170,7 +188,7 @@ def _calibrate(model: Any, vocabulary: int, seed: int) -> dict[str, tuple[str, A
     for index, layer in enumerate(found.past_key_values.layers):
         for kind, cached in (("k", layer.keys), ("v", layer.values)):
             name = f"model.language_model.layers.{index}.self_attn.{kind}_cache_scale"
-            caches[name] = "F32", np.array(_scale(float(cached.abs().max())), np.float32)
+            caches[name] = "F32", np.array(_scale(_end(cached)), np.float32)
     return caches
 
 
@@ -179,18 +197,31 @@ def _scale(peak: float) -> float:
     return float(round_to(np.array([peak / 127], np.float32), "bf16")[0])
 
 
+def _end(values: torch.Tensor) -> float:
+    """Where the integers of an activation end: where their squared error is least, as it is after training with them.
+
+    What a gate and its input multiply to has few large values, which would take most of the range.
+    """
+    flat = values.numpy().astype(np.float64).ravel()
+    peak, sample = float(np.abs(flat).max()), flat[:: max(flat.size // SAMPLE, 1)]
+    errors = []
+    for share in CLIPPED:
+        step = max(peak, 1e-30) * share / 127
+        errors.append(float(np.square(np.clip(np.rint(sample / step), -128, 127) * step - sample).sum()))
+    return peak * float(CLIPPED[int(np.argmin(errors))])
+
+
 @contextmanager
-def _peaks(model: Any) -> Iterator[dict[QuantizedLinear, list[float]]]:
-    """Collects the largest magnitude of each linear's input and output in what runs meanwhile."""
-    peaks: dict[QuantizedLinear, list[float]] = {}
+def _ends(model: Any) -> Iterator[dict[QuantizedLinear, tuple[float, float]]]:
+    """Collects where the integers of each linear's input and output are to end, in the one pass that runs meanwhile."""
+    ends: dict[QuantizedLinear, tuple[float, float]] = {}
 
     def watch(module: QuantizedLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        before = peaks.get(module, [0.0, 0.0])
-        peaks[module] = [max(a, float(b.abs().max())) for a, b in zip(before, (inputs[0], output), strict=True)]
+        ends[module] = _end(inputs[0]), _end(output)
 
     hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, QuantizedLinear)]
     try:
-        yield peaks
+        yield ends
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
@@ -110,7 +111,8 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
 def _stored(tensor: Tensor) -> str:
     grid: Grid | None = tensor.grid
     if grid is None:
-        return tensor.dtype
+        codec = getattr(tensor, "codec", None)  # of an AdditiveTensor, whose module compiles loops when it is imported
+        return tensor.dtype if codec is None else f"{codec}, {tensor.rows(0, 1).grid()[1].shape[1]} scales a row"
     codes = f"{grid.bits}-bit codebook" if grid.kind == "codebook" else f"int{grid.bits}"
     shifted = {"affine": " and biases", "zero-point": " and zero points"}.get(grid.kind, "")
     return f"{codes}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales{shifted}"
@@ -175,12 +177,15 @@ def print_verdict(report: ArtifactReport) -> None:
     style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
     console.print(f"[{style}]{report.status}[/]  {report.format} {report.path}", soft_wrap=True)
     if report.reason:
-        console.print(report.reason, style=style, soft_wrap=True)
+        console.print(escape(report.reason), style=style, soft_wrap=True)
     if report.weights:
         exact = share(report.weights.exact_fraction)
         console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")
     if report.tokenizer:
         console.print(f"tokenizer   {report.tokenizer.equal} of {report.tokenizer.texts} texts equal")
+    if report.chat:
+        engine = f"in {report.chat.engine}"
+        console.print(f"chat        {report.chat.equal} of {report.chat.conversations} conversations equal {engine}")
     for logits in (report.logits, *report.more_logits):
         for question, figures in (("conversion", logits.conversion), ("loss", logits.loss)) if logits else ():
             if figures and logits:
@@ -192,9 +197,11 @@ def print_verdict(report: ArtifactReport) -> None:
                 )
     if report.npu:
         _print_npu(report.npu, console)
+    for note in report.notes:
+        console.print(f"  {escape(note)}", soft_wrap=True)
     for bound in report.bounds:
         mark, style = ("held", "") if bound.held else ("BROKEN", "red")
-        console.print(f"  {mark:<7} {bound}", soft_wrap=True, style=style)
+        console.print(f"  {mark:<7} {escape(str(bound))}", soft_wrap=True, style=style)
 
 
 def _print_npu(npu: NpuReport, console: Console) -> None:

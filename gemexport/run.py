@@ -18,6 +18,7 @@ from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_check
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
+from gemexport.formats.vector_codec import Codec, check, parse_all
 from gemexport.nodes import Validation, Workplace
 from gemexport.notes import compression_note, left_notes
 from gemexport.npu import npu_bounds
@@ -33,13 +34,16 @@ from gemexport.report import (
     ModelReport,
     NpuReport,
     Report,
+    ValidationReport,
     artifact_sha256,
     describe_files,
     package_versions,
     verdict,
 )
 from gemexport.scheduler import Events, Node, Scheduler, available_memory, succeeded
+from gemexport.speed import machine
 from gemexport.verdict import bounds
+from gemexport.wording import notes
 from gemexport.worker import Call, Outcome
 from gemexport.workspace import claim
 
@@ -63,6 +67,7 @@ class Request:
     validate: bool = True
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
+    ple_codecs: tuple[Codec | None, ...] = (None,)  # for the per-layer embeddings, an artefact each
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
     compression: Compression | None = None
@@ -90,6 +95,7 @@ def request(
     compress: str | None = None,
     compress_python: str | Path | None = None,
     calibration: str | Path | None = None,
+    ple_codec: str | None = None,
     **settings: Any,
 ) -> Request:
     """A request with what was not said filled in; InputError for what cannot be done."""
@@ -110,6 +116,7 @@ def request(
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
+        ple_codecs=(None,) if ple_codec is None else parse_all(ple_codec),
         asked_for=frozenset(formats or ()),
         adapter=merged,
         compression=compression(compress, compress_python, calibration),
@@ -124,44 +131,66 @@ class Step:
     target: Target
     variant: str
     path: Path
+    codec: Codec | None = None  # of its per-layer embeddings
+
+    @property
+    def label(self) -> str:
+        """What it is called in the report: the variant, and its codec."""
+        return labelled(self.variant, self.codec)
 
     @property
     def key(self) -> str:
         """Its name in the DAG."""
-        return f"{self.target.name}:{self.variant}"
+        return f"{self.target.name}:{self.label}"
+
+
+def labelled(variant: str, codec: Codec | None) -> str:
+    """A variant with its codec: `int4-aqlm-2x8`."""
+    return variant if codec is None else f"{variant}-{codec.label}"
 
 
 def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
     """The artefacts of a request, in the registry's order."""
     return [
-        Step(TARGETS[name], variant, TARGETS[name].path(asked.out, checkpoint.name, variant))
-        for name, variants in asked.variants.items()
+        Step(target, variant, target.path(asked.out, checkpoint.name, labelled(variant, codec)), codec)
+        for target, variants in ((TARGETS[name], variants) for name, variants in asked.variants.items())
         for variant in variants
+        for codec in (asked.ple_codecs if variant in target.codec_variants else (None,))
     ]
 
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
     place = asked.place(work, checkpoint.name)
-    weights, recipe, needs = checkpoint.architecture.parameters(), asked.recipe, ()  # type: int, Recipe, tuple[str, ...]
+    weights, recipe, first = checkpoint.architecture.parameters(), asked.recipe, ()  # type: int, Recipe, tuple[str, ...]
     nodes = []
     if asked.compression is not None:
         call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
         nodes.append(Node("compress", call, (), logits_memory(checkpoint, asked.tokens), 1, all_cores=True))
         # The codes are ours, not those of a maker who left the rest as it is on purpose.
-        needs, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
+        first, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.nodes:grids", {"place": place, "recipe": recipe})
-    nodes.append(Node("grids", call, needs, EXPORT_BYTES, weights, light=True))
+    nodes.append(Node("grids", call, first, EXPORT_BYTES, weights, light=True))
+    for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
+        call = Call("gemexport.nodes:fit_codec", {"place": replace(place, codec=codec)})
+        coded = _per_layer_weights(checkpoint)
+        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
     for step in wanted:
         arguments = {
-            "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
-            "options": asked.options.get(step.target.name, {}),
+            "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
+            "path": step.path, "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        nodes.append(Node(f"export {step.key}", call, ("grids",), EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+        needs = ("grids", *(() if step.codec is None else (f"codec {step.codec}",)))
+        nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
     return nodes
+
+
+def _per_layer_weights(checkpoint: Checkpoint) -> int:
+    layers = checkpoint.architecture.per_layer
+    return 0 if layers is None else layers.vocab_size * layers.dim * len(checkpoint.architecture.layers)
 
 
 def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted: list[Step]) -> list[Node]:
@@ -205,6 +234,8 @@ def run(asked: Request, events: Events | None = None) -> Report:
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
+    for codec in filter(None, asked.ple_codecs):
+        check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
@@ -231,6 +262,9 @@ def run(asked: Request, events: Events | None = None) -> Report:
         recipe=asked.recipe.name,
         versions=package_versions(),
         artifacts=tuple(artifacts),
+        machine=machine(),
+        jobs=asked.jobs,
+        reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
         seconds=time.monotonic() - started,
         peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
     )
@@ -297,7 +331,7 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
         if step.target.name in asked.asked_for:
             raise InputError(step.target.name, problem, step.target.install_hint())
         left_out.append(
-            ArtifactReport(format=step.target.name, variant=step.variant, status="skipped",
+            ArtifactReport(format=step.target.name, variant=step.label, status="skipped",
                            reason=f"{problem}; {step.target.install_hint()}")
         )  # fmt: skip
     return possible, left_out
@@ -308,7 +342,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     exported = outcomes.get(f"export {step.key}", Outcome())
     judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
-    base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
+    base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
         files = describe_files(asked.out, step.path)
@@ -321,7 +355,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if isinstance(exported.value, Export):
         base |= {
             "run": exported.value.run,
-            "notes": tuple(exported.value.notes),
+            "notes": (*exported.value.notes, *_codec_notes(asked, step)),
             "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
         }
     seconds = exported.seconds + judged.seconds
@@ -338,18 +372,38 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         reason = "logits were not compared: the model does not fit into --memory"
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
+    base["notes"] = (*base.get("notes", ()), *notes(found.tokenizer, found.chat))
     return ArtifactReport(
         **base,
         status=status,
         reason=reason,
         weights=found.weights,
+        facts=found.facts,
         tokenizer=found.tokenizer,
+        chat=found.chat,
         logits=logits,
         more_logits=found.more_logits,
+        departs=found.departs,
         npu=npu,
         bounds=held,
+        validation=_validation(found, judged.seconds),
         seconds=seconds,
     )
+
+
+def _codec_notes(asked: Request, step: Step) -> list[str]:
+    """That a codec was asked for which the artefact has no place for."""
+    codecs = ", ".join(str(codec) for codec in asked.ple_codecs if codec is not None)
+    if not codecs or step.variant in step.target.codec_variants:
+        return []
+    what = f"the variant {step.variant}" if step.target.codec_variants else step.target.title
+    return [f"{what} has nothing that holds a vector codec ({codecs}): the per-layer embeddings are as without it"]
+
+
+def _validation(found: Validation, seconds: float) -> ValidationReport:
+    """How long the validation took, and the runtimes in it."""
+    runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
+    return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
 
 
 def _model(asked: Request, source: Checkpoint, checkpoint: Checkpoint, found: Outcome, notes: list[str]) -> ModelReport:

@@ -16,6 +16,7 @@ from gemexport.formats.files import PARTIAL, atomic, explained, remove
 
 WORK = ".gemexport"
 OWNER = "model.json"
+VECTORS = "ple-codec"  # folder in it of the vector codec's fit
 SOURCE = "source"  # folder in it of what is unpacked from a model in one file
 
 
@@ -62,6 +63,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
         raise InputError(out, "is a file", "choose another folder with -o")
     if fresh:
         remove(work / "grids")
+        remove(work / VECTORS)
         remove(work / SOURCE)
         remove(work / "compressed")
     _make(work)

@@ -5,7 +5,7 @@ transformers and the compressed-tensors package do the loading and unpacking; no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,11 @@ import torch
 import transformers
 
 from gemexport.formats.compressed_tensors import read_config
+from gemexport.formats.compressed_tensors_activations import activations
 from gemexport.formats.errors import InputError
+from gemexport.validators.chat import apply
 from gemexport.validators.reference import Reference, quiet
+from gemexport.validators.runtime import Arithmetic, Layout
 
 
 def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
@@ -47,20 +50,24 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise InputError(path, f"transformers finds no {missing[0]} in it", remedy)
-    return CompressedTensors(model, tokenizer, threads)
+    return CompressedTensors(model, tokenizer, threads, "static-activations" if activations(path) else "f32")
 
 
 class CompressedTensors(Reference):
     """The model as transformers loaded it, and the tokenizer beside it."""
 
-    def __init__(self, model: Any, tokenizer: Any, threads: int) -> None:
-        version = transformers.__version__
-        super().__init__(model, "f32", threads, f"transformers {version} (compressed-tensors, set to f32)")
+    def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:
+        name = f"transformers {transformers.__version__} (compressed-tensors, set to f32)"
+        super().__init__(model, arithmetic, threads, name)
         self._tokenizer = tokenizer
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that AutoTokenizer gives, without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as its tokenizer's `apply_chat_template` lays them out."""
+        return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
 
 
 @contextmanager
