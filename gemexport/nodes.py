@@ -58,6 +58,7 @@ class Workplace:
     work: Path
     tokens: int
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
 
     @property
@@ -73,6 +74,10 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
+        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+
+    def plain(self) -> Checkpoint:
+        """The checkpoint before it was compressed: what the loss is measured against."""
         return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
@@ -93,8 +98,9 @@ class Workplace:
             self.work / "reference" / name, lambda: _reference(checkpoint, tensors, activations=activations)
         )
 
-    def source(self, checkpoint: Checkpoint) -> ReferenceStore:
-        """The reference's logits with what the checkpoint holds."""
+    def source(self) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds, before it was compressed."""
+        checkpoint = self.plain()
         return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
 
 
@@ -149,10 +155,10 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     """
     from gemexport.validators import divergence
 
-    checkpoint = place.checkpoint()
+    checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.source(checkpoint)
+    store = place.source()
     for sequence in sequences:
         store.logits(sequence)
         progress(len(sequence))
@@ -295,7 +301,7 @@ class _Trial:
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
-        self._source = place.source(checkpoint)
+        self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:
