@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gemexport.formats.coreml_activations import activations
 from gemexport.formats.coreml_package import coremltools, open_package
 from gemexport.formats.errors import InputError
 from gemexport.validators import runtime
@@ -107,7 +108,7 @@ class Evaluated(CoreMLModel):
     def __init__(self, path: Path, how: Feeds, arithmetic: Arithmetic, threads: int) -> None:
         super().__init__(how)
         self.name = f"MIL evaluator of gemexport, PyTorch {torch.__version__}"
-        self.arithmetic = arithmetic
+        self.arithmetic = "static-activations" if arithmetic == "f32" and activations(path) else arithmetic
         self._threads = threads
         with _threads(threads):
             self._program: Program | None = Program(path, arithmetic, hold=HOLD)
