@@ -21,8 +21,9 @@ from gemexport.exporters.decoder import logits
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.formats.activations import Activations
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.coreml import NORM_OFFSET
+from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
 from gemexport.formats.coreml_package import coremltools
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
@@ -150,6 +151,11 @@ def _metadata(checkpoint: Checkpoint, variant: str) -> dict[str, str]:
     }
     if any(layer.sliding for layer in checkpoint.architecture.layers):
         metadata[SLIDING_WINDOW] = str(checkpoint.architecture.sliding_window)
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor, AdditiveTensor) and variant == "int4":
+            metadata[f"{CODEC}{stored_name(tensor.name)}"] = str(tensor.codec)
+            if tensor.fitted_rms is not None:
+                metadata[f"{FITTED_RMS}{stored_name(tensor.name)}"] = repr(tensor.fitted_rms)
     return metadata
 
 

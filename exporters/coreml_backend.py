@@ -16,9 +16,10 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from gemexport.exporters.coreml_activations import Integer, rounded
-from gemexport.exporters.coreml_constants import Matrix, matrix
+from gemexport.exporters.coreml_constants import Matrix, Sum, matrix, vectors
 from gemexport.exporters.coreml_weights import Sources, placeholder
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.architecture import Architecture, Layer
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import stored_name
@@ -97,6 +98,9 @@ class MILBackend:
         return self._weights[name]
 
     def embedding(self, weight: str, scale: float) -> Var:
+        tensor = self._tensors[weight]
+        if isinstance(tensor, AdditiveTensor) and self._sources.variant == "int4":
+            return self.scale(self._vectors(vectors(tensor, self._sources)), scale)
         table, ids = self._weight(weight), self._inputs[INPUT_IDS]
         rows = self._cast(mb.gather(x=table.weight, indices=ids, axis=0, name=self._name("gather")), "fp32")
         if table.biases is not None:
@@ -105,6 +109,20 @@ class MILBackend:
             biases = self._reshape(self._cast(biases, "fp32"), (1, -1, width // table.block, 1))
             rows = self.merge(self.add(self._reshape(rows, (1, -1, width // table.block, table.block)), biases))
         return self.scale(rows, scale)
+
+    def _vectors(self, table: Sum) -> Var:
+        """Rows of a matrix in the vector codec at the ids, added and scaled in float32."""
+        ids = self._inputs[INPUT_IDS]
+        rows = [
+            self._cast(mb.gather(x=x, indices=ids, axis=0, name=self._name("gather")), "fp32")
+            for x in (*table.parts, table.scales)
+        ]
+        total, scales = rows[0], rows[-1]
+        for part in rows[1:-1]:
+            total = self.add(total, part)
+        blocks = scales.shape[-1]
+        wide = self._reshape(total, (1, -1, blocks, table.block))
+        return self.merge(self.mul(wide, self._reshape(scales, (1, -1, blocks, 1))))
 
     def linear(self, x: Var, weight: str) -> Var:
         # A tied head has scales of its own.

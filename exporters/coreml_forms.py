@@ -18,6 +18,7 @@ from gemexport.formats.grids import GridTensor
 from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
 
 Float = Literal["fp16", "fp32"]
+INDICES = (2, 3, 4, 6, 8)  # bits of a place in a table
 NUMBERS: dict[str, type[np.floating]] = {"fp16": np.float16, "fp32": np.float32}
 
 
@@ -35,7 +36,7 @@ class Form:
 def code_type(grid: Grid) -> str:
     """The element type of a grid's codes, or of their places in a table: those of 2 bits and of codebooks."""
     if grid.kind == "codebook":
-        return next(f"uint{bits}" for bits in (2, 3, 4, 6, 8) if bits >= grid.bits)
+        return next(f"uint{bits}" for bits in INDICES if bits >= grid.bits)
     if grid.bits == 2:
         return "uint2"
     return ("int" if grid.kind == "symmetric" else "uint") + ("4" if grid.bits <= 4 else "8")

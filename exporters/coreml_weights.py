@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.exporters.coreml_forms import NUMBERS, Float, Form, halves, row_slices, split
-from gemexport.formats.coreml import BIASES
+from gemexport.formats.additive import AdditiveTensor
+from gemexport.formats.coreml import BIASES, SCALES
 from gemexport.formats.coreml_blob import BlobWriter
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ITEM_BYTES, Floats, Grid, Tensor
@@ -73,6 +74,19 @@ class Sources:
                     writer.write(f"{stored}_offsets", zeros)
                     if rest is not None and form.biases is not None:
                         writer.write(f"{stored}{BIASES}", rest)
+                self._advance(tensor, stop - start)
+
+        self.fills.append(fill)
+
+    def vectors(self, stored: str, tensor: AdditiveTensor) -> None:
+        """Fill the blobs of a matrix in the vector codec: codes by codebook, and scales."""
+
+        def fill(writer: BlobWriter) -> None:
+            for start, stop in row_slices(tensor):
+                codes, scales = tensor.rows(start, stop).grid()
+                for m in range(tensor.codec.codebooks):
+                    writer.write(f"{stored}_codes_{m}", codes[:, :, m])
+                writer.write(f"{stored}{SCALES}", scales)
                 self._advance(tensor, stop - start)
 
         self.fills.append(fill)

@@ -22,15 +22,11 @@ from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf_config import EOS_IDS
 from gemexport.formats.gguf_container import Value, boolean, float32, int32, string, uint32
-from gemexport.formats.gguf_vocabulary import SAMPLING, SPACE
+from gemexport.formats.gguf_vocabulary import SAMPLING, SPACE, VISIBLE
 from gemexport.formats.lattice import jit
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 LOWEST_SCORE = -1e6  # below that of any merged token: for tokens that no merge makes
-# Markup of Gemma 4's answers that llama.cpp's chat parser must see; control tokens would be left out of the text.
-VISIBLE = frozenset(
-    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
-)
 
 
 @dataclass

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from gemexport.exporters import decoder
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.genai_config import genai_config
+from gemexport.exporters.onnx_additive import byte_notes
 from gemexport.exporters.onnx_common import KINDS, stored_bits
 from gemexport.exporters.onnx_graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx_htp import held_by_rows
@@ -68,6 +69,7 @@ def export(
     else:
         tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
         checkpoint = replace(checkpoint, tensors=tensors)
+    notes += byte_notes(checkpoint.tensors) if variant != "f32" else []
     checkpoint = replace(checkpoint, activations=rounding)
     with atomic(path) as partial:
         partial.mkdir()

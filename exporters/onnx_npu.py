@@ -13,9 +13,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters import decoder
+from gemexport.exporters.onnx_additive import additive_rows
 from gemexport.exporters.onnx_common import StandardOperations, packed_codes, stored_bits, zero_points
 from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.architecture import Architecture, Layer, Rope
 from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, ZEROS
 from gemexport.formats.onnx_blocks import pack_signed, pack_unsigned
@@ -63,6 +65,8 @@ class NpuBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         if not self.graph.inputs:
             self.graph.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
+        if isinstance(tensor, AdditiveTensor):
+            return self.scale(additive_rows(self.graph, self.weights, tensor, self.graph.inputs[0], TABLES), scale)
         if tensor.grid is None:
             dtype = FLOATS[tensor.dtype]
             rows = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)

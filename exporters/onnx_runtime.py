@@ -12,8 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gemexport.exporters.onnx_additive import additive_rows
 from gemexport.exporters.onnx_common import StandardOperations, packed_codes, stored_bits, zero_points
 from gemexport.exporters.onnx_graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.architecture import Architecture, Layer, Rope
 from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES, ZEROS
 from gemexport.formats.onnx_blocks import pack_unsigned
@@ -50,6 +52,8 @@ class OnnxRuntimeBackend(StandardOperations):
 
     def embedding(self, weight: str, scale: float) -> ir.Value:
         tensor = self.weights.tensors[weight]
+        if self.quantized and isinstance(tensor, AdditiveTensor):
+            return self.scale(additive_rows(self.graph, self.weights, tensor, self.ids, WEIGHTS), scale)
         block = self._block(tensor)
         if block is None:
             rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0), tensor.dtype)

@@ -18,7 +18,7 @@ from gemexport.formats.errors import InputError
 
 SUPPORTED = {"gemma3_text": "gemma3", "gemma4_text": "gemma4"}
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
-Count = Field(gt=0)
+Count = Field(gt=0, le=1 << 40)
 
 
 class Rope(BaseModel):
@@ -162,7 +162,7 @@ class _TextConfig(BaseModel):
     vocab_size: int | None = Field(default=None, gt=0)
     hidden_size: int = Count
     intermediate_size: int = Count
-    num_hidden_layers: int = Count
+    num_hidden_layers: int = Field(gt=0, le=1 << 12)  # each becomes an object before any file is looked at
     num_attention_heads: int = Field(default=8, gt=0)
     num_key_value_heads: int = Field(default=4, gt=0)
     head_dim: int = Field(default=256, gt=0)
@@ -171,12 +171,13 @@ class _TextConfig(BaseModel):
     max_position_embeddings: int = 131_072
     sliding_window: int | None = None
     sliding_window_pattern: int | None = None
+    older_pattern: int | None = Field(default=None, alias="_sliding_window_pattern")
     layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: float | None = None
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: float = Field(default=256, gt=0)
     # By attention type; transformers saves a config in the older spelling with settings of none of them beside these.
     rope_parameters: dict[str, Any] | None = None
     rope_theta: float | None = None
@@ -188,8 +189,8 @@ class _TextConfig(BaseModel):
     attention_k_eq_v: bool = False
     num_kv_shared_layers: int = 0
     use_double_wide_mlp: bool = False
-    hidden_size_per_layer_input: int = 256
-    vocab_size_per_layer_input: int = 262_144
+    hidden_size_per_layer_input: int = Field(default=256, ge=0)
+    vocab_size_per_layer_input: int = Field(default=262_144, gt=0)
     enable_moe_block: bool = False
     use_bidirectional_attention: bool | str | None = None
     bos_token_id: int | None = 2
@@ -199,8 +200,7 @@ class _TextConfig(BaseModel):
     def types(self) -> list[str]:
         if self.layer_types is not None:
             return list(self.layer_types)
-        extra = self.model_extra or {}
-        pattern = self.sliding_window_pattern or extra.get("_sliding_window_pattern") or 6
+        pattern = self.sliding_window_pattern or self.older_pattern or 6
         return [
             "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(self.num_hidden_layers)
         ]
@@ -211,7 +211,7 @@ def text_config(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
     Raises InputError for an architecture that is not a Gemma 3 or Gemma 4 decoder.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in WRAPPERS and isinstance(config.get("text_config"), dict):
         inner = {"model_type": WRAPPERS[kind], **config["text_config"]}
         for key in ("eos_token_id", "tie_word_embeddings"):
@@ -242,7 +242,7 @@ def architecture(config: dict[str, Any], path: str | Path) -> Architecture:
     _refuse(fields, family, path)
     try:
         layers = _layers(fields, family)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise InputError(
             path, f"the layers are contradictory ({error})", "use the config.json that came with the model"
         ) from error

@@ -77,6 +77,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what the reader could not keep
     fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
     activations: Activations | None = None  # static scales of activations and caches, where it came with any
+    adapter: str | None = None  # digest of the LoRA that is merged in
+    bases: Mapping[str, Tensor] = field(default_factory=dict)  # what it was added to, by the names of these tensors
 
     @property
     def assets(self) -> Path:
@@ -105,13 +107,22 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def open_checkpoint(path: str | Path, scratch: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: str | Path | None = None) -> Checkpoint:
     """The checkpoint in the folder or the GGUF file `path`; reads headers only.
 
-    What a file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that
-    is gone when the process ends. Raises InputError for what is missing, truncated, contradictory or not known.
+    With `adapter`, the folder of a LoRA adapter of peft, its tensors are merged with that one as they are read. What a
+    file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that is
+    gone when the process ends. Raises InputError for what is missing, truncated, contradictory or not known.
     """
-    path = Path(path)
+    base = _open(Path(path), scratch)
+    if adapter is None:
+        return base
+    adapted: Checkpoint = import_module("gemexport.formats.lora").adapted(base, Path(adapter))
+    return adapted
+
+
+def _open(path: Path, scratch: Path | None) -> Checkpoint:
+    """The checkpoint in the folder or the file `path`, by itself."""
     if path.is_dir():
         return _folder(path)
     if is_gguf(path):
@@ -155,7 +166,6 @@ def _folder(folder: Path) -> Checkpoint:
     if not (folder / "tokenizer.json").is_file():
         remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         raise InputError(folder, "there is no tokenizer.json", remedy)
-    check_tokenizer(folder / "tokenizer.json")
     found = _source(folder, config, decoder)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
@@ -254,7 +264,10 @@ class _Tokenizer(BaseModel):
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raise InputError when a file is not the whole JSON of a tokenizer."""
+    """Raise InputError when a file is not the whole JSON of a tokenizer.
+
+    Apart from `open_checkpoint`, which every step of a run calls: reading 33 MB of JSON takes longer than all it does.
+    """
     try:
         _Tokenizer.model_validate_json(path.read_bytes())
     except (ValueError, OSError) as error:

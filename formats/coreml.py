@@ -10,14 +10,21 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gemexport.formats.coreml_arrays import Array
+from gemexport.formats.additive import AdditiveTensor, Indices
+from gemexport.formats.coreml_arrays import Array, Palette, Stored
 from gemexport.formats.coreml_grids import coded
 from gemexport.formats.coreml_package import Package, Value, constant, open_package
+from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor
+from gemexport.formats.vector_codec import Codec, parse
 
 NORM_OFFSET = "gemexport.norm_offset"  # metadata: what was added to the weights of the norms
 BIASES = "_biases"  # after a weight's stored name: the constant of what its program adds to each of its blocks
+CODEC = "gemexport.codec."  # metadata, before a weight's stored name: the spelling of the vector codec that it is in
+FITTED_RMS = "gemexport.fitted_rms."  # beside it: the error that the fit measured
+CODEBOOK, SCALES = "_codebook_", "_scales"  # after a weight's stored name: its palettes of vectors, and its scales
 _LAYER = (
     "self_attn.q_proj.weight",
     "self_attn.k_proj.weight",
@@ -84,7 +91,47 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
         biases = values.get(f"{stored}{BIASES}")
         tensor = coded(name, value, None if isinstance(biases, str | list) else biases)
         found[name] = tensor or CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
+    for key, spelling in package.metadata.items():
+        name = canonical_name(key.removeprefix(CODEC)) if key.startswith(CODEC) else None
+        if name is not None:
+            found[name] = _additive(name, parse(spelling), package, values)
     return found
+
+
+class StackedCodes:
+    """The places in several palettes of one shape, as codes `[out, in / V, M]`."""
+
+    def __init__(self, parts: list[Palette]) -> None:
+        self._parts = [part.indices for part in parts]
+        self.shape = (*self._parts[0].shape, len(parts))
+
+    def __getitem__(self, rows: slice) -> Indices:
+        start, stop, _ = rows.indices(self.shape[0])
+        return np.stack([np.asarray(part.rows(start, stop), np.uint8) for part in self._parts], axis=2)
+
+
+def _additive(name: str, codec: Codec, package: Package, values: dict[str, Value]) -> Tensor:
+    """A matrix in the vector codec out of a palette for each codebook, and scales."""
+    stored = stored_name(name)
+    parts = [values.get(f"{stored}{CODEBOOK}{m}") for m in range(codec.codebooks)]
+    palettes = [part for part in parts if isinstance(part, Palette)]
+    scales = values.get(f"{stored}{SCALES}")
+    whole = isinstance(scales, Stored) and len(palettes) == len(parts)
+    if not whole or any(
+        part.lut.shape[:-2] != (1, 1)
+        or part.lut.shape[-1] != codec.vector
+        or part.lut.shape[-2] < codec.entries
+        or part.indices.shape != palettes[0].indices.shape
+        for part in palettes
+    ):
+        raise InputError(package.path, f"{name} is not in the vector codec {codec}", "export or download it again")
+    assert isinstance(scales, Stored)
+    books = np.stack([np.asarray(part.lut.numpy(), np.float32)[0, 0, : codec.entries] for part in palettes])
+    factors: NDArray[np.floating] = np.asarray(scales.numpy(), np.float16 if scales.kind == "fp16" else np.float32)
+    measured = package.metadata.get(f"{FITTED_RMS}{stored}")
+    return AdditiveTensor(
+        name, codec, StackedCodes(palettes), books, factors, None if measured is None else float(measured)
+    )
 
 
 def constants(package: Package) -> dict[str, Value]:

@@ -9,7 +9,8 @@ class InputError(Exception):
     """The request or the input is at fault; the command line prints it as one line and exits with status 2."""
 
     def __init__(self, path: str | Path, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem}; {remedy}")
+        # What a file says of itself may be quoted in the problem, and may have line breaks.
+        super().__init__(" ".join(line.strip() for line in f"{path}: {problem}; {remedy}".splitlines()))
         self.path = str(path)
         self.problem = problem
         self.remedy = remedy

@@ -29,6 +29,10 @@ MAX_TOKEN_BYTES = 256  # Gemma's longest has 48; the search for merges takes the
 NORMAL, USER_DEFINED, UNUSED = int(TokenType.NORMAL), int(TokenType.USER_DEFINED), int(TokenType.UNUSED)
 _MERGED = (NORMAL, USER_DEFINED)
 _ADDED = (int(TokenType.CONTROL), USER_DEFINED, int(TokenType.UNKNOWN))
+# Markup of Gemma 4's answers that llama.cpp's chat parser must see; control tokens would be left out of the text.
+VISIBLE = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 # generation_config.json's names for the metadata's.
 SAMPLING = {
     Keys.General.SAMPLING_TOP_K: "top_k",
@@ -72,9 +76,9 @@ def write(facts: Metadata, config: Mapping[str, Any], folder: Path) -> None:
     `config` is that of `gguf_config`. Raises InputError for a vocabulary or merges that are not a tokenizer's.
     """
     size = config["vocab_size"]
-    vocabulary = _vocabulary(facts, size)
-    _dump(folder / "tokenizer.json", _tokenizer(facts, vocabulary, config))
-    settings = _settings(facts, vocabulary, config)
+    tokens = vocabulary(facts, size)
+    _dump(folder / "tokenizer.json", _tokenizer(facts, tokens, config))
+    settings = _settings(facts, tokens, config)
     template, others = _templates(facts)
     if others:
         named = {"default": template, **others} if template is not None else others
@@ -90,7 +94,7 @@ def _dump(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
-def _vocabulary(facts: Metadata, size: int) -> Vocabulary:
+def vocabulary(facts: Metadata, size: int) -> Vocabulary:
     """The tokens, with what llama.cpp's files spell differently put back."""
     kinds = facts.array(Keys.Tokenizer.TOKEN_TYPE, size, "iu", "token types")
     sentencepiece = facts.text(Keys.Tokenizer.MODEL) == SENTENCEPIECE

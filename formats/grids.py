@@ -46,6 +46,7 @@ class GridRecord(BaseModel):
     offset: int = 0  # bytes into the scales file
     squared_error: float = 0.0  # sum of (w - code * scale)**2 / sum of w**2
     native: bool = False  # the file has codes of its own, and what else is said here is of the fallback
+    left: bool = False  # an adapter was merged into it, which took it off the lattice that its base lies on
 
 
 class GridIndex(BaseModel):
@@ -85,9 +86,11 @@ class GridTensor:
         return self._base.numpy()
 
 
-def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """A digest of what the grids depend on: sizes and times of the weight files, the config, the recipe."""
-    digest = hashlib.sha256(recipe.model_dump_json().encode())
+def fingerprint(checkpoint: Checkpoint, settings: BaseModel) -> str:
+    """A digest of what is found in a checkpoint with these settings: sizes and times of its files, config, adapter."""
+    digest = hashlib.sha256(settings.model_dump_json().encode())
+    if checkpoint.adapter is not None:
+        digest.update(f"adapter {checkpoint.adapter}\n".encode())
     for path in checkpoint.files or sorted(checkpoint.path.glob("*")):
         if path.suffix in (".safetensors", ".json", ".gguf"):
             status = path.stat()
@@ -122,17 +125,30 @@ def find_grids(
             for record in _look(checkpoint, file, threads):
                 found.append(record)
                 progress(int(np.prod(checkpoint.tensors[record.name].shape)))
-            mixed = any(record.lossless for record in found)
-            if not mixed or recipe.requantize_mixed:
-                found = [
-                    record
-                    if record.lossless
-                    else _quantize(checkpoint.tensors[record.name], record, recipe, file, threads)
-                    for record in found
-                ]
+            found = [_compared_with_base(record, checkpoint, threads) for record in found]
+            mixed = any(record.lossless or record.left for record in found)
+            found = [
+                _quantize(checkpoint.tensors[record.name], record, recipe, file, threads)
+                if not record.lossless and (record.left or not mixed or recipe.requantize_mixed)
+                else record
+                for record in found
+            ]
         index = GridIndex(fingerprint=mark, tensors=found)
         (partial / INDEX).write_text(index.model_dump_json(indent=1), "utf-8")
     return index
+
+
+def _compared_with_base(record: GridRecord, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
+    """The record of a tensor, which says so when an adapter took the tensor off a lattice."""
+    from gemexport.formats.lattice import search_all
+
+    base = checkpoint.bases.get(record.name)
+    if base is None or record.lossless:
+        return record
+    if base.grid is not None:
+        return record.model_copy(update={"left": base.grid.lossless})
+    left = all(part.on == part.weights for part in search_all([base], threads))
+    return record.model_copy(update={"left": left})
 
 
 def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> None:

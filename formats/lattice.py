@@ -19,7 +19,6 @@ from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
-BITS = 4
 SAMPLES, SAMPLED_ROWS = 8, 8  # places in a tensor, and rows at each: a place costs a mapping of the file
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
@@ -259,9 +258,25 @@ def encode(values: Floats, scales: Floats, bits: int) -> Codes:
     return codes
 
 
-def code_bits(codes: Codes) -> int:
-    """2, 4 or 8: the narrowest signed width that holds every code."""
-    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+@reduction
+def _code_range(values: Floats, scales: Floats) -> tuple[float, float]:
+    """The lowest and the highest code: those of the blocks' lowest and highest values."""
+    block = values.shape[1] // scales.shape[1]
+    lowest, highest = 0.0, 0.0
+    for row in range(values.shape[0]):
+        for b in range(scales.shape[1]):
+            low = high = values[row, b * block]
+            for i in range(b * block, (b + 1) * block):
+                low, high = min(low, values[row, i]), max(high, values[row, i])
+            inverse = 0.0 if scales[row, b] == 0 else 1.0 / scales[row, b]
+            for extreme in (low * inverse, high * inverse):
+                lowest, highest = min(lowest, nearest(extreme)), max(highest, nearest(extreme))
+    return lowest, highest
+
+
+def code_bits(values: Floats, scales: Floats) -> int:
+    """2, 4 or 8: the narrowest signed width that holds every code of values `[rows, in]` on a grid that they lie on."""
+    low, high = _code_range(values, scales)
     return next(bits for bits in (2, 4, 8) if low >= -(1 << (bits - 1)) and high < 1 << (bits - 1))
 
 
@@ -313,7 +328,7 @@ def _examine(tensor: Tensor, block: int, bounds: tuple[int, int]) -> Found:
     values = tensor.rows(*bounds).values
     scales, on = search(values, block, tensor.dtype)
     whole = on == values.size
-    bits = code_bits(encode(values, scales, BITS)) if whole else 0
+    bits = code_bits(values, scales) if whole else 0
     return Found(tensor, block, scales, values.size, on, bits, "" if whole else fault(values))
 
 

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats import onnx_builder
+from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx_blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.tensor import Floats, Rows, Tensor
+from gemexport.formats.vector_codec import Codec, parse
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,6 +30,9 @@ BITS = "gemexport.bits"
 COPY = "gemexport.copy_of"  # on an initializer that holds another weight once more, in another layout
 DERIVED = "gemexport.derived_from"  # on an initializer that holds another weight on a coarser grid
 OFFSET = "gemexport.offset"  # on an initializer that has had this number added
+CODEC = "gemexport.codec"  # on the codes of a matrix in the vector codec: its spelling
+FITTED_RMS = "gemexport.fitted_rms"  # beside it: the error that the fit measured
+CODEBOOKS = ".codebooks"  # what its codebooks are called, after its own name
 SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero points are called, after its own name
 
 EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
@@ -130,7 +135,9 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
 def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor | None:
     """The tensor that an initializer holds, by the first operator that reads it; None for what is no weight."""
     assert value.const_value is not None
-    bits = value.const_value.metadata_props.get(BITS)
+    bits, codec = (value.const_value.metadata_props.get(key) for key in (BITS, CODEC))
+    if codec:
+        return _additive(name, value, parse(codec), graph, file)
     if bits:
         return _table(name, value, int(bits), graph, file)
     for node, index in _uses(value):
@@ -150,6 +157,21 @@ def _table(name: str, value: ir.Value, bits: int, graph: ir.Graph, file: Path) -
     return PackedTensor(
         name, _array(value, file), _array(scales, file), bits, signed=False, transposed=False, zero_points=zero_points
     )
+
+
+def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: Path) -> Tensor:
+    """Codes of the vector codec; codebooks and scales beside them."""
+    if f"{value.name}{CODEBOOKS}" not in graph.initializers or f"{value.name}{SCALES}" not in graph.initializers:
+        raise InputError(file, f"{value.name} has no codebooks or no scales", BROKEN)
+    assert value.const_value is not None
+    measured = value.const_value.metadata_props.get(FITTED_RMS)
+    books, scales = (_array(graph.initializers[f"{value.name}{part}"], file) for part in (CODEBOOKS, SCALES))
+    codes, shape = _array(value, file), (codec.codebooks, codec.entries, codec.vector)
+    if codes.dtype != np.uint8 or books.size != np.prod(shape):
+        raise InputError(file, f"the codes and codebooks of {value.name} are not those of {codec}", BROKEN)
+    scales = scales if scales.dtype == np.float16 else to_floats(scales)
+    books = to_floats(books).reshape(shape)
+    return AdditiveTensor(name, codec, codes, books, scales, None if measured is None else float(measured))
 
 
 def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:
@@ -217,7 +239,8 @@ def _vector(name: str, stored: NDArray[Any], node: ir.Node, file: Path) -> Tenso
     scale, zero_point = (_array(_constant(value), file).astype(np.float64) for value in node.inputs[1:3])
     weight = _constant(node.inputs[0]).const_value
     offset = 0.0 if weight is None else float(weight.metadata_props.get(OFFSET, 0.0))
-    return StoredTensor(name, ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32))
+    values = ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32)
+    return StoredTensor(name, values, requantized=True)
 
 
 def _uses(value: ir.Value) -> Iterator[Use]:

@@ -77,8 +77,8 @@ class StoredTensor:
 
     grid: Grid | None = None
 
-    def __init__(self, name: str, array: NDArray[Any], transposed: bool = False) -> None:
-        self.name = name
+    def __init__(self, name: str, array: NDArray[Any], transposed: bool = False, *, requantized: bool = False) -> None:
+        self.name, self.requantized = name, requantized  # whether it is stored as integers fitted to its values
         self.array = array.T if transposed else array
         self.shape: tuple[int, ...] = self.array.shape
         self.dtype: DType = float_dtype(array)

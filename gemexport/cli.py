@@ -40,6 +40,25 @@ NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artef
 Fresh = Annotated[
     bool, typer.Option("--fresh/--resume", help="Start anew, or use the grids that an earlier run found.")
 ]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL.")
+]
+PleCodec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="aqlm:MxB,…",
+        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
+    ),
+]
+Compress = Annotated[
+    str | None, typer.Option(help="Quantize the linears with llm-compressor first: gptq, awq or rtn; docs/compress.md.")
+]
+CompressPython = Annotated[
+    Path | None, typer.Option(metavar="PYTHON", help="An interpreter that has llm-compressor; default: this one.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq calibrate on; default: built-in prompts.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
@@ -64,12 +83,17 @@ def export_all(
     out: Out = None,
     only: Annotated[str | None, typer.Option(help="Formats to write, such as gguf,mlx.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    adapter: Adapter = None,
+    compress: Compress = None,
+    compress_python: CompressPython = None,
+    calibration: Calibration = None,
     recipe: RecipeName = "default",
     jobs: Jobs = None,
     memory: Memory = None,
     tokens: Tokens = 512,
     no_validate: NoValidate = False,
     fresh: Fresh = False,
+    ple_codec: PleCodec = None,
     as_json: Json = False,
 ) -> None:
     """Export MODEL into every format and validate each."""
@@ -78,6 +102,7 @@ def export_all(
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
+        adapter, compress, compress_python, calibration, ple_codec,
         tokens=tokens, validate=not no_validate, fresh=fresh,
     )  # fmt: skip
     _run(asked, as_json)
@@ -94,10 +119,13 @@ def _single(name: str, model: Path, variant: str | None, options: dict[str, Any]
 
 
 def _common(
-    out: Path | None, recipe: str, memory: str | None, tokens: int, no_validate: bool, fresh: bool, as_json: bool
-) -> dict[str, Any]:
+    out: Path | None, adapter: Path | None, compress: str | None, compress_python: Path | None,
+    calibration: Path | None, recipe: str, memory: str | None, tokens: int, no_validate: bool, fresh: bool,
+    as_json: bool,
+) -> dict[str, Any]:  # fmt: skip
     return {
-        "out": out, "recipe": recipe, "memory": parse_bytes(memory), "tokens": tokens,
+        "out": out, "adapter": adapter, "compress": compress, "compress_python": compress_python,
+        "calibration": calibration, "recipe": recipe, "memory": parse_bytes(memory), "tokens": tokens,
         "validate": not no_validate, "fresh": fresh, "as_json": as_json,
     }  # fmt: skip
 
@@ -115,11 +143,14 @@ def gguf(
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Importances for K-quants, from llama-imatrix; docs/kquants.md.")
     ] = None,
-    recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
-    fresh: Fresh = False, as_json: Json = False,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to GGUF, for llama.cpp and Ollama."""
-    common = _common(out, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("gguf", model, variant, {"imatrix": imatrix}, common)
 
 
@@ -127,11 +158,14 @@ def gguf(
 def mlx(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("4bit, bf16, f32")] = None,
     scales: Annotated[str | None, typer.Option(help="f16, bf16 or f32; see docs/mlx-scales.md.")] = None,
-    recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
-    fresh: Fresh = False, as_json: Json = False,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to MLX, for Macs."""
-    common = _common(out, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("mlx", model, variant, {"scales": scales}, common)
 
 
@@ -141,33 +175,46 @@ def onnx(
     variant: Annotated[str | None, _variant("int4, npu, npu-a8, npu-a16, f32")] = None,
     ranges: Annotated[Path | None, typer.Option(help="The activations.json of an earlier npu-a8 or npu-a16.")] = None,
     range_method: Annotated[str | None, typer.Option(help="minmax or percentile, for npu-a8 and npu-a16.")] = None,
-    recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
-    fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to ONNX, for ONNX Runtime and NPUs."""
     options = {"ranges": ranges, "range_method": range_method}
-    _single("onnx", model, variant, options, _common(out, recipe, memory, tokens, no_validate, fresh, as_json))
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
+    _single("onnx", model, variant, options, common | {"ple_codec": ple_codec})
 
 
 @app.command()
 def coreml(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("int4, f16, f32")] = None,
-    recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
-    fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to Core ML, for iPhones, iPads and Macs."""
-    _single("coreml", model, variant, {}, _common(out, recipe, memory, tokens, no_validate, fresh, as_json))
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
+    _single("coreml", model, variant, {}, common | {"ple_codec": ple_codec})
 
 
 @app.command("compressed-tensors")
 def compressed_tensors(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("w4a16, bf16")] = None,
     pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="Embeddings as codes too.")] = False,
-    recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
-    fresh: Fresh = False, as_json: Json = False,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to compressed-tensors, for vLLM and transformers."""
-    common = _common(out, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings or None}, common)
 
 
@@ -175,6 +222,7 @@ def compressed_tensors(
 def validate(
     model: Model,
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A file or folder of any of the formats.")],
+    adapter: Adapter = None,
     recipe: RecipeName = "default",
     memory: Memory = None,
     tokens: Tokens = 512,
@@ -194,7 +242,7 @@ def validate(
     from gemexport.run import validate as judge
 
     target = recognise(artifact)
-    asked = request(model, None, [], recipe=recipe, memory=parse_bytes(memory), tokens=tokens)
+    asked = request(model, None, [], recipe=recipe, memory=parse_bytes(memory), adapter=adapter, tokens=tokens)
     with watching(as_json) as events:
         report = judge(
             model, artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
@@ -211,18 +259,21 @@ def validate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or an artefact.")],
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """Tell what PATH holds: architecture, sizes, quantization, lattice."""
     from gemexport.describe import inspect_path
 
-    inspect_path(path, as_json)
+    inspect_path(path, as_json, adapter)
 
 
 @app.command()
 def plan(
     model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to write.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None, recipe: RecipeName = "default",
+    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -233,7 +284,7 @@ def plan(
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        tokens=tokens, validate=not no_validate,
+        adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate,
     )  # fmt: skip
     print_plan(asked, as_json)
 
@@ -276,6 +327,8 @@ def _table(report: Report, out: Path) -> None:
 
     console = Console(highlight=False)
     print_table(report, console, out)
+    for note in report.model.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
     console.print(f"\n{out / 'report.html'} has the details", style="dim", soft_wrap=True)
 
 

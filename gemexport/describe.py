@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
@@ -23,10 +24,12 @@ from gemexport.run import Request, graph, steps
 from gemexport.workspace import WORK
 
 
-def inspect_path(path: Path, as_json: bool) -> None:
-    """Print what a checkpoint or an artefact holds."""
+def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None:
+    """Print what a checkpoint, with an adapter merged in if one is given, or an artefact holds."""
     console = Console(highlight=False)
-    if is_gguf(path):
+    if adapter is not None:
+        facts = _checkpoint_facts(path, adapter)
+    elif is_gguf(path):
         facts = _gguf_facts(path)
     else:
         facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
@@ -61,9 +64,9 @@ def _is_checkpoint(path: Path) -> bool:
     return '"quantization' not in text and not any(path.glob("*.onnx"))
 
 
-def _checkpoint_facts(path: Path) -> dict[str, Any]:
+def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]:
     """A checkpoint's decoder and, from a sample of rows of each tensor, the grids its weights seem to lie on."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapter=adapter)
     decoder = checkpoint.architecture
     sliding = sum(layer.sliding for layer in decoder.layers)
     shared = sum(not layer.owns_cache for layer in decoder.layers)
@@ -83,6 +86,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "head sizes": ", ".join(map(str, heads)),
         "vocabulary": decoder.vocab_size,
         "left out": f"{len(checkpoint.left_out)} tensors that the text decoder does not have",
+        **({"notes": "; ".join(checkpoint.notes)} if checkpoint.notes else {}),
         "grids": _summary(checkpoint.tensors, grids),
     }
 
@@ -107,7 +111,8 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
 def _stored(tensor: Tensor) -> str:
     grid: Grid | None = tensor.grid
     if grid is None:
-        return tensor.dtype
+        codec = getattr(tensor, "codec", None)  # of an AdditiveTensor, whose module compiles loops when it is imported
+        return tensor.dtype if codec is None else f"{codec}, {tensor.rows(0, 1).grid()[1].shape[1]} scales a row"
     codes = f"{grid.bits}-bit codebook" if grid.kind == "codebook" else f"int{grid.bits}"
     shifted = {"affine": " and biases", "zero-point": " and zero points"}.get(grid.kind, "")
     return f"{codes}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales{shifted}"
@@ -128,7 +133,7 @@ def _summary(tensors: Mapping[str, Tensor], grids: Mapping[str, str]) -> list[di
 
 def print_plan(asked: Request, as_json: bool) -> None:
     """Print the DAG of a request with sizes and memory estimates; nothing is run or written."""
-    checkpoint = open_checkpoint(asked.model)
+    checkpoint = asked.checkpoint()
     wanted = steps(asked, checkpoint)
     nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
     expected = {f"export {step.key}": _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
@@ -172,12 +177,15 @@ def print_verdict(report: ArtifactReport) -> None:
     style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
     console.print(f"[{style}]{report.status}[/]  {report.format} {report.path}", soft_wrap=True)
     if report.reason:
-        console.print(report.reason, style=style, soft_wrap=True)
+        console.print(escape(report.reason), style=style, soft_wrap=True)
     if report.weights:
         exact = share(report.weights.exact_fraction)
         console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")
     if report.tokenizer:
         console.print(f"tokenizer   {report.tokenizer.equal} of {report.tokenizer.texts} texts equal")
+    if report.chat:
+        engine = f"in {report.chat.engine}"
+        console.print(f"chat        {report.chat.equal} of {report.chat.conversations} conversations equal {engine}")
     for logits in (report.logits, *report.more_logits):
         for question, figures in (("conversion", logits.conversion), ("loss", logits.loss)) if logits else ():
             if figures and logits:
@@ -189,9 +197,11 @@ def print_verdict(report: ArtifactReport) -> None:
                 )
     if report.npu:
         _print_npu(report.npu, console)
+    for note in report.notes:
+        console.print(f"  {escape(note)}", soft_wrap=True)
     for bound in report.bounds:
         mark, style = ("held", "") if bound.held else ("BROKEN", "red")
-        console.print(f"  {mark:<7} {bound}", soft_wrap=True, style=style)
+        console.print(f"  {mark:<7} {escape(str(bound))}", soft_wrap=True, style=style)
 
 
 def _print_npu(npu: NpuReport, console: Console) -> None:

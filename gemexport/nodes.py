@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,36 +13,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.exporters.result import Export
+from gemexport.facts import activation_differences, differences
 from gemexport.formats.activations import Activations
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
+from gemexport.formats.vector_codec import Codec
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
+    ChatReport,
+    DepartureReport,
     Divergence,
+    FactReport,
     GreedyReport,
     GridReport,
     LogitsReport,
     TensorReport,
-    TokenizerDifference,
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore
 from gemexport.validators.runtime import Logits, Runtime, TopLogits
-from gemexport.workspace import SOURCE
+from gemexport.workspace import SOURCE, VECTORS
 
 if TYPE_CHECKING:
+    from gemexport.formats.additive_fit import Record
     from gemexport.validators import divergence
     from gemexport.validators.weights import TensorComparison
 
 Progress = Callable[[int], None]
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
-# A choice between tokens whose logits are closer than this is a tie that rounding decides, not a disagreement.
-TIE_NATS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ class Workplace:
     model: Path
     work: Path
     tokens: int
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
+    codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+
+    @property
+    def vectors(self) -> Path:
+        """Folder of the vector codec's fit."""
+        assert self.codec is not None
+        return self.work / VECTORS / self.codec.label
 
     @property
     def grids(self) -> Path:
@@ -60,7 +74,11 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
-        return open_checkpoint(self.model, self.work / SOURCE)
+        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+
+    def plain(self) -> Checkpoint:
+        """The checkpoint before it was compressed: what the loss is measured against."""
+        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""
@@ -80,8 +98,9 @@ class Workplace:
             self.work / "reference" / name, lambda: _reference(checkpoint, tensors, activations=activations)
         )
 
-    def source(self, checkpoint: Checkpoint) -> ReferenceStore:
-        """The reference's logits with what the checkpoint holds."""
+    def source(self) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds, before it was compressed."""
+        checkpoint = self.plain()
         return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
 
 
@@ -94,18 +113,39 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
     checkpoint.unpack()  # before the exports, which would all do it at once
+    check_tokenizer(checkpoint.assets / "tokenizer.json")
     return find_grids(checkpoint, place.grids, recipe, progress)
+
+
+def fit_codec(place: Workplace, progress: Progress) -> Record:
+    """Fit the vector codec to the per-layer embeddings; progress in weights."""
+    from gemexport.formats.additive_fit import find_codec
+
+    assert place.codec is not None
+    return find_codec(place.checkpoint(), place.vectors, place.codec, progress)
 
 
 def export(
     place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
 ) -> Export:
     """Write one artefact; progress in bytes of the source."""
-    exporter, checkpoint = TARGETS[target].exporter(), place.open()
+    exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
+    if place.codec is not None:
+        checkpoint, note = _coded(place, checkpoint)
+        notes.append(note)
     if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
         options = {**options, "calibration": place.sequences(checkpoint)}
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
-    return result
+    return replace(result, notes=[*notes, *result.notes])
+
+
+def _coded(place: Workplace, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
+    """The checkpoint with its per-layer embeddings in the codec, and a note."""
+    from gemexport.formats.additive_fit import attach, read_fit
+
+    found = read_fit(place.vectors)
+    loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
+    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {found.codec}, as was asked: {loss}"
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
@@ -115,10 +155,10 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     """
     from gemexport.validators import divergence
 
-    checkpoint = place.checkpoint()
+    checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.source(checkpoint)
+    store = place.source()
     for sequence in sequences:
         store.logits(sequence)
         progress(len(sequence))
@@ -178,6 +218,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         name=item.name,
         shape=item.shape,
         dtype=item.dtype,
+        source_dtype=item.source_dtype,
         grid=GridReport.of(item.grid),
         source_grid=GridReport.of(item.source_grid),
         compared=item.compared,
@@ -187,6 +228,8 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
         requantized=item.requantized,
+        codec=item.codec,
+        fitted_rms=item.fitted_rms,
     )
 
 
@@ -196,35 +239,69 @@ class Validation:
 
     weights: WeightsReport
     tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
+    facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
 
 
 def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
     """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
-    report, digest = check_weights(place, target, path, progress)
-    if not run_logits or report.missing:
-        return Validation(report)
+    watch = Stopwatch()
+    with watch.time("weights"):
+        report, digest = check_weights(place, target, path, progress)
     checkpoint = place.open()
-    trial = _Trial(place, checkpoint, TARGETS[target], path, digest)
+    facts = check_facts(checkpoint, target, path)
+    if not run_logits or report.missing:
+        with watch.time("tokenizer"):
+            wording = check_wording(place, checkpoint, path, None)
+        return Validation(report, *wording, facts=facts, steps=watch.seconds)
+    trial = _Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, trial.tokenizer, first, tuple(more))
+    tokenizer_report, chat = trial.wording or (None, None)
+    return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
+
+
+def check_wording(
+    place: Workplace, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> tuple[TokenizerReport | None, ChatReport | None]:
+    """Tokenizer and chat template of an artefact in its runtime, or read back where there is none."""
+    from gemexport.wording import Artifact, Wording
+
+    artifact = Artifact.of(path, place.work)
+    if artifact is None:
+        return None, None
+    wording = Wording(checkpoint)
+    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
+
+
+def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
+    """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
+    stated = differences(target, path, checkpoint.architecture)
+    return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
 
 
 class _Trial:
     """One artefact in its runtime."""
 
-    def __init__(self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str) -> None:
+    def __init__(
+        self, place: Workplace, checkpoint: Checkpoint, target: Target, path: Path, digest: str, watch: Stopwatch
+    ) -> None:
+        self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
+        self._place = place
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.tokenizer: TokenizerReport | None = None  # of the first runtime that has one
-        self._source = place.source(checkpoint)
+        self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
+        self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
+        self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:
@@ -233,16 +310,6 @@ class _Trial:
         runtime: Runtime = self._target.adapter().load(self._path, threads=_threads(), context=context, **options)
         return runtime
 
-    def _compare_tokenizer(self, runtime: Runtime) -> TokenizerReport | None:
-        """The artefact's own tokenizer on the hard texts and the prompts; None when the format has none."""
-        texts = [*prompts.HARD_TEXTS, *prompts.prompts()]
-        if runtime.tokenize(texts[0]) is None:
-            return None
-        expected = tokenizer.load(self._checkpoint.assets / "tokenizer.json")
-        found = tokenizer.compare(expected, lambda text: runtime.tokenize(text) or [], texts)
-        differences = tuple(TokenizerDifference(**asdict(item)) for item in found.differences)
-        return TokenizerReport(texts=found.texts, equal=found.equal, name=runtime.name, differences=differences)
-
     def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
         """Run every sequence, then compare with both references.
 
@@ -250,20 +317,36 @@ class _Trial:
         """
         from gemexport.validators import divergence
 
-        runtime = self._load(arithmetic)
-        if self.tokenizer is None:
-            self.tokenizer = self._compare_tokenizer(runtime)
+        watch, speed = self._watch, Speedometer(_threads())
+        with watch.time("load"):
+            runtime = self._load(arithmetic)
+        speed.loaded()
+        with watch.time("tokenizer"):
+            self.wording = self.wording or check_wording(self._place, self._checkpoint, self._path, runtime)
         outputs = []
         for i, sequence in enumerate(self._sequences):
-            outputs.append(self._keep(i, runtime.logits(sequence)))
+            with watch.time("run"):
+                output = runtime.logits(sequence)
+            with watch.time("keep"):
+                outputs.append(self._keep(i, output))
+            del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
-        continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+        with watch.time("run"), speed.generating(runtime):
+            continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
         conversion, loss = divergence.Divergence(), divergence.Divergence()
         for sequence, output in zip(self._sequences, outputs, strict=True):
-            conversion.add(self._read_back.logits(sequence), output, sequence)
-            loss.add(self._source.logits(sequence), output, sequence)
+            with watch.time("reference"):
+                references = self._read_back.logits(sequence), self._source.logits(sequence)
+            with watch.time("compare"):
+                conversion.add(references[0], output, sequence)
+                loss.add(references[1], output, sequence)
+        with watch.time("reference"):
+            greedy = self._greedy(prompt, continuation)
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
+            with watch.time("walk"):
+                self.departs = self._walk(arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -271,8 +354,27 @@ class _Trial:
             top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
             conversion=figures(conversion),
             loss=figures(loss),
-            greedy=self._greedy(prompt, continuation),
+            greedy=greedy,
+            speed=speed.report(runtime.laps),
         )
+
+    def _walk(self, arithmetic: str | None) -> DepartureReport:
+        """The first layer whose output is not the reference's, on the first sequence."""
+        from gemexport.validators.layers import departure
+
+        tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
+        limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
+        runtime = self._load(arithmetic)
+        found = runtime.hidden(tokens)
+        runtime.close()
+        if found is None:
+            return DepartureReport(
+                layer=None, name="an unknown place: the runtime does not show its layers", limit=limit
+            )
+        first = departure(found, self._read_back.hidden(tokens), limit)
+        if first is None:
+            return DepartureReport(layer=layers, name="the logits: after the last layer, which agrees", limit=limit)
+        return DepartureReport(layer=first.layer, name=first.name, relative_error=first.relative_error, limit=limit)
 
     def _share(self, sequence: list[int]) -> int:
         """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""

@@ -31,6 +31,7 @@ class Target:
     packages: tuple[str, ...]  # import names that the extra brings
     arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
     noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
+    codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     computes_with_scales: bool = False  # of activations: there is formats.MODULE_activations to read them back
 
@@ -104,12 +105,14 @@ TARGETS: dict[str, Target] = {
         Target(
             "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"), "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"),
+            codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
             computes_with_scales=True,
         ),
         Target(
             "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
             computes_with_scales=True,
+            codec_variants=("int4",),
         ),
         Target(
             "compressed-tensors", "compressed-tensors", ("w4a16",), ("w4a16", "bf16"), "compressed-tensors/{variant}",

@@ -18,11 +18,23 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from gemexport.report import ArtifactReport, Divergence, Report, TensorReport, write_sums, write_text
+from gemexport.charts import LAYER, layer_errors, operating_points
+from gemexport.junit import render_junit
+from gemexport.report import (
+    ArtifactReport,
+    ChatDifference,
+    Divergence,
+    LogitsReport,
+    Pace,
+    Report,
+    TensorReport,
+    write_sums,
+    write_text,
+)
 
 NONE = "–"
+EXCERPT = 400  # letters of a conversation that are shown
 _STYLES: Mapping[str, str] = {"pass": "green", "fail": "bold red", "error": "bold red", "skipped": "yellow"}
-_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
 # The KLD plot's logarithmic axis: from what f32 arithmetic leaves on a small model to what a broken model shows.
 _DECADES = (-11, 1)
 # Lower ends of the heat map's classes of exact fractions; the first is "every weight".
@@ -30,10 +42,11 @@ _EXACT_CLASSES = (1.0, 0.9999, 0.99, 0.9, 0.5)
 
 
 def write_reports(report: Report, out: Path) -> None:
-    """Write `report.json`, `report.html`, `report.md` and `SHA256SUMS` into `out`. Raises InputError."""
+    """Write `report.json`, `.html`, `.md`, `.junit.xml` and `SHA256SUMS` into `out`. Raises InputError."""
     write_text(out / "report.json", report.to_json())
     write_text(out / "report.html", render_html(report))
     write_text(out / "report.md", render_markdown(report))
+    write_text(out / "report.junit.xml", render_junit(report))
     write_sums(out, report.artifacts)
 
 
@@ -166,6 +179,20 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
+def rate(value: float | None) -> str:
+    """Tokens a second with three digits: `1694`, `14.3`, `0.52`."""
+    if value is None:
+        return NONE
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+def spread(pace: Pace | None) -> str:
+    """The quartiles of a pace: `891–990`; that it was measured but once where that is so."""
+    if pace is None:
+        return ""
+    return f"{rate(pace.lower)}–{rate(pace.upper)}" if pace.pieces > 1 else "once"
+
+
 def shape(dimensions: tuple[int, ...]) -> str:
     """A shape as it is read: `640 × 2048`; a scalar's is `scalar`."""
     return " × ".join(str(dimension) for dimension in dimensions) or "scalar"
@@ -190,18 +217,18 @@ class HeatMap:
     @property
     def label_width(self) -> int:
         """Pixels that the longest kind takes in the map's monospaced letters."""
-        return 8 + math.ceil(6.4 * max((len(kind) for kind, _ in self.rows), default=5))
+        return 8 + math.ceil(6.4 * max((len(name) for name, _ in self.rows), default=5))
 
 
 def heat_map(tensors: Iterable[TensorReport]) -> HeatMap:
     """Lay out an artefact's tensors by kind and layer, each with the class of its exact fraction."""
     rows: dict[str, list[Cell]] = {}
     for tensor in tensors:
-        found = _LAYER.match(tensor.name)
-        column, kind = (int(found[1]), found[2]) if found else (0, tensor.name.removeprefix("model."))
-        rows.setdefault(kind.removesuffix(".weight"), []).append(Cell(column, level(tensor), tensor))
+        found = LAYER.match(tensor.name)
+        column = int(found[1]) if found else 0
+        rows.setdefault(kind(tensor.name), []).append(Cell(column, level(tensor), tensor))
     columns = 1 + max((cell.column for cells in rows.values() for cell in cells), default=-1)
-    return HeatMap(tuple((kind, tuple(cells)) for kind, cells in rows.items()), columns)
+    return HeatMap(tuple((name, tuple(cells)) for name, cells in rows.items()), columns)
 
 
 def level(tensor: TensorReport) -> int:
@@ -235,6 +262,50 @@ def divergences(artifact: ArtifactReport) -> list[tuple[str, str, Divergence]]:
     return found
 
 
+def runs(artifact: ArtifactReport) -> list[LogitsReport]:
+    """The runs of an artefact whose speed was measured."""
+    return [logits for logits in (artifact.logits, *artifact.more_logits) if logits and logits.speed]
+
+
+def by_error(tensors: Iterable[TensorReport]) -> list[TensorReport]:
+    """Tensors by error, the largest first; NaN is the largest."""
+
+    def key(tensor: TensorReport) -> tuple[float, ...]:
+        errors = (tensor.rms_relative_error or 0.0, tensor.max_relative_error)
+        return tuple(-math.inf if math.isnan(error) else -error for error in errors)
+
+    return sorted(tensors, key=key)
+
+
+def kind(name: str) -> str:
+    """A tensor's name without its layer: `mlp.down_proj`."""
+    found = LAYER.match(name)
+    return (found[2] if found else name.removeprefix("model.")).removesuffix(".weight")
+
+
+def differs(artifact: ArtifactReport) -> list[str]:
+    """What is not the checkpoint's, in sentences that the verdict's reason does not have already."""
+    found = [str(fact) for fact in artifact.facts]
+    found += artifact.tokenizer.vocabulary if artifact.tokenizer else ()
+    found += [str(artifact.departs)] if artifact.departs else []
+    return [sentence for sentence in found if sentence not in (artifact.reason or "")]
+
+
+def visible(text: str) -> str:
+    """Text with what cannot be seen written out: `\\x1b[0m`, `a\\u200bb`; spaces stay."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def excerpts(difference: ChatDifference) -> tuple[tuple[str, str], ...]:
+    """Who laid it out, and what from shortly before the first letter that differs."""
+    pairs = zip(difference.expected, difference.found, strict=False)
+    first = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    at = min(len(difference.expected), len(difference.found)) if first is None else first
+    start = max(0, at - EXCERPT // 4)
+    sides = (("checkpoint", difference.expected), ("artefact", difference.found))
+    return tuple((who, f"{'…' if start else ''}{text[start : start + EXCERPT]}") for who, text in sides)
+
+
 def anchor(artifact: ArtifactReport) -> str:
     """The artefact's id in the page."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{artifact.format}-{artifact.variant}")
@@ -261,8 +332,9 @@ def _environment(html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, seconds, shape)
-    pictures: tuple[Any, ...] = (anchor, heat_map, level, on_axis, divergences)
-    environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures)}
+    figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
+    pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors)
+    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, excerpts)
+    environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}
     return environment

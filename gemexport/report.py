@@ -84,6 +84,7 @@ class LatticeTensor(_Model):
     dtype: str
     grid: GridReport | None = None
     grid_fraction: float
+    left: bool = False  # an adapter was merged into it, which took it off the grid that its base lies on
 
 
 class LatticeReport(_Model):
@@ -96,7 +97,11 @@ class LatticeReport(_Model):
 
 
 class ModelReport(_Model):
-    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken."""
+    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken.
+
+    `adapter` is the LoRA that was merged in, `compression` the method of llm-compressor that quantized it; `notes` say
+    what reading, merging and compressing changed.
+    """
 
     name: str
     architecture: str
@@ -104,6 +109,9 @@ class ModelReport(_Model):
     bytes: int
     source: str
     left_out: tuple[str, ...] = ()
+    adapter: str | None = None
+    compression: str | None = None
+    notes: tuple[str, ...] = ()
     lattice: LatticeReport | None = None
 
 
@@ -128,6 +136,7 @@ class TensorReport(_Model):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    source_dtype: str | None = None
     grid: GridReport | None = None
     source_grid: GridReport | None = None
     compared: int
@@ -137,6 +146,8 @@ class TensorReport(_Model):
     rms_relative_error: float | None = None
     scale_rounded: bool = False
     requantized: bool = False
+    codec: str | None = None
+    fitted_rms: float | None = None
 
 
 class WeightsReport(_Model):
@@ -151,21 +162,82 @@ class WeightsReport(_Model):
     tensors: tuple[TensorReport, ...] = ()
 
 
+class FactReport(_Model):
+    """A fact of the decoder that an artefact's metadata state otherwise than the checkpoint; in some layers or all."""
+
+    name: str
+    found: str
+    expected: str
+    layers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        some = f" in layers {', '.join(map(str, self.layers))}" if self.layers else ""
+        return f"{self.name} is {self.found}{some}, the checkpoint says {self.expected}"
+
+
+class DepartureReport(_Model):
+    """The first place where a runtime's values are not the reference's, on the same weights and tokens.
+
+    `layer` counts from 0; -1 is what goes into the first one, the number of layers what comes after the last.
+    `relative_error` is the root mean square of the difference over that of the reference's values.
+    """
+
+    layer: int | None
+    name: str
+    relative_error: float | None = None
+    limit: float
+
+    def __str__(self) -> str:
+        by = "" if self.relative_error is None else f", whose output is off by {self.relative_error:.2g} of its size"
+        return f"it departs at {self.name}{by}"
+
+
 class TokenizerDifference(_Model):
     """A text on which the artefact's tokenizer gives other ids than the checkpoint's."""
 
     text: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
+    runtime: bool = False
 
 
 class TokenizerReport(_Model):
-    """On how many texts the artefact's own tokenizer gives exactly the ids of the checkpoint's."""
+    """On how many texts the artefact's own tokenizer gives exactly the ids of the checkpoint's.
+
+    Of those that differ, `ordinary` are built-in prompts, and `runtime_only` are the runtime's own fault: the
+    artefact's tables, read back, give the checkpoint's ids. `vocabulary` says what differs in these tables;
+    `differences` shows some texts.
+    """
 
     texts: int
     equal: int
     name: str | None = None
+    runtime_only: int = 0
+    ordinary: int = 0
+    vocabulary: tuple[str, ...] = ()
     differences: tuple[TokenizerDifference, ...] = ()
+
+
+class ChatDifference(_Model):
+    """A conversation that the artefact's engine lays out differently; `runtime`: with the checkpoint's template."""
+
+    conversation: str
+    expected: str
+    found: str
+    runtime: bool = False
+
+
+class ChatReport(_Model):
+    """Conversations laid out by the artefact's engine as by transformers with the checkpoint's chat template.
+
+    `runtime_only` of those that differ are the engine's own fault: the artefact's template is right in transformers.
+    """
+
+    engine: str
+    conversations: int
+    equal: int
+    runtime_only: int = 0
+    differences: tuple[ChatDifference, ...] = ()
 
 
 class Divergence(_Model):
@@ -182,6 +254,49 @@ class GreedyReport(_Model):
 
     tokens: int
     equal: int
+
+
+class Pace(_Model):
+    """Tokens a second of `tokens` tokens that were computed in `pieces`: the median piece, and the quartiles."""
+
+    tokens: int
+    pieces: int
+    lower: float
+    median: float
+    upper: float
+
+
+class SpeedReport(_Model):
+    """What a runtime took in the validator's passes, on this machine with `threads` threads beside other steps.
+
+    `prefill` is of the sequences that were compared, with logits at every position; `decode` one token at a time
+    through the cache. `seconds` are the runtime's own for all `tokens`. Memory is anonymous: `peak_rss_bytes` while
+    generating, `idle_rss_bytes` what the process had before the runtime was loaded.
+    """
+
+    threads: int
+    load_seconds: float
+    tokens: int
+    seconds: float
+    prefill: Pace | None = None
+    decode: Pace | None = None
+    peak_rss_bytes: int | None = None
+    idle_rss_bytes: int | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the runtime added to the process; None where the system does not tell."""
+        if self.peak_rss_bytes is None or self.idle_rss_bytes is None:
+            return None
+        return max(0, self.peak_rss_bytes - self.idle_rss_bytes)
+
+
+class ValidationReport(_Model):
+    """Wall-clock seconds of a validation, those of the runtimes in it, and all of them by what they were spent on."""
+
+    seconds: float
+    runtime_seconds: float
+    steps: dict[str, float] = {}
 
 
 class LogitsReport(_Model):
@@ -201,6 +316,7 @@ class LogitsReport(_Model):
     loss: Divergence | None = None
     noise_floor: Divergence | None = None
     greedy: GreedyReport | None = None
+    speed: SpeedReport | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
 
@@ -242,7 +358,10 @@ class NpuReport(_Model):
 
 
 class Bound(_Model):
-    """One thing the verdict rests on: a metric, its value, its limit and where that comes from."""
+    """One thing the verdict rests on: a metric, its value, its limit and where that comes from.
+
+    `where` names what broke it: tensors, facts, a text.
+    """
 
     metric: str
     value: float
@@ -250,21 +369,25 @@ class Bound(_Model):
     limit: float
     origin: str
     held: bool
+    where: str | None = None
 
     @classmethod
-    def at_most(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+    def at_most(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
         """`value` must not exceed `limit`; NaN does not hold."""
-        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=value <= limit)
+        held = value <= limit
+        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=held, where=where)
 
     @classmethod
-    def at_least(cls, metric: str, value: float, limit: float, origin: str) -> Bound:
+    def at_least(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
         """`value` must reach `limit`; NaN does not hold."""
-        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=value >= limit)
+        held = value >= limit
+        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=held, where=where)
 
     def __str__(self) -> str:
         broken = "" if self.held else "not "
         text = f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
-        return re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
+        text = re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
+        return text if self.held or not self.where else f"{text}: {self.where}"
 
 
 class ArtifactReport(_Model):
@@ -286,11 +409,15 @@ class ArtifactReport(_Model):
     notes: tuple[str, ...] = ()
     export: ExportStats | None = None
     weights: WeightsReport | None = None
+    facts: tuple[FactReport, ...] = ()
     tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None
     npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()
+    validation: ValidationReport | None = None
     seconds: float = 0.0
 
     def to_json(self) -> str:
@@ -306,6 +433,9 @@ class Report(_Model):
     recipe: str | None = None
     versions: dict[str, str]
     artifacts: tuple[ArtifactReport, ...] = ()
+    machine: str | None = None
+    jobs: int | None = None
+    reference_seconds: float | None = None
     seconds: float = 0.0
     peak_rss_bytes: int | None = None
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Grid
 from gemexport.nodes import Validation
-from gemexport.report import Bound, Divergence, LogitsReport, TensorReport
+from gemexport.noise import (
+    CODEC_ROOM,
+    F32_KLD,
+    F32_TOP1,
+    NOISE_FACTOR,
+    NOISES,
+    REQUANTIZED_RMS,
+    REQUANTIZED_VECTOR,
+    RUNTIME_TEXTS,
+    VECTOR_STEPS,
+)
+from gemexport.report import (
+    Bound,
+    ChatReport,
+    DepartureReport,
+    Divergence,
+    LogitsReport,
+    TensorReport,
+    TokenizerReport,
+)
 
-# Four times the largest mean KL divergence that was measured between right implementations in f32 (docs/bounds.md).
-F32_KLD = 1e-5
-F32_TOP1 = 0.999
-# A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
-NOISE_FACTOR = 2.0
-NOISES = {
-    "static-activations": ("f32-reordered",),
-    "int8-activations-256": ("bf16", "int8-activations", "int8-activations-256"),
-    "int8-activations": ("bf16", "int8-activations"),
-    "bf16": ("bf16",),
-    "f16": ("bf16",),
-}
-# Of a requantized matrix, relative to it: Q4_K to Q6_K stay below 0.2, the coarsest type of ggml below 0.7, and another
-# matrix is at 1.4 (docs/kquants.md).
-REQUANTIZED_RMS = 0.75
-
+TEXT = 60  # characters of a text that is named
+NAMED = 3  # of the tensors, facts or texts that broke a bound
 
 Holds = Callable[[Grid, int], bool]
 
@@ -37,16 +42,46 @@ def bounds(
     so many weights.
     """
     result = [*_weights(found, holds)]
+    origin = "an artefact says of the decoder what the checkpoint says"
+    result.append(Bound.at_most("metadata.different", len(found.facts), 0, origin, _listed(map(str, found.facts))))
     if found.tokenizer is not None:
-        origin = "the same texts must give the same tokens"
-        result.append(Bound.at_least("tokenizer.equal", found.tokenizer.equal, found.tokenizer.texts, origin))
+        result += _tokenizer(found.tokenizer)
+    if found.chat is not None:
+        result.append(_chat(found.chat))
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
-            result += _conversion(logits, floors)
+            result += _conversion(logits, floors, found.departs)
     if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
         origin = f"the budget of the recipe {recipe.name}"
         result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
     return tuple(result)
+
+
+def _tokenizer(report: TokenizerReport) -> list[Bound]:
+    """Tables equal, texts equal but for what the runtime itself gets wrong; of ordinary texts not even that."""
+    same = report.equal + report.runtime_only
+    texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if not item.runtime)
+    origin = "the tables must be the checkpoint's"
+    tables = Bound.at_most(
+        "tokenizer.vocabulary differences", len(report.vocabulary), 0, origin, "; ".join(report.vocabulary) or None
+    )
+    origin = "the same texts must give the same tokens"
+    result = [tables, Bound.at_least("tokenizer.equal", same, report.texts, origin, texts)]
+    if report.runtime_only:
+        texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if item.runtime)
+        origin = "a runtime that reads ordinary texts differently makes every other number say nothing"
+        result.append(Bound.at_most("tokenizer.ordinary texts that differ", report.ordinary, 0, origin, texts))
+        origin = "twice what llama.cpp gets wrong with Gemma's own tables; more would be another tokenizer"
+        share = report.runtime_only / report.texts
+        result.append(Bound.at_most("tokenizer.runtime_only share", share, RUNTIME_TEXTS, origin, texts))
+    return result
+
+
+def _chat(report: ChatReport) -> Bound:
+    """Every conversation laid out as the checkpoint's template does it, but for what the engine itself gets wrong."""
+    names = _listed(f"the conversation {item.conversation!r}" for item in report.differences if not item.runtime)
+    origin = "the chat template must lay out every conversation as the checkpoint's does"
+    return Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)
 
 
 def _weights(found: Validation, holds: Holds) -> list[Bound]:
@@ -54,12 +89,19 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
     report = found.weights
     held = [item for item in report.tensors if _must_be_exact(item, holds)]
     moved = [item for item in report.tensors if _widened(item)]
-    result = [Bound.at_most("weights.missing", len(report.missing), 0, "an artefact holds every tensor of the decoder")]
+    origin = "an artefact holds every tensor of the decoder"
+    result = [Bound.at_most("weights.missing", len(report.missing), 0, origin, _listed(report.missing))]
+    origin = "an artefact holds no tensor that the decoder does not have"
+    result.append(Bound.at_most("weights.unexpected", len(report.unexpected), 0, origin, _listed(report.unexpected)))
     if held:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
-        result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin))
-    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized]
+        changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
+        where = _listed(item.name for item in changed)
+        result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
+    result += _vectors(report.tensors)
+    result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
+    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized and item.fitted_rms is None]
     if errors:
         worst = max(errors, key=lambda error: (math.isnan(error), error))
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
@@ -72,6 +114,37 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         origin = f"a step of the {bits}-bit codes that the format has instead"
         result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
     return result
+
+
+def _as_fitted(item: TensorReport, fitted: float) -> Bound:
+    """The error of a matrix in the vector codec is the one that its fit measured: the codes that were read are its."""
+    metric = f"weights.rms_relative_error of {item.name} as {item.codec}"
+    origin = "the error that the fit of the codec measured"
+    return Bound.at_most(metric, item.rms_relative_error or 0.0, fitted * (1 + CODEC_ROOM), origin)
+
+
+def _vectors(tensors: tuple[TensorReport, ...]) -> list[Bound]:
+    """Norms and scalars, which no format has codes for: as near as the dtype that they are stored in."""
+    found = [(item.max_relative_error, _vector_limit(item), item.name) for item in tensors if len(item.shape) != 2]
+    if not found:
+        return []
+    error, limit, name = max(found, key=lambda item: (math.isnan(item[0]), item[0] / item[1]))
+    origin = "norms and scalars are held in the dtype that the artefact stores"
+    return [Bound.at_most("weights.max_relative_error of vectors", error, limit, origin, name)]
+
+
+def _vector_limit(item: TensorReport) -> float:
+    """How far a vector may be from the source's; one that is stored in the source's dtype, or in f32, is all but it."""
+    if item.requantized:
+        return REQUANTIZED_VECTOR
+    return VECTOR_STEPS["f32" if item.dtype == item.source_dtype else item.dtype]
+
+
+def _listed(names: Iterable[str]) -> str | None:
+    """The first few of some names, and how many more there are; None for none."""
+    found = list(names)
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(found[:NAMED]) + more if found else None
 
 
 def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
@@ -96,12 +169,12 @@ def _widened(item: TensorReport) -> bool:
     return stored.block > source.block and stored.bits > source.bits
 
 
-def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[Bound]:
+def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], departs: DepartureReport | None) -> list[Bound]:
     conversion = report.conversion
     if conversion is None:
         return []
     if report.arithmetic == "f32":
-        return _in_f32(report, conversion)
+        return _in_f32(report, conversion, departs)
     noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
     if not noises:
         return []
@@ -111,12 +184,13 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence]) -> list[
     return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
 
 
-def _in_f32(report: LogitsReport, conversion: Divergence) -> list[Bound]:
+def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureReport | None) -> list[Bound]:
     origin = "two right implementations in f32 are closer than that"
+    where = None if departs is None else str(departs)
     # One position may be a tie that rounding decides.
     share = min(F32_TOP1, 1 - 1 / max(report.tokens, 1))
     result = [
-        Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin),
+        Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin, where),
         Bound.at_least("conversion.top1_agreement in f32", conversion.top1_agreement, share, origin),
     ]
     if report.greedy is not None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -53,10 +53,14 @@ class Outcome:
 
 
 class MemoryWatch:
-    """Samples this process's anonymous memory (RssAnon: what mapped files take is the system's to drop)."""
+    """Samples this process's anonymous memory (RssAnon: what mapped files take is the system's to drop).
 
-    def __init__(self, interval: float = 0.02) -> None:
+    `children` are processes that work for it, whose memory counts as its own.
+    """
+
+    def __init__(self, interval: float = 0.02, children: Sequence[int] = ()) -> None:
         self.peak: int | None = None
+        self._children = children
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -74,13 +78,14 @@ class MemoryWatch:
             now = anonymous_bytes()
             if now is None:
                 return
+            now += sum(anonymous_bytes(child) or 0 for child in self._children)
             self.peak = max(self.peak or 0, now)
 
 
-def anonymous_bytes() -> int | None:
-    """RssAnon of this process in bytes; None where the system does not tell (macOS)."""
+def anonymous_bytes(process: int | None = None) -> int | None:
+    """RssAnon of a process (this one) in bytes; None where the system does not tell (macOS), or it has ended."""
     try:
-        status = Path("/proc/self/status").read_text("ascii", errors="replace")
+        status = Path(f"/proc/{process or 'self'}/status").read_text("ascii", errors="replace")
     except OSError:
         return None
     for line in status.splitlines():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +16,7 @@ from gemexport.formats.files import PARTIAL, atomic, explained, remove
 
 WORK = ".gemexport"
 OWNER = "model.json"
+VECTORS = "ple-codec"  # folder in it of the vector codec's fit
 SOURCE = "source"  # folder in it of what is unpacked from a model in one file
 
 
@@ -28,12 +30,14 @@ class Owner(BaseModel):
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest of what makes it this model whatever its weights: name, decoder, tensors' names and shapes."""
-    parts = {
+    """A digest of what makes it this model whatever its weights: name, decoder, names and shapes, the adapter."""
+    parts: dict[str, Any] = {
         "name": checkpoint.name,
         "architecture": checkpoint.architecture.model_dump(mode="json"),
         "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()},
     }
+    if checkpoint.adapter is not None:
+        parts["adapter"] = checkpoint.adapter
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,7 +63,9 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
         raise InputError(out, "is a file", "choose another folder with -o")
     if fresh:
         remove(work / "grids")
+        remove(work / VECTORS)
         remove(work / SOURCE)
+        remove(work / "compressed")
     _make(work)
     for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
         remove(left)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -115,3 +118,16 @@ def two_layer_config(wide: bool, vocab: int) -> dict[str, Any]:
 def golden() -> Path:
     """Small checkpoints that other people's libraries wrote (tests/golden/README.md). Do not write to it."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def damage() -> ModuleType:
+    """benchmarks/damage.py: small files of every kind that is read, and what damages them."""
+    path = Path(__file__).parents[1] / "benchmarks" / "damage.py"
+    spec = importlib.util.spec_from_file_location("gemexport_damage", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -204,3 +204,84 @@ def test_full_disk(tiny_gemma4: Path, small_disk: Path, capsys: pytest.CaptureFi
     line = complaint(capsys, "all", tiny_gemma4, "-o", small_disk / "out", "--only", "gguf,mlx", "--no-validate")
     assert "the disk is full; free some space" in line
     assert not list(small_disk.iterdir())
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def turn(key: str) -> Callable[[dict[str, dict[str, list[int]]]], None]:
+    """Swap the two sizes of an array, which keeps its bytes and is another shape."""
+
+    def change(header: dict[str, dict[str, list[int]]]) -> None:
+        header[f"{DOWN}.{key}"]["shape"].reverse()
+
+    return change
+
+
+def lose(key: str) -> Callable[[dict[str, dict[str, list[int]]]], None]:
+    """Call an array something else."""
+
+    def change(header: dict[str, dict[str, list[int]]]) -> None:
+        header[f"{DOWN}.{key}s_of_another_module"] = header.pop(f"{DOWN}.{key}")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "problem"),
+    [
+        ("llm-compressor-w4a16", turn("weight_packed"), f"{DOWN}.weight"),
+        ("llm-compressor-w4a16", lose("weight_scale"), f"tensor {DOWN}.weight is I32 without scales"),
+        ("gptq", turn("qweight"), f"{DOWN}.weight"),
+        ("gptq", lose("scales"), f"{DOWN}.scales is missing"),
+        ("awq", turn("qweight"), f"{DOWN}.weight"),
+        ("awq", lose("scales"), f"{DOWN}.scales is missing"),
+    ],
+)
+def test_compressed_checkpoint_that_lies(
+    source: str,
+    change: Callable[[dict[str, dict[str, list[int]]]], None],
+    problem: str,
+    golden: Path,
+    tiny_gemma3: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(golden / source, tmp_path / source))
+    shutil.copyfile(tiny_gemma3 / "tokenizer.json", model / "tokenizer.json")
+    edit_header(model, change)
+    assert problem in complaint(capsys, "all", model, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def after_name(data: bytes, name: bytes) -> int:
+    """Where a tensor's entry in a GGUF header goes on behind its name."""
+    return data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+
+
+def tensor_count(data: bytearray) -> None:
+    data[8:16] = (int.from_bytes(data[8:16], "little") + 1).to_bytes(8, "little")
+
+
+def offset(data: bytearray) -> None:
+    # The number of dimensions, two of them, the type, and then the offset (gguf.md of ggml).
+    place = after_name(data, b"blk.0.attn_q.weight") + 4 + 2 * 8 + 4
+    data[place : place + 8] = (1 << 40).to_bytes(8, "little")
+
+
+def string_length(data: bytearray) -> None:
+    data[24:32] = (1 << 50).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("lie", [tensor_count, offset, string_length])
+@pytest.mark.parametrize("command", ["all", "inspect"])
+def test_gguf_that_lies(
+    lie: Callable[[bytearray], None], command: str, mixed_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lies.gguf"
+    data = bytearray(mixed_gguf.read_bytes())
+    lie(data)
+    path.write_bytes(data)
+    line = complaint(capsys, command, path, *(["-o", tmp_path / "out"] if command == "all" else []))
+    assert line.startswith(f"gemexport: {path}: ")
+    assert not (tmp_path / "out").exists()

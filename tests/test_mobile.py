@@ -108,10 +108,7 @@ def test_every_format_has_the_codes(
     for name, tensor in mobile.checkpoint.tensors.items():
         values, found = tensor.numpy(), stored[name].numpy()
         if tensor.grid is None:
-            # Core ML computes in f16 and holds what is plain in it. Of the bf16 exception, a matrix of 294,912 weights,
-            # 12 are below f16's smallest normal number and move by half of its steps at most.
-            tolerance = 2.0**-25 if target == "coreml" and values.ndim == 2 else 0.0
-            np.testing.assert_allclose(found, values, rtol=0, atol=tolerance, err_msg=name)
+            np.testing.assert_array_equal(found, values, err_msg=name)
             continue
         widths.add(tensor.grid.bits)
         assert same_codes(tensor, stored[name]), f"{name} has other codes"

@@ -16,8 +16,12 @@ from gemexport import render
 from gemexport.report import (
     ArtifactReport,
     Bound,
+    ChatDifference,
+    ChatReport,
+    DepartureReport,
     Divergence,
     ExportStats,
+    FactReport,
     FileReport,
     GreedyReport,
     GridReport,
@@ -25,10 +29,13 @@ from gemexport.report import (
     LatticeTensor,
     LogitsReport,
     ModelReport,
+    Pace,
     Report,
+    SpeedReport,
     TensorReport,
     TokenizerDifference,
     TokenizerReport,
+    ValidationReport,
     WeightsReport,
     verdict,
 )
@@ -45,6 +52,17 @@ MATRICES = {
 }
 NORMS = {"input_layernorm": 640, "post_attention_layernorm": 640, "self_attn.q_norm": 256, "self_attn.k_norm": 256}
 FLOOR = Divergence(kld_mean=0.0034, kld_max=0.081, top1_agreement=0.963, perplexity_ratio=1.00041)
+
+SPEED = SpeedReport(
+    threads=1,
+    load_seconds=1.25,
+    tokens=2208,
+    seconds=9.5,
+    prefill=Pace(tokens=2048, pieces=8, lower=401.2, median=455.5, upper=490.0),
+    decode=Pace(tokens=31, pieces=31, lower=11.1, median=14.3, upper=17.0),
+    peak_rss_bytes=402_493_440,
+    idle_rss_bytes=105_050_112,
+)
 
 
 def tensor(name: str, shape: tuple[int, ...], fraction: float) -> TensorReport:
@@ -101,6 +119,7 @@ def logits(runtime: str, arithmetic: str, conversion: float, loss: float, **more
             "conversion": divergence(conversion),
             "loss": divergence(loss),
             "noise_floor": FLOOR,
+            "speed": SPEED,
             "seconds": 21.5,
             **more,
         }
@@ -140,6 +159,7 @@ def artifact(
             "tokenizer": TokenizerReport(texts=40, equal=40, name=scores.runtime),
             "logits": scores,
             "bounds": bounds,
+            "validation": ValidationReport(seconds=38.5, runtime_seconds=9.5, steps={"weights": 4.0, "run": 9.6}),
             "seconds": 41.7,
             **more,
         }
@@ -190,6 +210,9 @@ def sample_report(layers: int = 18) -> Report:
         recipe="exact",
         versions={"gemexport": "0.1.0", "torch": "2.13.0", "mlx": "0.32.4"},
         artifacts=artifacts,
+        machine="AMD EPYC, 2 cores, Linux x86_64",
+        jobs=2,
+        reference_seconds=61.0,
         seconds=251.3,
         peak_rss_bytes=3_400_000_000,
     )
@@ -253,7 +276,8 @@ def test_every_link_in_the_page_has_a_target_and_no_id_occurs_twice(page: str) -
 
 
 def test_page_holds_every_tensor_bound_file_and_reason(report: Report, page: str) -> None:
-    assert page.count('<th scope="row" class="text">model.layers.17.mlp.down_proj.weight</th>') == 6
+    # Five artefacts and the source.
+    assert page.count("<tr><th>model.layers.17.mlp.down_proj.weight</th>") == 6
     for artifact in report.artifacts:
         assert f'id="{render.anchor(artifact)}"' in page
         assert all(file.sha256 in page for file in artifact.files)
@@ -301,8 +325,9 @@ def test_measurements_that_are_not_numbers_are_shown_as_such(report: Report) -> 
 def test_markdown_table_has_a_row_for_each_artefact(report: Report) -> None:
     lines = render.render_markdown(report).splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("| format"))
-    rows = [line for line in lines[head + 2 :] if line.startswith("|")]
-    assert len(rows) == len(report.artifacts)
+    end = lines.index("", head)
+    rows = [line for line in lines[head + 2 : end] if line.startswith("|")]
+    assert len(rows) == len(report.artifacts) == end - head - 2
     # A bar that is not escaped would end a cell.
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9}
     assert lines[head + 2 + len(rows)] == ""
@@ -324,7 +349,8 @@ def test_terminal_never_cuts_what_is_to_be_copied(report: Report, width: int) ->
 
 def test_written_reports_agree_and_sums_name_every_file(report: Report, tmp_path: Path) -> None:
     render.write_reports(report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "report.md", "SHA256SUMS"}
+    reports = {"report.json", "report.html", "report.md", "report.junit.xml"}
+    assert {path.name for path in tmp_path.iterdir()} == {*reports, "SHA256SUMS"}
     assert json.loads((tmp_path / "report.json").read_text())["artifacts"][0]["format"] == "gguf"
     sums = dict(reversed(line.split("  ", 1)) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
     assert sums == {file.path: file.sha256 for artifact in report.artifacts for file in artifact.files}
@@ -351,6 +377,74 @@ def test_sizes_and_times() -> None:
     ]  # fmt: skip
     assert [render.seconds(t) for t in (0.416, 12.34, 247.0)] == ["0.42 s", "12.3 s", "4 min 07 s"]
     assert render.quantity(268_098_176) == "268.1 M"
+
+
+def test_speed_stands_beside_what_it_was_measured_in_and_on(report: Report, page: str) -> None:
+    speeds = page[page.index("Speed and memory") : page.index("<h2>Artefacts</h2>")]
+    assert speeds.count('data-label="decode, tokens/s" data-v="14.3">14.3 <span class="spread">11.1–17.0</span>') == 6
+    assert speeds.count(">4.1 ×</span>") == 5
+    markdown = render.render_markdown(report)
+    for text in (speeds, markdown):
+        assert "no part of a verdict" in text
+        assert ", 1 thread a runtime, up to 2 steps side by side" in text
+        assert "AMD EPYC, 2 cores, Linux x86" in text
+    row = "| gguf Q4\\_0 | llama.cpp 2026.10 (xllamacpp), int8-activations | 456 (401–490) | 14.3 (11.1–17.0) |"
+    assert row in markdown
+
+
+def test_every_artefact_with_a_loss_is_a_point_that_says_what_it_is(report: Report, page: str) -> None:
+    for kind in ("wide", "narrow"):
+        chart = page[page.index(f'<svg class="points {kind}"') :]
+        chart = chart[: chart.index("</svg>")]
+        assert chart.count('<a href="#') == 5
+        assert "<title>gguf Q4_0: 151.2 MB, loss 0.0035 nats, 100 % exact, decodes 14.3 tokens/s, pass</title>" in chart
+    assert re.search(r'<a href="#onnx-npu" class="tip fail">.*?<path class="dot"', page)
+
+
+def test_tensors_stand_in_the_order_of_their_error(page: str) -> None:
+    failing = page[page.index('id="onnx-npu"') : page.index('id="coreml-int4"')]
+    errors = [float(error) for error in re.findall(r"<tr><th>model.*<td>([^<]*)</td></tr>", failing)]
+    assert len(errors) == 200
+    assert errors[0] > errors[-1] == 0
+    assert errors == sorted(errors, reverse=True)
+    tensors = [tensor("a", (8, 4), 1.0), tensor("b", (8, 4), 0.5), tensor("c", (8, 4), 0.5)]
+    tensors[2] = tensors[2].model_copy(update={"rms_relative_error": float("nan")})
+    assert [item.name for item in render.by_error(tensors)] == ["c.weight", "b.weight", "a.weight"]
+
+
+def test_a_large_models_page_stays_small(report: Report) -> None:
+    page = render.render_html(sample_report(layers=60))
+    assert len(page.encode()) < 900_000
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1694.4, "1694"), (99.96, "100"), (14.32, "14.3"), (0.516, "0.52"), (None, "–")]
+)
+def test_rates_have_three_digits(value: float | None, text: str) -> None:
+    assert render.rate(value) == text
+
+
+def test_what_differs_is_told_where_it_can_be_seen(report: Report) -> None:
+    first = report.artifacts[0]
+    text = TokenizerDifference(text="a\u200b\x1b b", expected=(1,), found=(2,), runtime=True)
+    changed = first.model_copy(update={
+        "facts": (FactReport(name="rope_theta", found="1e4", expected="1e6"),),
+        "tokenizer": TokenizerReport(texts=2, equal=1, vocabulary=("two tokens changed places",), differences=(text,)),
+        "departs": DepartureReport(layer=3, name="layer 3", relative_error=0.5, limit=0.001),
+        "chat": ChatReport(engine="llama.cpp", conversations=2, equal=1, differences=(
+            ChatDifference(conversation="two turns", expected="x" * 900 + "<model>", found="x" * 900 + "<modes>"),)),
+    })  # fmt: skip
+    assert render.differs(changed) == [
+        "rope_theta is 1e4, the checkpoint says 1e6", "two tokens changed places",
+        "it departs at layer 3, whose output is off by 0.5 of its size",
+    ]  # fmt: skip
+    told = changed.model_copy(update={"reason": "kld: " + str(changed.departs)})
+    assert len(render.differs(told)) == 2
+    page = render.render_html(report.model_copy(update={"artifacts": (changed,)}))
+    assert parsed(page).open == []
+    assert r"<code>a\u200b\x1b b</code>" in page
+    assert "1 of 2 conversations" in page
+    assert f"<code>…{'x' * 95}&lt;modes&gt;</code>" in page
 
 
 def test_axis_is_logarithmic_and_takes_everything() -> None:

@@ -5,7 +5,7 @@ transformers and the compressed-tensors package do the loading and unpacking; no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ import transformers
 from gemexport.formats.compressed_tensors import read_config
 from gemexport.formats.compressed_tensors_activations import activations
 from gemexport.formats.errors import InputError
+from gemexport.validators.chat import apply
 from gemexport.validators.reference import Reference, quiet
-from gemexport.validators.runtime import Arithmetic
+from gemexport.validators.runtime import Arithmetic, Layout
 
 
 def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
@@ -63,6 +64,10 @@ class CompressedTensors(Reference):
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that AutoTokenizer gives, without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as its tokenizer's `apply_chat_template` lays them out."""
+        return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
 
 
 @contextmanager

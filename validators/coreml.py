@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gemexport.formats.coreml import canonical_name
 from gemexport.formats.coreml_activations import activations
-from gemexport.formats.coreml_package import coremltools, open_package
+from gemexport.formats.coreml_package import Package, coremltools, open_package
 from gemexport.formats.errors import InputError
 from gemexport.validators import runtime
-from gemexport.validators.coreml_evaluator import Arithmetic, Program
+from gemexport.validators.coreml_evaluator import Arithmetic, Observer, Program
 from gemexport.validators.coreml_feeds import LOGITS, Feeds, feeds
+from gemexport.validators.layers import in_order
 
 __all__ = ["CoreMLModel", "Device", "Program", "Range", "load", "ranges"]
 
@@ -60,6 +62,7 @@ class CoreMLModel(ABC):
 
     def __init__(self, how: Feeds) -> None:
         self._feeds = how
+        self.laps = runtime.Laps()
 
     @abstractmethod
     def make_state(self) -> Any:
@@ -73,14 +76,19 @@ class CoreMLModel(ABC):
     def close(self) -> None:
         """Free what was loaded."""
 
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """None: only the evaluator shows what is inside."""
+        return None
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits `[len(tokens), vocab]`; the last few tokens go one at a time, as in decoding."""
         state, past = self.make_state(), 0
-        bulk = max(len(tokens) - SINGLE, 0)
-        ends = [*range(CHUNK, bulk, CHUNK), *([bulk] if bulk else []), *range(bulk + 1, len(tokens) + 1)]
+        ends = pieces(len(tokens))
         whole: NDArray[np.float32] | None = None
         for end in ends:
-            part = self.step(self._feeds.at(tokens[past:end], past), state)
+            inputs = self._feeds.at(tokens[past:end], past)
+            with self.laps.lap(end - past):
+                part = self.step(inputs, state)
             if whole is None:
                 whole = np.empty((len(tokens), part.shape[-1]), np.float32)
             whole[past:end] = part
@@ -93,13 +101,26 @@ class CoreMLModel(ABC):
         found: list[int] = []
         step = list(tokens)
         while len(found) < count:
-            found.append(int(self.step(self._feeds.at(step, past), state)[-1].argmax()))
+            inputs = self._feeds.at(step, past)
+            with self.laps.lap(len(step)):
+                rows = self.step(inputs, state)
+            found.append(int(rows[-1].argmax()))
             past, step = past + len(step), found[-1:]
         return found
 
     def tokenize(self, text: str) -> list[int] | None:
         """None: a package has no tokenizer of its own."""
         return None
+
+    def chat(self, layouts: Sequence[runtime.Layout]) -> list[str] | None:
+        """None: and no chat template."""
+        return None
+
+
+def pieces(count: int) -> list[int]:
+    """Where the steps of a sequence of `count` tokens end: chunks, then one token at a time."""
+    bulk = max(count - SINGLE, 0)
+    return [*range(CHUNK, bulk, CHUNK), *([bulk] if bulk else []), *range(bulk + 1, count + 1)]
 
 
 class Evaluated(CoreMLModel):
@@ -110,6 +131,7 @@ class Evaluated(CoreMLModel):
         self.name = f"MIL evaluator of gemexport, PyTorch {torch.__version__}"
         self.arithmetic = "static-activations" if arithmetic == "f32" and activations(path) else arithmetic
         self._threads = threads
+        self._observe: Observer | None = None
         with _threads(threads):
             self._program: Program | None = Program(path, arithmetic, hold=HOLD)
 
@@ -122,8 +144,28 @@ class Evaluated(CoreMLModel):
         # One token's work is too little to share out: threads would mostly wait for each other.
         count = next(iter(inputs.values())).shape[1]
         with _threads(self._threads if count > 1 else 1):
-            found: NDArray[np.float32] = self._program.predict(inputs, state)[LOGITS][0]
+            found: NDArray[np.float32] = self._program.predict(inputs, state, self._observe)[LOGITS][0]
         return found
+
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`; None for other graphs.
+
+        Known by the norms that read it, which are called as in a checkpoint.
+        """
+        assert self._program is not None
+        names = residuals(self._program.package)
+        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+
+        def keep(_: str, name: str, value: torch.Tensor) -> None:
+            if name in parts:
+                parts[name].append(value[0].float().numpy().copy())
+
+        self._observe = keep
+        try:
+            self.logits(tokens)
+        finally:
+            self._observe = None
+        return [np.concatenate(parts[name]) for name in names] if names and all(parts.values()) else None
 
     def close(self) -> None:
         self._program = None
@@ -137,6 +179,23 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def residuals(package: Package) -> list[str]:
+    """The values that the norms before each layer and the last norm read, in order; empty for other programs."""
+    made = {output.name: operation for operation in package.operations for output in operation.outputs}
+
+    def read(operation: Any, name: str) -> str:
+        found: str = operation.inputs[name].arguments[0].name
+        return found
+
+    norms = {}
+    for operation in package.operations:
+        if operation.type == "mul" and (name := canonical_name(read(operation, "y"))) is not None:
+            inner = made.get(read(operation, "x"))
+            if inner is not None and inner.type == "mul":
+                norms[name] = read(inner, "x")
+    return in_order(norms)
 
 
 class Device(CoreMLModel):

@@ -22,6 +22,7 @@ TYPE_F32 = 0
 LOG_WARNING = 3  # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 the rest of the line before
 TESTED = "2026.10"
 
+EvalCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -114,7 +115,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (_INT, [_POINTER, Batch]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [_POINTER]),
+    "ggml_get_name": (ctypes.c_char_p, [_POINTER]),
+    "ggml_nbytes": (ctypes.c_size_t, [_POINTER]),
+    "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_size_t]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),
+    "llama_vocab_bos": (_INT, [_POINTER]),
+    "llama_vocab_get_add_bos": (_BOOL, [_POINTER]),
+    "llama_vocab_get_text": (ctypes.c_char_p, [_POINTER, _INT]),
     "llama_tokenize": (_INT, [_POINTER, ctypes.c_char_p, _INT, ctypes.POINTER(ctypes.c_int32), _INT, _BOOL, _BOOL]),
 }
 

@@ -22,8 +22,9 @@ from gemexport.formats.errors import InputError
 from gemexport.formats.gguf import write_f32
 from gemexport.formats.gguf_parts import read_parts
 from gemexport.formats.tensor import Floats
-from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, api
-from gemexport.validators.runtime import Arithmetic
+from gemexport.validators.llama_api import FLASH_ATTENTION_OFF, TYPE_F32, EvalCallback, api
+from gemexport.validators.llama_chat import render
+from gemexport.validators.runtime import Arithmetic, Laps, Layout
 
 BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
 
@@ -42,7 +43,7 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] |
     with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
         evaluated = Path(folder) / path.name
         write_f32(path, evaluated)
-        return LlamaCpp(evaluated, threads, context)
+        return LlamaCpp(evaluated, threads, context, path)
 
 
 def arithmetic_of(path: Path) -> Arithmetic:
@@ -61,10 +62,12 @@ def _rounded(kind: Type) -> Arithmetic:
 class LlamaCpp:
     """One model and one context of llama.cpp."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int, original: Path | None = None) -> None:
         self.arithmetic: Arithmetic = arithmetic_of(path)
+        self._path = original or path  # that stays
         self._api = api()
         self.name = f"llama.cpp (xllamacpp {self._api.version})"
+        self.laps = Laps()
         self._context_size = context
         self._api.messages.clear()
         self._model = self._api.llama_model_load_from_file(str(path).encode(), self._api.llama_model_default_params())
@@ -78,6 +81,7 @@ class LlamaCpp:
             self.close()
             raise error
         self._batch = self._api.llama_batch_init(BATCH, 0, 1)
+        self._seen: dict[str, list[Floats]] | None = None  # what layers give, while somebody asks for it
 
     def _params(self, threads: int, context: int) -> Any:
         params = self._api.llama_context_default_params()
@@ -86,6 +90,8 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION_OFF
         params.type_k = params.type_v = TYPE_F32
+        self._callback = EvalCallback(self._evaluated)  # lives as long as llama.cpp may call it
+        params.cb_eval = ctypes.cast(self._callback, ctypes.c_void_p)
         return params
 
     def _refused(self, path: Path) -> InputError:
@@ -113,6 +119,32 @@ class LlamaCpp:
                 return continuation[:count]
             row = self._decode(continuation[-1:], len(tokens) + len(continuation) - 1)[0]
 
+    def hidden(self, tokens: Sequence[int]) -> list[Floats] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`.
+
+        By the names that llama.cpp gives to values of its graph; None when it calls them otherwise.
+        """
+        self._seen = {}
+        try:
+            self.logits(tokens)
+            seen = {name: np.concatenate(parts) for name, parts in self._seen.items()}
+        finally:
+            self._seen = None
+        layers = [seen[name] for i in range(len(seen)) if (name := f"l_out-{i}") in seen]
+        return [seen["inp_scaled"], *layers] if "inp_scaled" in seen and layers else None
+
+    def _evaluated(self, tensor: int, asked: bool, _: int | None) -> bool:
+        """llama.cpp's question whether a value is wanted, and then the value."""
+        if self._seen is None:
+            return not asked
+        name = self._api.ggml_get_name(tensor).decode()
+        wanted: bool = name == "inp_scaled" or name.startswith("l_out-")
+        if wanted and not asked:
+            values = np.empty(self._api.ggml_nbytes(tensor) // 4, np.float32)
+            self._api.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+            self._seen.setdefault(name, []).append(values.reshape(self._batch.n_tokens, -1))
+        return wanted or not asked
+
     def tokenize(self, text: str) -> list[int]:
         """The file's own tokenizer, without BOS, special tokens parsed."""
         data = text.encode("utf-8")
@@ -122,6 +154,13 @@ class LlamaCpp:
         if count < 0:
             raise RuntimeError(f"llama.cpp makes {-count} tokens of {len(data)} bytes")
         return list(ids[:count])
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as llama.cpp's server lays them out, with the BOS that it puts before them."""
+        first = self._api.llama_vocab_bos(self._vocab)
+        begins = self._api.llama_vocab_get_add_bos(self._vocab) and first >= 0
+        bos = self._api.llama_vocab_get_text(self._vocab, first).decode("utf-8", "replace") if begins else ""
+        return render(self._path, layouts, bos)
 
     def close(self) -> None:
         """Free the context and the model; further calls have no effect."""
@@ -152,7 +191,8 @@ class LlamaCpp:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = 1
-        status = self._api.llama_decode(self._context, batch)
+        with self.laps.lap(len(tokens)):
+            status = self._api.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returns {status}: {' '.join(self._api.messages)}")
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(tokens), self._vocab_size))

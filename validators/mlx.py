@@ -18,7 +18,7 @@ import numpy as np
 from gemexport.formats.errors import InputError
 from gemexport.formats.mlx import read_config
 from gemexport.formats.tensor import Floats
-from gemexport.validators.runtime import Arithmetic
+from gemexport.validators.runtime import Arithmetic, Laps, Layout
 
 
 def load(path: Path, *, threads: int, context: int) -> MlxRuntime:
@@ -39,6 +39,7 @@ class MlxRuntime:
     arithmetic: Arithmetic = "f32"
 
     def __init__(self, path: Path, threads: int) -> None:
+        self.laps = Laps()
         count = str(threads)
         settings = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
         self._child = subprocess.Popen(
@@ -48,6 +49,7 @@ class MlxRuntime:
             env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
         )
         self._requests, self._answers = cast(IO[bytes], self._child.stdin), cast(IO[bytes], self._child.stdout)
+        self.children = (self._child.pid,)
         greeting = self._answer()
         if "error" in greeting:
             self.close()
@@ -57,7 +59,15 @@ class MlxRuntime:
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`."""
-        shape = self._ask("logits", list(tokens))
+        return self._array("logits", tokens)
+
+    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`."""
+        return list(self._array("hidden", tokens))
+
+    def _array(self, method: str, tokens: Sequence[int]) -> Floats:
+        """What comes as raw numbers after its shape."""
+        shape = self._ask(method, list(tokens))
         found: Floats = np.empty(shape, np.float32)
         view = found.reshape(-1).view(np.uint8).data
         done = 0
@@ -76,6 +86,10 @@ class MlxRuntime:
         """The ids that mlx-lm's tokenizer gives, without BOS."""
         return list(self._ask("tokenize", text))
 
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations as mlx-lm's tokenizer lays them out."""
+        return list(self._ask("chat", [dict(layout) for layout in layouts]))
+
     def close(self) -> None:
         """End the child process."""
         self._requests.close()
@@ -85,7 +99,9 @@ class MlxRuntime:
     def _ask(self, method: str, *arguments: Any) -> Any:
         self._requests.write(json.dumps([method, *arguments]).encode() + b"\n")
         self._requests.flush()
-        return self._answer()["value"]
+        answer = self._answer()
+        self.laps.laps += [(tokens, seconds) for tokens, seconds in answer["laps"]]
+        return answer["value"]
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()

@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemexport.validators.chat import apply
+from gemexport.validators.runtime import Laps
+
 # From so many positions on, unpacking a matrix pays: MLX's quantized product on x86-64 does a billion
 # multiplications a second, whatever the number of cores.
 UNPACK_FROM = 8
@@ -61,6 +64,7 @@ class Model:
         self._decoder.set_dtype(mx.float32)
         mx.eval(self._decoder.parameters())
         self._mx = mx
+        self.laps = Laps()
         versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
         self.name = f"{versions}, {'Metal' if metal else 'CPU'}, set to f32)"
 
@@ -79,14 +83,31 @@ class Model:
             tokens = continuation[-1:]
         return continuation
 
+    def hidden(self, tokens: list[int]) -> np.ndarray:
+        """What goes into the first layer and what each layer gives, `[layers + 1, n, hidden]`."""
+        layers = self._decoder.model.layers
+        seen: list[np.ndarray] = []
+        plain = list(layers)
+        try:
+            layers[:] = [Watched(layer, seen) for layer in plain]
+            self._run(tokens, None)
+        finally:
+            layers[:] = plain
+        return np.stack([seen[0], *seen[1::2]])
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def chat(self, layouts: list[dict[str, Any]]) -> list[str]:
+        """Conversations as mlx-lm's tokenizer lays them out."""
+        return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
+
     def _run(self, tokens: list[int], cache: Any) -> Any:
         ids = self._mx.array([tokens])
-        logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
-        self._mx.eval(logits)
+        with self.laps.lap(len(tokens)):
+            logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
+            self._mx.eval(logits)
         return logits
 
     def _embedded(self, ids: Any) -> dict[str, Any]:
@@ -96,6 +117,22 @@ class Model:
         scale = self._decoder.args.hidden_size**0.5
         rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
         return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
+
+
+class Watched:
+    """A layer that notes what goes in and what comes out."""
+
+    def __init__(self, layer: Any, seen: list[np.ndarray]) -> None:
+        self._layer, self._seen = layer, seen
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        self._seen.append(np.array(x[0]))
+        output = self._layer(x, *arguments, **options)
+        self._seen.append(np.array((output[0] if isinstance(output, tuple) else output)[0]))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 def unpacking(mx: Any, quantized_matmul: Any) -> Any:
@@ -130,12 +167,14 @@ def serve(folder: str, requests: BinaryIO, answers: BinaryIO) -> None:
     answers.flush()
     for line in requests:
         method, *arguments = json.loads(line)
+        model.laps.laps.clear()
         value = getattr(model, method)(*arguments)
+        laps = {"laps": model.laps.laps}
         if isinstance(value, np.ndarray):
-            answers.write(json.dumps({"value": value.shape}).encode() + b"\n")
+            answers.write(json.dumps({"value": value.shape, **laps}).encode() + b"\n")
             answers.write(np.ascontiguousarray(value, dtype=np.float32).data)
         else:
-            answers.write(json.dumps({"value": value}).encode() + b"\n")
+            answers.write(json.dumps({"value": value, **laps}).encode() + b"\n")
         answers.flush()
 
 

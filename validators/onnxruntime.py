@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,12 +20,14 @@ from tokenizers import Tokenizer
 
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import read_model
-from gemexport.validators.runtime import Arithmetic, Logits
+from gemexport.validators.layers import in_order
+from gemexport.validators.runtime import Arithmetic, Laps, Layout, Logits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 CHUNK = 256  # tokens of a prompt at once where sizes are free
+SHOWN = "gemexport.layer."  # outputs that copies of graphs have besides their own
 SINGLE = 8  # tokens at the end of a sequence that go one at a time
 NPU_GRAPHS = ("embeddings", "prefill", "decode")
 NUMPY_TYPES: dict[str, Any] = {
@@ -75,8 +78,11 @@ class Session(Protocol):
 OpenGraph = Callable[[str, Path], Session]  # by the graph's name and file
 
 
-def cpu_session(file: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, computing what its operators say; InputError when ONNX Runtime cannot load it."""
+def cpu_session(file: Path, threads: int, model: bytes | None = None) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, computing what its operators say; InputError when ONNX Runtime cannot load it.
+
+    `model` is read in place of the file, whose folder has the weights.
+    """
     as_written = _traits([file]).arithmetic == "static-activations"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -90,8 +96,10 @@ def cpu_session(file: Path, threads: int) -> onnxruntime.InferenceSession:
     # Rounded activations in f32, as the graph says: fused with INT8 weights in blocks they end in an operator that
     # ONNX Runtime 1.32 cannot run.
     options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
+    if model is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model or file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InputError(file, f"ONNX Runtime does not load it ({reason})", "export it again") from error
@@ -147,6 +155,7 @@ class _Model(ABC):
         self.traits = _traits(files)
         self.arithmetic = self.traits.arithmetic
         self.single = SINGLE
+        self.laps = Laps()
         tokenizer = folder / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
 
@@ -174,11 +183,39 @@ class _Model(ABC):
                 last = self._run(cache, found[-1:], len(tokens) + len(found) - 1)[-1]
         return found
 
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`; None for other graphs.
+
+        Of copies of the graphs that have these values among their outputs.
+        """
+        self.seen: dict[str, list[NDArray[np.float32]]] = {}
+        with self._shown() as names:
+            if not names:
+                return None
+            for _ in self._feed(self._empty(), tokens, self.single):
+                pass
+        return [np.concatenate(self.seen[name]) for name in names]
+
+    @contextmanager
+    def _shown(self) -> Iterator[list[str]]:
+        """Run graphs that show what layers give, under these names; none where they cannot be told."""
+        yield []
+
+    def _note(self, names: Sequence[str], found: Sequence[Any], padding: int = 0) -> None:
+        """Keep what a graph shows of its layers."""
+        for name, value in zip(names, found, strict=True):
+            if name.startswith(SHOWN):
+                self.seen.setdefault(name, []).append(np.asarray(value, np.float32)[0, padding:])
+
     def tokenize(self, text: str) -> list[int] | None:
         """Ids by the folder's tokenizer.json; None when it has none."""
         if self._tokenizer is None:
             return None
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """None: the folder's template is for whoever runs it."""
+        return None
 
     def _feed(self, cache: Cache, tokens: Sequence[int], single: int) -> Iterator[NDArray[np.float32]]:
         """Logits of the tokens in pieces, the last `single` one at a time; `cache` is changed."""
@@ -210,6 +247,7 @@ class OnnxModel(_Model):
 
     def __init__(self, file: Path, threads: int) -> None:
         super().__init__(file.parent, [file])
+        self.file, self.threads = file, threads
         self.session = cpu_session(file, threads)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
@@ -221,6 +259,18 @@ class OnnxModel(_Model):
 
     def close(self) -> None:
         del self.session
+
+    @contextmanager
+    def _shown(self) -> Iterator[list[str]]:
+        model, names = showing(self.file)
+        plain = self.session, self.outputs
+        if names:
+            self.session = cpu_session(self.file, self.threads, model)
+            self.outputs = [item.name for item in self.session.get_outputs()]
+        try:
+            yield names
+        finally:
+            self.session, self.outputs = plain
 
     def _chunk(self, left: int) -> int:
         return min(left, CHUNK)
@@ -235,7 +285,9 @@ class OnnxModel(_Model):
             "attention_mask": np.ones((1, stop), np.int64),
             "position_ids": np.arange(start, stop, dtype=np.int64)[None],
         }
-        found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
+        with self.laps.lap(len(tokens)):
+            found = self.session.run(None, {name: fed[name] for name in fed if name in self.inputs} | cache)
+        self._note(self.outputs, found)
         rows: NDArray[np.float32] = _sort(cache, self.outputs, found)[0]
         return rows
 
@@ -272,6 +324,18 @@ class NpuModel(_Model):
             remedy = f"export it again with a context of {context}"
             raise InputError(folder, f"its caches hold {self.context} positions", remedy)
 
+    @contextmanager
+    def _shown(self) -> Iterator[list[str]]:
+        shown = {name: showing(self.files[name]) for name in ("prefill", "decode")}
+        plain = self.sessions
+        if all(names for _, names in shown.values()):
+            own = {name: cpu_session(self.files[name], 0, model) for name, (model, _) in shown.items()}
+            self.sessions = {**plain, **own}
+        try:
+            yield shown["prefill"][1]
+        finally:
+            self.sessions = plain
+
     def close(self) -> None:
         self.sessions.clear()
 
@@ -287,14 +351,41 @@ class NpuModel(_Model):
             self.sessions[name] = self.open_graph(name, self.files[name])
         padding = length - len(tokens)
         ids = np.asarray([0] * padding + list(tokens), np.int64)[None]
-        looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})
         names = [item.name for item in self.sessions["embeddings"].get_outputs()]
         positions = np.arange(start - padding, start + len(tokens), dtype=np.int32)[None]
         session = self.sessions[name]
-        fed = dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache
         outputs = [item.name for item in session.get_outputs()]
-        rows: NDArray[np.float32] = _sort(cache, outputs, session.run(None, fed))[0, padding:]
+        with self.laps.lap(len(tokens)):
+            looked_up = self.sessions["embeddings"].run(None, {"input_ids": ids})
+            found = session.run(None, dict(zip(names, looked_up, strict=True)) | {"position_ids": positions} | cache)
+        self._note(outputs, found, padding)
+        rows: NDArray[np.float32] = _sort(cache, outputs, found)[0, padding:]
         return rows
+
+
+def showing(file: Path) -> tuple[bytes, list[str]]:
+    """A copy of a graph that gives what layers read as well, and the names of these outputs, in order.
+
+    No names for a graph whose norms are not called as in a checkpoint.
+    """
+    import onnx_ir as ir
+
+    model = read_model(file)
+    norms: dict[str, ir.Value] = {}
+    for value in model.graph.initializers.values():
+        users = [use for use, _ in value.uses()]
+        users += [use for user in users if user.op_type == "Add" for use, _ in user.outputs[0].uses()]
+        for node in users:
+            if node.op_type == "RMSNormalization" and node.inputs[0] is not None:
+                norms[value.name or ""] = node.inputs[0]
+    residuals = in_order(norms)
+    names = []
+    for index, value in enumerate(residuals):
+        names.append(f"{SHOWN}{index}")
+        shown = ir.Value(name=names[-1], type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None, None]))
+        model.graph.append(ir.node("Identity", [value], outputs=[shown]))
+        model.graph.outputs.append(shown)
+    return ir.to_proto(model).SerializeToString(), names
 
 
 def _sort(cache: Cache, names: Sequence[str], found: Sequence[Any]) -> NDArray[np.float32]:

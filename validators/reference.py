@@ -20,7 +20,8 @@ from torch.nn import functional
 from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
-from gemexport.validators import activation_rounding
+from gemexport.validators import activation_rounding, runtime
+from gemexport.validators.runtime import Laps, Layout
 
 Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
 
@@ -129,16 +130,20 @@ _LINEARS: dict[Arithmetic, Callable[[torch.nn.Linear, torch.Tensor], torch.Tenso
 class Reference:
     """A transformers causal language model, asked for logits or for a greedy continuation."""
 
-    def __init__(self, model: Any, arithmetic: Arithmetic, threads: int, name: str | None = None) -> None:
+    def __init__(
+        self, model: Any, arithmetic: Arithmetic | runtime.Arithmetic, threads: int, name: str | None = None
+    ) -> None:
         self.name = name or f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
-        self.arithmetic: Arithmetic = arithmetic
+        self.arithmetic: Arithmetic | runtime.Arithmetic = arithmetic
         self._model = model.eval()
         self._threads = threads
+        self.laps = Laps()
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`: row i is what follows tokens[: i + 1]."""
         with self._running():
-            output = self._model(_row(tokens), use_cache=False)
+            with self.laps.lap(len(tokens)):
+                output = self._model(_row(tokens), use_cache=False)
             return np.ascontiguousarray(output.logits[0].float().numpy())
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -147,13 +152,37 @@ class Reference:
         step, cache = _row(tokens), None
         with self._running():
             while len(continuation) < count:
-                output = self._model(step, past_key_values=cache, use_cache=True)
+                with self.laps.lap(step.shape[1]):
+                    output = self._model(step, past_key_values=cache, use_cache=True)
                 continuation.append(int(output.logits[0, -1].argmax()))
                 step, cache = _row(continuation[-1:]), output.past_key_values
         return continuation
 
+    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`."""
+        layers = self._model.model.layers
+        found: list[Floats] = []
+
+        def keep(value: Any) -> None:
+            tensor = value[0] if isinstance(value, tuple) else value
+            found.append(np.ascontiguousarray(tensor[0].float().numpy()))
+
+        hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))]
+        hooks += [layer.register_forward_hook(lambda _, inputs, output: keep(output)) for layer in layers]
+        try:
+            with self._running():
+                self._model(_row(tokens), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
     def tokenize(self, text: str) -> list[int] | None:
         """None: weights and a config have no tokenizer."""
+        return None
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """None: and no chat template."""
         return None
 
     def close(self) -> None:

@@ -38,6 +38,15 @@ class ReferenceStore:
         mapped: Floats = np.load(path, mmap_mode="r")
         return mapped
 
+    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`; kept by nobody."""
+        if self._model is None:
+            self._model = self._make()
+        found = self._model.hidden(tokens)
+        if found is None:
+            raise TypeError("a reference shows its layers")
+        return found
+
     def _compute(self, tokens: Sequence[int], path: Path) -> None:
         if self._model is None:
             self._model = self._make()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,22 @@ class TopLogits:
     logprobs: NDArray[np.float32]  # [n, k], natural logarithms over the whole vocabulary
 
 
+Layout = Mapping[str, Any]  # messages, tools, thinking, add_generation_prompt: plain JSON
 Logits = NDArray[np.float32] | TopLogits  # [n, vocab], or the top of it
+
+
+@dataclass
+class Laps:
+    """What a runtime took for each piece of what it was asked: (tokens, seconds) in order, one token being decoding."""
+
+    laps: list[tuple[int, float]] = field(default_factory=list)
+
+    @contextmanager
+    def lap(self, tokens: int) -> Iterator[None]:
+        """Time the block, in which the runtime computes `tokens` positions at once, and nothing else happens."""
+        started = time.perf_counter()
+        yield
+        self.laps.append((tokens, time.perf_counter() - started))
 
 
 class Runtime(Protocol):
@@ -41,6 +58,11 @@ class Runtime(Protocol):
         """What it computes in; decides which bound the conversion is held to."""
         ...
 
+    @property
+    def laps(self) -> Laps:
+        """What it took for the pieces that it has computed so far."""
+        ...
+
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Teacher-forced logits, one row for each of `tokens`, from an empty cache."""
         ...
@@ -49,8 +71,19 @@ class Runtime(Protocol):
         """The `count` most likely next tokens, one by one, through the runtime's own KV cache."""
         ...
 
+    def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
+        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`, as `logits` runs them.
+
+        None where the program does not show it.
+        """
+        ...
+
     def tokenize(self, text: str) -> list[int] | None:
         """The artefact's own tokenizer, without BOS and with special tokens parsed; None if it has none of its own."""
+        ...
+
+    def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
+        """Conversations (validators/chat) as the program lays them out; None if it has no engine for templates."""
         ...
 
     def close(self) -> None:

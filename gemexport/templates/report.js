@@ -3,8 +3,10 @@
 const value = (row, column) => {
   const cell = row.cells[column];
   const text = cell.dataset.v ?? cell.textContent.trim();
-  const number = Number(text);
-  return text === "" || text === "–" ? null : Number.isNaN(number) ? text : number;
+  if (text === "" || text === "–") return null;
+  // Shapes sort by what they hold, shares as numbers.
+  const number = text.replace(/ %$/, "").split(" × ").reduce((product, part) => product * Number(part), 1);
+  return Number.isNaN(number) ? text : number;
 };
 const compare = (a, b) =>
   typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
@@ -42,6 +44,29 @@ for (const table of document.querySelectorAll("table.tensors")) {
     for (const row of table.tBodies[0].rows) row.hidden = !row.cells[0].textContent.includes(input.value.trim());
   });
   table.parentElement.before(input);
+}
+
+// A point's numbers stand below its picture, where a finger does not hide them; a second tap follows the link.
+for (const figure of document.querySelectorAll("figure")) {
+  const readout = figure.querySelector(".readout");
+  const tips = [...figure.querySelectorAll(".tip")];
+  const show = (tip) => {
+    for (const each of tips) each.classList.toggle("shown", each === tip);
+    // A number and its unit stay on one line.
+    readout.textContent = tip.querySelector("title").textContent.replace(/(\d) (?=\S)/g, "$1\u00a0");
+  };
+  for (const tip of tips) {
+    let touched = false;
+    tip.addEventListener("pointerdown", (event) => {
+      touched = event.pointerType === "touch" && !tip.classList.contains("shown");
+    });
+    tip.addEventListener("click", (event) => {
+      if (touched) event.preventDefault();
+      show(tip);
+    });
+    tip.addEventListener("pointerenter", (event) => event.pointerType === "touch" || show(tip));
+    tip.addEventListener("focus", () => touched || tip.matches(":focus-visible") && show(tip));
+  }
 }
 
 const unfold = () => {

@@ -215,9 +215,19 @@ def test_numbers_beyond_float16_are_refused_and_nothing_is_left(
     checkpoint = checkpoints["gemma3"]
     huge = ArrayTensor(name, np.full(checkpoint.tensors[name].shape, np.float32(1e5)))
     with pytest.raises(InputError, match=rf"{name} has numbers beyond 65504"):
-        coreml.export(replaced(checkpoint, name, huge), tmp_path / "out" / "a.mlpackage", context=16)
+        coreml.export(replaced(checkpoint, name, huge), tmp_path / "out" / "a.mlpackage", variant="f16", context=16)
     assert list((tmp_path / "out").iterdir()) == []
     coreml.export(replaced(checkpoint, name, huge), tmp_path / "out" / "a.mlpackage", variant="f32", context=16)
+
+
+def test_beside_codes_a_plain_matrix_is_held_as_it_is(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    checkpoint = checkpoints["gemma3"]
+    small = round_to(np.full(checkpoint.tensors[name].shape, np.float32(1.2e-7)), "bf16")
+    path = coreml.export(
+        replaced(checkpoint, name, ArrayTensor(name, small, "bf16")), tmp_path / "a.mlpackage", context=16
+    ).path
+    assert np.array_equal(tensors(path)[name].numpy(), small)
 
 
 def test_requests_that_cannot_be_met(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:

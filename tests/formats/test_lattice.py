@@ -118,4 +118,7 @@ def test_any_codes_on_any_bf16_scale_are_reproduced(codes: list[int], mantissa: 
 
 @pytest.mark.parametrize(("low", "high", "bits"), [(-2, 1, 2), (-8, 7, 4), (-3, 0, 4), (-128, 9, 8)])
 def test_width_of_codes(low: int, high: int, bits: int) -> None:
-    assert code_bits(np.array([[low, high]], dtype=np.int8)) == bits
+    values = np.array([[low, 0, 0, 0, high, 0, 0, 0], [0] * 8], dtype=np.float32)
+    scales = np.array([[0.5, -1.0], [0, 0]], dtype=np.float32)
+    assert code_bits(values * np.repeat(abs(scales), 4, axis=1), abs(scales)) == bits
+    assert code_bits(values * np.repeat(scales, 4, axis=1), scales) == bits

@@ -1,0 +1,211 @@
+"""Faults of a Core ML package's program, written through coremltools' protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gemexport.faults import folders
+from gemexport.faults.places import _blob, save_package
+from gemexport.faults.stored import writable
+from gemexport.faults.weights import Fault, Subject
+from gemexport.formats.architecture import Layer, Rope
+from gemexport.formats.coreml import constants
+from gemexport.formats.coreml_package import Package, open_package
+from gemexport.formats.tensor import Floats
+
+WINDOW = "co.huggingface.exporters.sliding_window"
+ATTENTION = "scaled_dot_product_attention"
+
+
+def changed(edit: Callable[[Package, Subject], None], named: str = "departs at") -> Fault:
+    """A fault by `edit` of the program."""
+
+    def fault(subject: Subject) -> str:
+        package = open_package(subject.path)
+        edit(package, subject)
+        save_package(package)
+        return named
+
+    return fault
+
+
+def _named(package: Package, name: str) -> Any:
+    """The operation that gives `name`."""
+    return next(item for item in package.operations if any(output.name == name for output in item.outputs))
+
+
+def _ops(package: Package, kind: str) -> list[Any]:
+    return [item for item in package.operations if item.type == kind]
+
+
+def _argument(operation: Any, name: str) -> str:
+    found: str = operation.inputs[name].arguments[0].name
+    return found
+
+
+def _floats(operation: Any) -> Any:
+    """The numbers of a small f32 constant."""
+    return operation.attributes["val"].immediateValue.tensor.floats.values
+
+
+def rope(change: Callable[[Rope, Layer], Rope]) -> Fault:
+    """A fault of the tables of the full layers' angles."""
+
+    def fault(subject: Subject) -> str:
+        layer = subject.layer(sliding=False)
+        order = list(dict.fromkeys((item.rope, item.head_dim) for item in subject.decoder.layers))
+        number = order.index((layer.rope, layer.head_dim))
+        frequencies = change(layer.rope, layer).inv_freq(layer.head_dim).astype(np.float32)
+        tables = constants(open_package(subject.path))
+        for kind, function in (("cos", np.cos), ("sin", np.sin)):
+            stored: Any = tables[f"rope_{number}_{kind}"]
+            table = writable(_blob(stored).data.view("<f4").reshape(stored.shape))
+            table[:] = function(np.arange(len(table), dtype=np.float32)[:, None] * frequencies)
+        return "departs at"
+
+    return fault
+
+
+def window(package: Package, subject: Subject) -> None:
+    """Whoever feeds the masks is told a window of one position less."""
+    package.model.description.metadata.userDefined[WINDOW] = str(subject.decoder.sliding_window - 1)
+
+
+def layers_exchanged(package: Package, subject: Subject) -> None:
+    """The first full layer gets the sliding layers' mask, and the first sliding one that of the full ones."""
+    kinds = [layer.sliding for layer in subject.decoder.layers]
+    attention = _ops(package, ATTENTION)
+    first, other = attention[kinds.index(True)], attention[kinds.index(False)]
+    masks = {_argument(node, "attn_mask"): _named(package, _argument(node, "attn_mask")) for node in (first, other)}
+    # A mask is made where it is first read, so what it is made of changes places, not its readers.
+    ends = [_root(package, operation) for operation in masks.values()]
+    names = [_argument(end, "x") for end in ends]
+    sliding, full = names
+    first_x, other_x = full, sliding
+    for operation, source in zip(ends, (first_x, other_x), strict=True):
+        operation.inputs["x"].arguments[0].name = source
+
+
+def _root(package: Package, operation: Any) -> Any:
+    """The first operation that a mask goes through."""
+    while True:
+        name = _argument(operation, "x")
+        before = [item for item in package.operations if any(output.name == name for output in item.outputs)]
+        if not before:
+            return operation
+        operation = before[0]
+
+
+def softcap(package: Package, _: Subject) -> None:
+    """Logits are not capped: the hyperbolic tangent gives what it is given."""
+    _ops(package, "tanh")[-1].type = "identity"
+
+
+def embedding_scale(package: Package, subject: Subject) -> None:
+    """Embeddings are not multiplied by the root of their width."""
+    for operation in _ops(package, "mul"):
+        source = _named(package, _argument(operation, "y"))
+        if source.type == "const" and list(_floats(source)) == [np.float32(subject.decoder.embed_scale)]:
+            _floats(source)[:] = [1.0]
+            return
+    raise ValueError("the program has no embedding scale")
+
+
+def donor(package: Package, subject: Subject) -> None:
+    """A layer without keys of its own reads those of the first layer of its type."""
+    layers = subject.decoder.layers
+    shared = next(layer for layer in layers if not layer.owns_cache)
+    wrong = next(layer for layer in layers if layer.sliding == shared.sliding and layer.index != shared.kv_source)
+    attention = _ops(package, ATTENTION)
+    for name in ("key", "value"):
+        attention[shared.index].inputs[name].arguments[0].name = _argument(attention[wrong.index], name)
+
+
+def cache_late(package: Package, _: Subject) -> None:
+    """Keys and values are written one position after their own."""
+    operations = package.operations
+    place = next(i for i, item in enumerate(operations) if item.outputs and item.outputs[0].name == "past_position")
+    for name, source in (("late_past", "past_position"), ("late_end", "end_position")):
+        add = type(operations[0])()
+        add.CopyFrom(operations[place])  # end_position - token_count: for the types
+        add.type = "add"
+        add.outputs[0].name = name
+        add.attributes["name"].immediateValue.tensor.strings.values[0] = name
+        add.inputs["x"].arguments[0].name = source
+        one = add.inputs["y"].arguments[0]
+        one.ClearField("binding")
+        one.value.type.CopyFrom(operations[place].outputs[0].type)
+        one.value.immediateValue.tensor.ints.values.append(1)
+        operations.insert(place + 1, add)
+    written = {_argument(update, side) for update in _ops(package, "slice_update") for side in ("begin", "end")}
+    for item in operations:
+        if item.type == "concat" and item.outputs[0].name in written:
+            for argument in item.inputs["values"].arguments:
+                renamed = {"past_position": "late_past", "end_position": "late_end"}.get(argument.name)
+                if renamed:
+                    argument.name = renamed
+
+
+def head_untied(package: Package, subject: Subject) -> None:
+    """The head reads a matrix of its own, the embedding with noise."""
+    from gemexport.formats.coreml import tensors
+
+    table = tensors(subject.path)["model.embed_tokens.weight"].numpy()
+    linear = next(item for item in _ops(package, "linear") if _argument(item, "weight") == "model_embed_tokens_weight")
+    source = _named(package, "model_embed_tokens_weight")
+    constant = type(source)()
+    constant.type = "const"
+    constant.outputs.add().CopyFrom(source.outputs[0])
+    constant.outputs[0].name = "lm_head_weight"
+    constant.attributes["name"].CopyFrom(source.attributes["name"])
+    constant.attributes["name"].immediateValue.tensor.strings.values[0] = "lm_head_weight"
+    value = constant.attributes["val"]
+    value.type.CopyFrom(source.outputs[0].type)
+    noisy = _noisy(table)
+    if table.dtype == np.float32 and "FLOAT16" in str(source.outputs[0].type.tensorType):
+        value.immediateValue.tensor.bytes.values = noisy.astype("<f2").tobytes()
+    else:
+        value.immediateValue.tensor.floats.values.extend(noisy.reshape(-1).tolist())
+    if source.outputs[0].type.tensorType.dataType == 10:  # FLOAT16 in MIL.proto
+        value.immediateValue.tensor.ClearField("floats")
+        value.immediateValue.tensor.bytes.values = noisy.astype("<f2").tobytes()
+    place = list(package.operations).index(source)
+    package.operations.insert(place + 1, constant)
+    linear.inputs["weight"].arguments[0].name = "lm_head_weight"
+
+
+def _noisy(table: Floats) -> Floats:
+    from gemexport.faults.weights import NOISE
+
+    noise = np.random.default_rng(0).normal(0, NOISE * float(table.std()), table.shape)
+    return (table + noise).astype(np.float32)
+
+
+def context(package: Package, _: Subject) -> None:
+    """The ids that go in at once are half as many as the states hold."""
+    for feature in package.model.description.input:
+        for size in feature.type.multiArrayType.shapeRange.sizeRanges:
+            if size.upperBound > 1:
+                size.upperBound //= 2
+
+
+NO_TOKENIZER = "a package has no tokenizer"
+FAULTS: dict[str, Fault | str] = {
+    "RoPE base wrong": rope(lambda own, _: own.model_copy(update={"theta": 10_000.0})),
+    "RoPE scaling wrong": rope(lambda own, _: own.model_copy(update={"factor": 8.0})),
+    "RoPE partial factor wrong": rope(lambda own, _: own.model_copy(update={"rotary_dims": own.rotary_dims // 2})),
+    "sliding window off by one": changed(window, "sliding_window"),
+    "full and sliding layers exchanged": changed(layers_exchanged),
+    "soft cap lost": changed(softcap, "logits"),
+    "embedding scale lost": changed(embedding_scale),
+    "shared KV layer reads the wrong donor": changed(donor),
+    "tied head untied with noise": changed(head_untied, "lm_head"),
+    "KV cache written one position late": changed(cache_late),
+    "metadata of another size": "the program says every size",
+    "context length halved": "a package is exported for the context that is asked for",
+    "truncated file": folders.truncated,
+    **dict.fromkeys(folders.TOKENIZER, NO_TOKENIZER),
+}

@@ -1,0 +1,221 @@
+"""Faults of folders in Hugging Face layout (MLX, compressed-tensors): config.json, weights, and the tokenizer's files.
+
+The tokenizer's faults serve ONNX folders as well, which have the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gemexport.faults.stored import like
+from gemexport.faults.weights import NOISE, Fault, Subject
+
+Json = dict[str, Any]
+FULL = "full_attention"
+
+
+def edited(file: str, edit: Callable[[Json, Subject], str]) -> Fault:
+    """A fault that changes a JSON file of the folder; `edit` returns what a verdict must name."""
+
+    def fault(subject: Subject) -> str:
+        path = subject.path / file
+        content = json.loads(path.read_text("utf-8"))
+        named = edit(content, subject)
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
+        return named
+
+    return fault
+
+
+def _text(config: Json) -> Json:
+    text: Json = config.get("text_config", config)
+    return text
+
+
+def rope_base(config: Json, subject: Subject) -> str:
+    """The full layers' base is the sliding ones'."""
+    text = _text(config)
+    if subject.decoder.family == "gemma4":
+        text["rope_parameters"][FULL]["rope_theta"] = 10_000.0
+    else:
+        _flat(text)["rope_theta"] = 10_000.0
+    return "rope_theta"
+
+
+def _flat(text: Json) -> Json:
+    """Where the settings of full layers are: newer configs have them in a dictionary of their own."""
+    found: Json = (text.get("rope_parameters") or {}).get(FULL, text)
+    return found
+
+
+def rope_scaling(config: Json, subject: Subject) -> str:
+    """The angles of the full layers eight times too small."""
+    text = _text(config)
+    if subject.decoder.family == "gemma4":
+        text["rope_parameters"][FULL]["factor"] = 8.0
+    elif FULL in (text.get("rope_parameters") or {}):
+        text["rope_parameters"][FULL] |= {"rope_type": "linear", "factor": 8.0}
+    else:
+        text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    return "factor"
+
+
+def rope_part(config: Json, _: Subject) -> str:
+    """Twice as many pairs of a head rotate."""
+    own = _text(config)["rope_parameters"][FULL]
+    own["partial_rotary_factor"] *= 2
+    return "partial_rotary_factor"
+
+
+def window(config: Json, _: Subject) -> str:
+    """Sliding layers see one position less."""
+    _text(config)["sliding_window"] -= 1
+    return "sliding_window"
+
+
+def layers_exchanged(config: Json, _: Subject) -> str:
+    """The first full layer slides, and the first sliding one sees everything."""
+    text = _text(config)
+    if "layer_types" not in text:
+        text["sliding_window_pattern"] = text.get("sliding_window_pattern", 6) - 1
+        return "layer_types"
+    types = text["layer_types"]
+    other = types.index(FULL)
+    types[0], types[other] = types[other], types[0]
+    return "layer_types"
+
+
+def softcap(config: Json, _: Subject) -> str:
+    """Logits are not capped."""
+    _text(config)["final_logit_softcapping"] = None
+    return "final_logit_softcapping"
+
+
+def donor(config: Json, _: Subject) -> str:
+    """One more layer reads another's keys and values."""
+    _text(config)["num_kv_shared_layers"] += 1
+    return "num_kv_shared_layers"
+
+
+def size(config: Json, _: Subject) -> str:
+    """An MLP that is wider than its weights."""
+    _text(config)["intermediate_size"] += 32
+    return "intermediate_size|shape|config.json says"
+
+
+def context(config: Json, _: Subject) -> str:
+    """Half as many positions."""
+    _text(config)["max_position_embeddings"] //= 2
+    return "max_position_embeddings"
+
+
+def head_untied(subject: Subject) -> str:
+    """A head of its own, which is the embedding with noise."""
+    from gemexport.formats.safetensors import Entry, Writer, read_file
+    from gemexport.registry import TARGETS
+
+    file = subject.path / "model.safetensors"
+    arrays = {name: (item.entry, np.array(item.array)) for name, item in read_file(file).items()}
+    table = TARGETS[subject.target].reader().tensors(subject.path)["model.embed_tokens.weight"].numpy()
+    noise = np.random.default_rng(0).normal(0, NOISE * float(table.std()), table.shape).astype(np.float32)
+    stored = like(table + noise, np.empty(0, np.uint16))
+    wrapped = any(name.startswith("language_model.") for name in arrays)
+    name = "language_model.lm_head.weight" if wrapped else "lm_head.weight"
+    arrays[name] = Entry(name, "BF16", table.shape), stored
+    writer = Writer(
+        file, [entry for entry, _ in arrays.values()], {"format": "mlx" if subject.target == "mlx" else "pt"}
+    )
+    for entry, array in arrays.values():
+        writer.write(entry.name, array)
+    writer.close()
+    config = json.loads((subject.path / "config.json").read_text("utf-8"))
+    config["tie_word_embeddings"] = _text(config)["tie_word_embeddings"] = False
+    (subject.path / "config.json").write_text(json.dumps(config), "utf-8")
+    return "tie_word_embeddings|lm_head"
+
+
+def truncated(subject: Subject) -> str:
+    """The last kilobyte of the largest file is missing."""
+    file = max((item for item in subject.path.rglob("*") if item.is_file()), key=lambda item: item.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1024])
+    return file.name
+
+
+# The tokenizer.
+
+
+def _insert(tokenizer: Json, _: Subject) -> str:
+    vocab = tokenizer["model"]["vocab"]
+    last = max(vocab.values())
+    shifted = {text: index + (index >= 300) for text, index in vocab.items() if index < last}
+    tokenizer["model"]["vocab"] = {**shifted, "zzzz": 300}
+    merges = tokenizer["model"]["merges"]
+    whole = shifted.keys()
+    tokenizer["model"]["merges"] = [
+        pair for pair in merges if "".join(_pair(pair)) in whole and {*_pair(pair)} <= whole
+    ]
+    return "text"
+
+
+def _pair(merge: Any) -> list[str]:
+    return merge.split(" ", 1) if isinstance(merge, str) else list(merge)
+
+
+def _exchange(tokenizer: Json, _: Subject) -> str:
+    vocab = tokenizer["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    return "text"
+
+
+def _lose_merge(tokenizer: Json, _: Subject) -> str:
+    merges = tokenizer["model"]["merges"]
+    made = next("".join(_pair(pair)) for pair in merges if "".join(_pair(pair)).isalpha())
+    tokenizer["model"]["merges"] = [pair for pair in merges if "".join(_pair(pair)) != made]
+    return "text"
+
+
+def _no_bos(tokenizer: Json, _: Subject) -> str:
+    tokenizer["post_processor"] = None
+    return "bos"
+
+
+def _retype(tokenizer: Json, _: Subject) -> str:
+    item = next(item for item in tokenizer["added_tokens"] if item["content"] in ("<|turn>", "<start_of_turn>"))
+    item["special"] = False
+    return "turn"
+
+
+def _relabel(settings: Json, _: Subject) -> str:
+    settings["chat_template"] = settings["chat_template"].replace("'model'", "'assistant'")
+    return "template"
+
+
+BUILT_IN = "the runtime computes it, no file says so"
+TOKENIZER: dict[str, Fault | str] = {
+    "a token inserted": edited("tokenizer.json", _insert),
+    "two tokens exchanged": edited("tokenizer.json", _exchange),
+    "a merge lost": edited("tokenizer.json", _lose_merge),
+    "BOS not added": edited("tokenizer.json", _no_bos),
+    "special token typed as normal": edited("tokenizer.json", _retype),
+    "role marker of the chat template changed": edited("tokenizer_config.json", _relabel),
+}
+FAULTS: dict[str, Fault | str] = {
+    "RoPE base wrong": edited("config.json", rope_base),
+    "RoPE scaling wrong": edited("config.json", rope_scaling),
+    "RoPE partial factor wrong": edited("config.json", rope_part),
+    "sliding window off by one": edited("config.json", window),
+    "full and sliding layers exchanged": edited("config.json", layers_exchanged),
+    "soft cap lost": edited("config.json", softcap),
+    "embedding scale lost": BUILT_IN,
+    "shared KV layer reads the wrong donor": edited("config.json", donor),
+    "tied head untied with noise": head_untied,
+    "KV cache written one position late": BUILT_IN,
+    "metadata of another size": edited("config.json", size),
+    "context length halved": edited("config.json", context),
+    "truncated file": truncated,
+    **TOKENIZER,
+}

@@ -1,0 +1,203 @@
+"""Faults of a GGUF file's metadata and tokenizer, written with the `gguf` package's own reader and writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
+
+from gemexport.faults.stored import floats
+from gemexport.faults.weights import NOISE, Fault, Subject
+
+TOKENS, TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
+SCORES, TEMPLATE, ADD_BOS = "tokenizer.ggml.scores", "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"
+FREQUENCIES, HEAD = "rope_freqs.weight", "output.weight"
+
+Fields = dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]]
+Tensors = dict[str, np.ndarray]
+
+
+def rewrite(path: Path, edit: Callable[[Fields, Tensors], None]) -> None:
+    """Write the file anew with other metadata; tensors that `edit` puts into the second dictionary are new, in f32."""
+    reader = GGUFReader(path)
+    fields: Fields = {}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            fields[name] = (field.contents(), field.types[0], inner)
+    new: Tensors = {}
+    edit(fields, new)
+    architecture = fields.pop("general.architecture")[0]
+    beside = path.with_suffix(".rewritten")
+    writer = GGUFWriter(beside, architecture)
+    for name, (value, kind, inner) in fields.items():
+        writer.add_key_value(name, value, kind, inner)
+    for tensor in reader.tensors:
+        if tensor.name not in new:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, values in new.items():
+        writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    del reader
+    beside.replace(path)
+
+
+def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32) -> Fault:
+    """A fault that gives one key another value; `value` may be a function of the old one."""
+
+    def fault(subject: Subject) -> str:
+        name = key.format(arch=subject.decoder.family)
+
+        def edit(fields: Fields, _: Tensors) -> None:
+            old = fields.get(name, (None, kind, None))
+            fields[name] = (value(old[0]) if callable(value) else value, old[1], old[2])
+
+        rewrite(subject.path, edit)
+        return name
+
+    return fault
+
+
+def rope_scaling(subject: Subject) -> str:
+    """The angles of the full layers eight times too small."""
+    if subject.decoder.family == "gemma4":
+        return _frequencies(subject, lambda divisors: np.where(divisors < 2, np.float32(8), divisors))
+
+    def edit(fields: Fields, _: Tensors) -> None:
+        fields["gemma3.rope.scaling.type"] = ("linear", GGUFValueType.STRING, None)
+        fields["gemma3.rope.scaling.factor"] = (8.0, GGUFValueType.FLOAT32, None)
+
+    rewrite(subject.path, edit)
+    return "rope.scaling.factor"
+
+
+def rope_part(subject: Subject) -> str:
+    """Twice as many pairs of a head rotate."""
+    turned = 2 * (subject.layer(sliding=False).rope.rotary_dims // 2)
+    return _frequencies(subject, lambda divisors: np.where(np.arange(divisors.size) < turned, np.float32(1), divisors))
+
+
+def _frequencies(subject: Subject, change: Callable[[np.ndarray], np.ndarray]) -> str:
+    stored = next(tensor for tensor in GGUFReader(subject.path).tensors if tensor.name == FREQUENCIES)
+    values = change(np.array(stored.data, np.float32))
+
+    def edit(_: Fields, tensors: Tensors) -> None:
+        tensors[FREQUENCIES] = values
+
+    rewrite(subject.path, edit)
+    return FREQUENCIES
+
+
+def layers_exchanged(subject: Subject) -> str:
+    """The first full layer slides, and the first sliding one sees everything."""
+    kinds = [layer.sliding for layer in subject.decoder.layers]
+    first, other = kinds.index(True), kinds.index(False)
+    kinds[first], kinds[other] = False, True
+    key = f"{subject.decoder.family}.attention.sliding_window_pattern"
+
+    def edit(fields: Fields, _: Tensors) -> None:
+        fields[key] = (kinds, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+
+    rewrite(subject.path, edit)
+    return "sliding_window_pattern"
+
+
+def head_untied(subject: Subject) -> str:
+    """A head of its own, which is the embedding with noise."""
+    from gemexport.formats.gguf import tensors
+
+    table = tensors(subject.path)["model.embed_tokens.weight"].numpy()
+    noise = np.random.default_rng(0).normal(0, NOISE * float(floats(table).std()), table.shape)
+
+    def edit(_: Fields, new: Tensors) -> None:
+        new[HEAD] = table + noise
+
+    rewrite(subject.path, edit)
+    return "lm_head.weight"
+
+
+def _tokens(change: Callable[[Fields], None], named: str) -> Fault:
+    def fault(subject: Subject) -> str:
+        rewrite(subject.path, lambda fields, _: change(fields))
+        return named
+
+    return fault
+
+
+def _values(fields: Fields, key: str, values: Any) -> None:
+    fields[key] = (values, *fields[key][1:])
+
+
+def _insert(fields: Fields) -> None:
+    tokens = fields[TOKENS][0]
+    _values(fields, TOKENS, [*tokens[:300], "zzzz", *tokens[300:-1]])
+
+
+def _exchange(fields: Fields) -> None:
+    tokens = list(fields[TOKENS][0])
+    first, second = (tokens.index(text) for text in ("e", "t"))
+    tokens[first], tokens[second] = tokens[second], tokens[first]
+    _values(fields, TOKENS, tokens)
+
+
+def _lose_merge(fields: Fields) -> None:
+    if MERGES in fields:
+        merges = fields[MERGES][0]
+        # The token must not be reachable by another pair.
+        made = "".join(next(pair for pair in merges if pair.replace(" ", "").isalpha()).split(" "))
+        _values(fields, MERGES, [pair for pair in merges if pair.replace(" ", "") != made])
+        return
+    tokens, scores = fields[TOKENS][0], list(fields[SCORES][0])
+    place = next(i for i, text in enumerate(tokens) if len(text) == 2 and text.isalpha())
+    scores[place] = -1e6
+    _values(fields, SCORES, scores)
+
+
+def _retype(fields: Fields) -> None:
+    types = list(fields[TYPES][0])
+    place = next(i for i, text in enumerate(fields[TOKENS][0]) if text in ("<|turn>", "<start_of_turn>"))
+    types[place] = int(TokenType.NORMAL)
+    _values(fields, TYPES, types)
+
+
+def _relabel(fields: Fields) -> None:
+    _values(fields, TEMPLATE, fields[TEMPLATE][0].replace("'model'", "'assistant'"))
+
+
+def truncated(subject: Subject) -> str:
+    """The last kilobyte is missing."""
+    data = subject.path.read_bytes()
+    subject.path.write_bytes(data[:-1024])
+    return subject.path.name
+
+
+BUILT_IN = "llama.cpp computes it, no file says so"
+FAULTS: dict[str, Fault | str] = {
+    "RoPE base wrong": _set("{arch}.rope.freq_base", 10_000.0),
+    "RoPE scaling wrong": rope_scaling,
+    "RoPE partial factor wrong": rope_part,
+    "sliding window off by one": _set("{arch}.attention.sliding_window", lambda old: old - 1, GGUFValueType.UINT32),
+    "full and sliding layers exchanged": layers_exchanged,
+    "soft cap lost": _set("{arch}.final_logit_softcapping", 0.0),
+    "embedding scale lost": BUILT_IN,
+    "shared KV layer reads the wrong donor": _set(
+        "{arch}.attention.shared_kv_layers", lambda old: old + 1, GGUFValueType.UINT32
+    ),
+    "tied head untied with noise": head_untied,
+    "KV cache written one position late": BUILT_IN,
+    "metadata of another size": _set("{arch}.block_count", lambda old: old - 1, GGUFValueType.UINT32),
+    "context length halved": _set("{arch}.context_length", lambda old: old // 2, GGUFValueType.UINT32),
+    "truncated file": truncated,
+    "a token inserted": _tokens(_insert, "text"),
+    "two tokens exchanged": _tokens(_exchange, "text"),
+    "a merge lost": _tokens(_lose_merge, "text"),
+    "BOS not added": _set(ADD_BOS, False, GGUFValueType.BOOL),
+    "special token typed as normal": _tokens(_retype, "turn"),
+    "role marker of the chat template changed": _tokens(_relabel, "template"),
+}

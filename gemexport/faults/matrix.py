@@ -1,0 +1,196 @@
+"""The matrix of faults and formats: every fault put into an artefact of every format, each judged by the validator.
+
+`judge` calls the very steps that a run calls (gemexport.nodes), in this process, with one reference for all cells.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from gemexport import demo_mobile, nodes
+from gemexport.faults import weights
+from gemexport.faults.weights import Fault, Subject
+from gemexport.formats.errors import InputError
+from gemexport.formats.recipe import RECIPES
+from gemexport.registry import TARGETS
+from gemexport.report import Divergence, verdict
+from gemexport.verdict import bounds
+
+COLUMNS = (
+    ("gguf", "Q4_0"), ("mlx", "4bit"), ("onnx", "int4"), ("onnx", "npu"), ("coreml", "int4"),
+    ("compressed-tensors", "w4a16"),
+)  # fmt: skip
+MODULES = {"gguf": "gguf", "mlx": "folders", "compressed-tensors": "folders", "onnx": "onnx", "coreml": "coreml"}
+ACTIVATIONS = ("activation scale doubled", "activation zero point off by one")  # of a mobile checkpoint
+NO_CACHE_OF_ITS_OWN = "ONNX Runtime's operator writes the cache"
+PARTS = {
+    "weights": "weights", "metadata": "metadata", "tokenizer": "tokenizer", "chat": "chat template",
+    "conversion": "logits", "greedy": "greedy decoding",
+}  # fmt: skip
+TOKENS = 80  # of the tests' models, whose sliding window is 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault in one format: caught with a reason, missed, or not applicable and why."""
+
+    fault: str
+    target: str
+    variant: str
+    caught: bool | None  # None: not applicable
+    reason: str
+    named: str = ""  # what the reason should name
+
+    @property
+    def text(self) -> str:
+        """The cell as a table has it: what caught it."""
+        return "—" if self.caught is None else f"caught: {self.by}" if self.caught else "MISSED"
+
+    @property
+    def by(self) -> str:
+        """Which part of the validator: that of the first bound that did not hold, `reading` when a file is refused."""
+        part = self.reason.partition(".")[0]
+        return PARTS.get(part, "reading")
+
+
+@dataclass
+class Bench:
+    """A model, its clean artefacts, and what all cells share."""
+
+    model: Path
+    work: Path
+    tokens: int = TOKENS
+    whole: bool = False  # run the artefact even if weights and metadata have shown the fault
+    floors: dict[str, Divergence] = field(default_factory=dict)
+    _mobile: Bench | None = None
+
+    def __post_init__(self) -> None:
+        self.place = nodes.Workplace(self.model, self.work, self.tokens)
+        self.work.mkdir(parents=True, exist_ok=True)
+        nodes.grids(self.place, RECIPES["default"], lambda _: None)
+        self.checkpoint = self.place.open()
+
+    def clean(self, target: str, variant: str) -> Path:
+        """The artefact without a fault, exported once."""
+        path = TARGETS[target].path(self.work / "clean", "model", variant)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nodes.export(self.place, target, variant, path, {}, lambda _: None)
+        return path
+
+    def broken(self, target: str, variant: str, fault: Fault) -> tuple[Path, str]:
+        """A copy of the artefact with the fault in it, and what a verdict must name."""
+        clean = self.clean(target, variant)
+        path = self.work / "broken" / target / variant / clean.name
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir(parents=True)
+        (shutil.copytree if clean.is_dir() else shutil.copyfile)(clean, path)
+        return path, str(fault(Subject(target, path, self.checkpoint.architecture)))
+
+    def judge(self, target: str, variant: str, path: Path) -> tuple[str, str]:
+        """Status and reason, as `gemexport validate` gives them."""
+        if not self.whole:
+            try:
+                status, reason = self._verdict(target, variant, self._stored(target, path))
+            except InputError as error:
+                return "error", str(error)
+            if status == "fail":
+                return status, reason
+        return self.measure(target, variant, path)[1:]
+
+    def measure(self, target: str, variant: str, path: Path) -> tuple[nodes.Validation | None, str, str]:
+        """What a validation measures, none where the artefact cannot be read, then status and reason."""
+        if TARGETS[target].noises or self.checkpoint.activations:
+            self._measure_floors()
+        try:
+            found = nodes.validate(self.place, target, path, True, lambda _: None)
+        except InputError as error:
+            return None, "error", str(error)
+        return found, *self._verdict(target, variant, found)
+
+    def _stored(self, target: str, path: Path) -> nodes.Validation:
+        """What shows without running the artefact."""
+        report, _ = nodes.check_weights(self.place, target, path, lambda _: None)
+        return nodes.Validation(report, facts=nodes.check_facts(self.checkpoint, target, path))
+
+    def _measure_floors(self) -> None:
+        """What PyTorch's other arithmetics differ by, once."""
+        if not self.floors:
+            noises = {noise for item in TARGETS.values() for noise in item.noises}
+            noises |= {"f32-reordered"} if self.checkpoint.activations else set()
+            self.floors = nodes.reference(self.place, tuple(sorted(noises)), lambda _: None)
+
+    def _verdict(self, target: str, variant: str, found: nodes.Validation) -> tuple[str, str]:
+        holds = TARGETS[target].holds(variant)
+        status, reason = verdict(bounds(found, self.floors, RECIPES["default"], holds))
+        return status, str(reason)
+
+    def mobile(self) -> Bench:
+        """The same of a model that comes with static scales of activations."""
+        if self._mobile is None:
+            model = self.work / "mobile-model"
+            if not model.exists():
+                demo_mobile.make(model, size="tiny")
+            self._mobile = Bench(model, self.work / "mobile", self.tokens, self.whole)
+        return self._mobile
+
+    def cell(self, name: str, target: str, variant: str) -> Cell:
+        """Put one fault into one artefact and judge it."""
+        fault = applicable(name, target, variant, self)
+        if isinstance(fault, str):
+            return Cell(name, target, variant, None, fault)
+        bench = self.mobile() if name in ACTIVATIONS else self
+        path, named = bench.broken(target, variant, fault)
+        status, reason = bench.judge(target, variant, path)
+        return Cell(name, target, variant, status in ("fail", "error"), reason, named)
+
+    def cells(self, columns: tuple[tuple[str, str], ...] = COLUMNS) -> Iterator[Cell]:
+        """The matrix, one column after the other."""
+        for target, variant in columns:
+            for name in catalogue():
+                yield self.cell(name, target, variant)
+
+
+def catalogue() -> list[str]:
+    """The names of all faults, those of the weights first."""
+    return [*weights.FAULTS, *import_module("gemexport.faults.folders").FAULTS, *ACTIVATIONS]
+
+
+def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | str:
+    """The function that makes a fault in an artefact, or why there is none."""
+    decoder = bench.checkpoint.architecture
+    missing = {
+        "layer scalar lost": not decoder.layer_scalar,
+        "per-layer embedding shifted by a layer": decoder.per_layer is None,
+        "RoPE partial factor wrong": decoder.family == "gemma3" and target != "onnx" and target != "coreml",
+        "soft cap lost": decoder.final_softcap is None,
+        "shared KV layer reads the wrong donor": all(layer.owns_cache for layer in decoder.layers),
+    }
+    if missing.get(name):
+        return "the model has none"
+    if name in ACTIVATIONS:
+        holds = (target, variant) == ("onnx", "npu")
+        return import_module("gemexport.faults.onnx").ACTIVATIONS[name] if holds else "it leaves static scales out"
+    if name in weights.FAULTS:
+        return weights.FAULTS[name]
+    if (name, variant) == ("KV cache written one position late", "int4") and target == "onnx":
+        return NO_CACHE_OF_ITS_OWN
+    found: Fault | str = import_module(f"gemexport.faults.{MODULES[target]}").FAULTS[name]
+    return found
+
+
+def markdown(cells: list[Cell]) -> str:
+    """The matrix as a table, a fault a row."""
+    columns = list(dict.fromkeys((cell.target, cell.variant) for cell in cells))
+    lines = [
+        "| fault | " + " | ".join(" ".join(column) for column in columns) + " |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    for name in dict.fromkeys(cell.fault for cell in cells):
+        row = {(cell.target, cell.variant): cell.text for cell in cells if cell.fault == name}
+        lines.append(f"| {name} | " + " | ".join(row.get(column, "") for column in columns) + " |")
+    return "\n".join(lines) + "\n"

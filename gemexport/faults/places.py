@@ -1,0 +1,112 @@
+"""Finds a tensor of an artefact by its canonical name, in each format, through that format's own reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemexport.faults.stored import Q40, Numbers, Packed, Place, Plain, Twice
+
+
+def gguf(path: Path, name: str) -> Place:
+    """A tensor of a GGUF file: Q4_0 or plain."""
+    from gemexport.formats.gguf import stored_tensors
+    from gemexport.formats.gguf_parts import read_parts
+
+    tensor = stored_tensors(read_parts(path))[name]
+    rows = 1 if len(tensor.shape) < 2 else tensor.shape[0]
+    data = tensor.blocks(0, rows)
+    if tensor.type.name == "Q4_0":
+        return Q40(data)
+    return Plain(data.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.type.name]))
+
+
+def folder(path: Path, name: str) -> Place:
+    """A tensor of an MLX or a compressed-tensors folder."""
+    from gemexport.formats.checkpoint import canonical_name
+    from gemexport.formats.safetensors import read_folder
+
+    arrays = {canonical_name(key): item.array for key, item in read_folder(path).items()}
+    stem = name.removesuffix(".weight")
+    if f"{stem}.weight_packed" in arrays:
+        return Packed(arrays[f"{stem}.weight_packed"], [arrays[f"{stem}.weight_scale"]])
+    if f"{stem}.scales" in arrays:
+        return Packed(arrays[name], [arrays[f"{stem}.{part}"] for part in ("scales", "biases")])
+    return Plain(arrays[name])
+
+
+def onnx(path: Path, name: str) -> Place:
+    """A tensor of an ONNX folder: the fused operators' layout, or the standard's columns."""
+    from gemexport.formats.onnx import CopiedTensor, tensors
+
+    return _onnx(tensors(path)[name], CopiedTensor)
+
+
+def _onnx(tensor: Any, copied: Any) -> Place:
+    if isinstance(tensor, copied):
+        return Twice([_onnx(tensor.first, copied), _onnx(tensor.second, copied)])
+    if hasattr(tensor, "packed"):
+        return Packed(tensor.packed, [tensor.scales], tensor.transposed)
+    array = tensor.array
+    return Plain(array.T, True) if not array.flags.c_contiguous else Plain(array)
+
+
+def coreml(path: Path, name: str) -> Place:
+    """A tensor of a Core ML package: 4-bit blocks, or plain."""
+    from gemexport.formats.coreml import constants, stored_name
+    from gemexport.formats.coreml_arrays import ShiftScale, Stored
+    from gemexport.formats.coreml_package import open_package
+
+    array = constants(open_package(path))[stored_name(name)]
+    if isinstance(array, ShiftScale):
+        data, scale = array.data, array.scale
+        assert isinstance(data, Stored)
+        assert isinstance(scale, Stored)
+        packed = _blob(data).data.reshape(array.shape[0], -1)
+        scales = _blob(scale).data.view("<f4" if scale.kind == "fp32" else "<f2")
+        return Packed(packed, [scales.reshape(scale.shape)])
+    assert isinstance(array, Stored)
+    if isinstance(array._source, np.ndarray):
+        return Immediate(path, stored_name(name))
+    return Plain(_blob(array).data.view("<f4" if array.kind == "fp32" else "<f2").reshape(array.shape))
+
+
+def _blob(array: Any) -> Any:
+    return array._source
+
+
+class Immediate:
+    """A small constant of a Core ML program, which lies in the program itself."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    def read(self) -> Numbers:
+        _, values = self._open()
+        return Numbers(np.array(list(values), np.float32), [])
+
+    def write(self, numbers: Numbers) -> None:
+        package, values = self._open()
+        values[:] = [float(value) for value in numbers.codes]
+        save_package(package)
+
+    def _open(self) -> tuple[Any, Any]:
+        from gemexport.formats.coreml_package import open_package
+
+        package = open_package(self._path)
+        operation = next(item for item in package.operations if item.outputs and item.outputs[0].name == self._name)
+        return package, operation.attributes["val"].immediateValue.tensor.floats.values
+
+
+def save_package(package: Any) -> None:
+    """Write the changed program of an opened Core ML package."""
+    (file,) = package.folder.glob("*.mlmodel")
+    file.write_bytes(package.model.SerializeToString(deterministic=True))
+
+
+PLACES: dict[str, Callable[[Path, str], Place]] = {
+    "gguf": gguf, "mlx": folder, "onnx": onnx, "coreml": coreml, "compressed-tensors": folder,
+}  # fmt: skip

@@ -1,0 +1,142 @@
+"""A weight of a written artefact as the numbers that are stored, to be read, changed and put back in the same bytes.
+
+Codes and scales, however a format packs them, become `[out, in]` and `[out, blocks]`; whatever has no codes is the bit
+patterns of its numbers. Faults are then a line of NumPy, the same line for every format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.formats.tensor import from_bf16, to_bf16
+
+Array = NDArray[Any]
+HALF_BLOCK, SCALE_BYTES = 16, 2  # of a Q4_0 block: code i and code i + 16 share a byte, after an f16 scale
+
+
+@dataclass
+class Numbers:
+    """What is stored of a matrix: unsigned codes, or bit patterns, `[out, in]`; scales and biases `[out, blocks]`."""
+
+    codes: Array
+    scales: list[Array]
+
+
+class Place(Protocol):
+    """Where a tensor lies in an artefact."""
+
+    def read(self) -> Numbers:
+        """A copy of the numbers."""
+        ...
+
+    def write(self, numbers: Numbers) -> None:
+        """Put numbers of the same shapes back."""
+        ...
+
+
+def writable(view: Array) -> Array:
+    """The same bytes of the same file as `view`, a contiguous part of a read-only mapping, to be written to.
+
+    Raises ValueError for an array that is no part of a mapped file.
+    """
+    base: Any = view
+    while not (isinstance(base, np.memmap) and not isinstance(base.base, np.memmap)):
+        base = base.base
+        if base is None:
+            raise ValueError("the array is not mapped from a file")
+    if not view.flags.c_contiguous:
+        raise ValueError("the array is not one run of bytes")
+    start = int(base.offset + view.__array_interface__["data"][0] - base.__array_interface__["data"][0])
+    kind: Any = view.dtype
+    found: Array = np.memmap(str(base.filename), kind, "r+", offset=start, shape=view.shape)
+    return found
+
+
+class Packed:
+    """Two 4-bit codes a byte, the first in the low half, and scales beside them; both may lie transposed."""
+
+    def __init__(self, packed: Array, scales: Sequence[Array], transposed: bool = False) -> None:
+        self._packed = writable(packed)
+        self._scales = [writable(array) for array in scales]
+        self._transposed = transposed
+
+    def read(self) -> Numbers:
+        data = self._packed.view(np.uint8)
+        codes = np.empty((data.shape[0], data.shape[1] * 2), np.uint8)
+        codes[:, 0::2], codes[:, 1::2] = data & 15, data >> 4
+        return Numbers(self._turned(codes), [self._turned(array).copy() for array in self._scales])
+
+    def write(self, numbers: Numbers) -> None:
+        codes = self._turned(numbers.codes)
+        self._packed.view(np.uint8)[:] = codes[:, 0::2] | codes[:, 1::2] << 4
+        for stored, array in zip(self._scales, numbers.scales, strict=True):
+            stored[:] = self._turned(array)
+
+    def _turned(self, array: Array) -> Array:
+        return np.ascontiguousarray(array.T) if self._transposed else array
+
+
+class Q40:
+    """Rows of ggml's Q4_0 blocks `[rows, bytes]`."""
+
+    def __init__(self, rows: Array) -> None:
+        self._rows = writable(rows)
+
+    def read(self) -> Numbers:
+        blocks = self._blocks()
+        scales = np.ascontiguousarray(blocks[:, :, :SCALE_BYTES]).view("<f2")[:, :, 0]
+        fields = blocks[:, :, SCALE_BYTES:]
+        codes = np.concatenate([fields & 15, fields >> 4], axis=2)
+        return Numbers(codes.reshape(len(codes), -1), [scales])
+
+    def write(self, numbers: Numbers) -> None:
+        blocks = self._blocks()
+        codes = numbers.codes.reshape(*blocks.shape[:2], 2 * HALF_BLOCK)
+        blocks[:, :, :SCALE_BYTES] = np.ascontiguousarray(numbers.scales[0])[:, :, None].view(np.uint8)
+        blocks[:, :, SCALE_BYTES:] = codes[:, :, :HALF_BLOCK] | codes[:, :, HALF_BLOCK:] << 4
+
+    def _blocks(self) -> Array:
+        return self._rows.reshape(self._rows.shape[0], -1, SCALE_BYTES + HALF_BLOCK)
+
+
+class Plain:
+    """Numbers as they are; bf16 as bit patterns."""
+
+    def __init__(self, array: Array, transposed: bool = False) -> None:
+        self._array, self._transposed = writable(array), transposed
+
+    def read(self) -> Numbers:
+        array = self._array.T if self._transposed else self._array
+        return Numbers(array.copy(), [])
+
+    def write(self, numbers: Numbers) -> None:
+        self._array[:] = numbers.codes.T if self._transposed else numbers.codes
+
+
+class Twice:
+    """One tensor that an artefact holds in two places."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+
+    def read(self) -> Numbers:
+        return self._places[0].read()
+
+    def write(self, numbers: Numbers) -> None:
+        for place in self._places:
+            place.write(numbers)
+
+
+def floats(stored: Array) -> NDArray[np.float32]:
+    """The values of plain numbers; 16-bit integers are bf16."""
+    return from_bf16(stored) if stored.dtype == np.uint16 else np.asarray(stored, np.float32)
+
+
+def like(values: NDArray[np.float32], stored: Array) -> Array:
+    """Values in the dtype that `stored` has."""
+    return to_bf16(values) if stored.dtype == np.uint16 else values.astype(stored.dtype)

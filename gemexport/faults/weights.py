@@ -1,0 +1,189 @@
+"""Faults of the weights, for every format at once: each changes the stored numbers of one tensor or two.
+
+A fault gets the artefact and the model it was made from, changes the artefact in place, and returns the name of the
+tensor that a verdict must name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.faults.places import PLACES
+from gemexport.faults.stored import Numbers, Place, floats, like
+from gemexport.formats.architecture import Architecture, Layer
+
+NOISE = 0.02  # of a weight, in a head that should be the embedding
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The artefact that a fault is put into."""
+
+    target: str
+    path: Path
+    decoder: Architecture
+
+    def place(self, name: str) -> Place:
+        """Where a tensor lies."""
+        return PLACES[self.target](self.path, name)
+
+    def change(self, name: str, edit: Callable[[Numbers], None]) -> str:
+        """Apply `edit` to the numbers of a tensor; returns its name."""
+        place = self.place(name)
+        numbers = place.read()
+        edit(numbers)
+        place.write(numbers)
+        return name
+
+    def layer(self, sliding: bool = True) -> Layer:
+        """The first layer of its own keys and values, of one attention type."""
+        return next(layer for layer in self.decoder.layers if layer.sliding == sliding and layer.owns_cache)
+
+
+def name_of(layer: int, tail: str) -> str:
+    """A tensor of a layer."""
+    return f"model.layers.{layer}.{tail}"
+
+
+def q_and_k_swapped(subject: Subject) -> str:
+    """The query and the key projection exchanged, as far as the smaller one has rows."""
+    layer = subject.layer().index
+    q, k = (subject.place(name_of(layer, f"self_attn.{kind}_proj.weight")) for kind in "qk")
+    ours, theirs = q.read(), k.read()
+    rows = min(len(ours.codes), len(theirs.codes))
+    for a, b in zip([ours.codes, *ours.scales], [theirs.codes, *theirs.scales], strict=True):
+        a[:rows], b[:rows] = b[:rows].copy(), a[:rows].copy()
+    q.write(ours)
+    k.write(theirs)
+    return name_of(layer, "self_attn.q_proj.weight")
+
+
+def from_the_neighbour(subject: Subject) -> str:
+    """A layer's down projection is the next layer's."""
+    name = name_of(0, "mlp.down_proj.weight")
+    subject.place(name).write(subject.place(name_of(1, "mlp.down_proj.weight")).read())
+    return name
+
+
+def transposed(subject: Subject) -> str:
+    """A square matrix transposed, its codes and, where the blocks of both ways hold as many, its scales."""
+    shapes = subject.decoder.tensor_shapes()
+    name = next(name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1])
+
+    def edit(numbers: Numbers) -> None:
+        numbers.codes = np.ascontiguousarray(numbers.codes.T)
+
+    return subject.change(name, edit)
+
+
+def interleaved(subject: Subject) -> str:
+    """Rows of a query projection in the order of interleaved rotary embeddings, for a runtime that splits heads."""
+    layer = subject.layer()
+    half = np.arange(layer.head_dim).reshape(2, -1).T.reshape(-1)
+    rows = np.concatenate([half + head * layer.head_dim for head in range(subject.decoder.heads)])
+    return subject.change(name_of(layer.index, "self_attn.q_proj.weight"), lambda numbers: _rows(numbers, rows))
+
+
+def _rows(numbers: Numbers, order: NDArray[np.intp]) -> None:
+    numbers.codes = numbers.codes[order]
+    numbers.scales = [array[order] for array in numbers.scales]
+
+
+def norm_without_one(subject: Subject) -> str:
+    """A norm that multiplies by `1 + weight` where it means `weight`, or the other way round."""
+    by = 1.0 if subject.decoder.norm_offset == 0.0 else -1.0
+    return subject.change(name_of(1, "post_attention_layernorm.weight"), lambda numbers: _moved(numbers, by))
+
+
+def _moved(numbers: Numbers, by: float) -> None:
+    numbers.codes = like(floats(numbers.codes) + np.float32(by), numbers.codes)
+
+
+def layer_scalar_lost(subject: Subject) -> str:
+    """A layer's output is not scaled."""
+
+    def edit(numbers: Numbers) -> None:
+        numbers.codes = like(np.ones(numbers.codes.shape, np.float32), numbers.codes)
+
+    return subject.change(name_of(0, "layer_scalar"), edit)
+
+
+def per_layer_shifted(subject: Subject) -> str:
+    """Every layer is told the next layer's part of the per-layer embeddings."""
+    assert subject.decoder.per_layer is not None
+    dim = subject.decoder.per_layer.dim
+
+    def edit(numbers: Numbers) -> None:
+        width = numbers.codes.shape[1]
+        numbers.codes = np.roll(numbers.codes, -dim, axis=1)
+        numbers.scales = [np.roll(array, -dim * array.shape[1] // width, axis=1) for array in numbers.scales]
+
+    return subject.change("model.embed_tokens_per_layer.weight", edit)
+
+
+def _matrix(subject: Subject) -> str:
+    return name_of(subject.layer(sliding=False).index, "mlp.up_proj.weight")
+
+
+def scale_halved(subject: Subject) -> str:
+    """One block's scale is half of what it was."""
+
+    def edit(numbers: Numbers) -> None:
+        for array in numbers.scales:
+            array[3, 1] = like(floats(array[3:4, 1]) / np.float32(2), array)[0]
+
+    return subject.change(_matrix(subject), edit)
+
+
+def codes_off_by_one(subject: Subject) -> str:
+    """One block's codes are one too large, the largest one too small."""
+
+    def edit(numbers: Numbers) -> None:
+        block = numbers.codes[2, 32:64]
+        numbers.codes[2, 32:64] = np.where(block < 15, block + 1, block - 1)
+
+    return subject.change(_matrix(subject), edit)
+
+
+def nibbles_exchanged(subject: Subject) -> str:
+    """Codes of one row that share a byte, each in the other's place."""
+
+    def edit(numbers: Numbers) -> None:
+        row = numbers.codes[1]
+        # Q4_0 puts codes 16 apart into a byte, the others neighbours.
+        pairs = row.reshape(-1, 2, 16) if subject.target == "gguf" else row.reshape(-1, 2)
+        numbers.codes[1] = pairs[:, ::-1].reshape(-1)
+
+    return subject.change(_matrix(subject), edit)
+
+
+def one_weight(subject: Subject) -> str:
+    """A single weight of a tensor without codes is another."""
+
+    def edit(numbers: Numbers) -> None:
+        flat = numbers.codes.reshape(-1)
+        flat[5] = like(floats(flat[5:6]) * np.float32(1.5), numbers.codes)[0]
+
+    return subject.change("model.norm.weight", edit)
+
+
+Fault = Callable[[Subject], Any]
+FAULTS: dict[str, Fault] = {
+    "q and k swapped": q_and_k_swapped,
+    "a layer's weights from the neighbour": from_the_neighbour,
+    "a square matrix transposed": transposed,
+    "interleaved for half-split rotary": interleaved,
+    "1 + weight norm for weight": norm_without_one,
+    "layer scalar lost": layer_scalar_lost,
+    "per-layer embedding shifted by a layer": per_layer_shifted,
+    "one block's scale halved": scale_halved,
+    "one block's codes off by one": codes_off_by_one,
+    "nibbles exchanged": nibbles_exchanged,
+    "one weight of a norm changed": one_weight,
+}

@@ -1,0 +1,182 @@
+"""Tokenizer and chat template of an artefact against the checkpoint's: tables, thousands of texts, conversations.
+
+Where a runtime errs with an artefact that is right, which the artefact's own tables show, it is named and no fault of
+the artefact (docs/bounds.md).
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
+from gemexport.formats.errors import InputError
+from gemexport.report import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
+from gemexport.validators import chat, corpus, prompts, tokenizer, vocabulary
+from gemexport.validators.runtime import Runtime
+from gemexport.validators.tokenizer import Difference
+
+SHOWN = 20  # texts in the report, the shortest of each sort first
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Where an artefact has its tokenizer, and what it is when read back."""
+
+    path: Path  # a GGUF file, or the folder with tokenizer.json
+    scratch: Path
+
+    @classmethod
+    def of(cls, path: Path, scratch: Path) -> Artifact | None:
+        """The tokenizer of the artefact at `path`, in it or beside it; None where there is none."""
+        if path.is_file():
+            return cls(path, scratch) if is_gguf(path) else None
+        places = (path, path.parent) if path.suffix == ".mlpackage" else (path,)
+        return next((cls(place, scratch) for place in places if (place / FILES[0]).is_file()), None)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """It as files in Hugging Face layout; None for what cannot be read so."""
+        if self.path.is_dir():
+            return self.path
+        try:
+            return open_checkpoint(self.path, self.scratch / "read-back").assets
+        except InputError:
+            return None
+
+    def encode(self) -> Callable[[str], list[int]] | None:
+        """Hugging Face's tokenizers with the artefact's tables."""
+        return tokenizer.load(self.folder / FILES[0]) if self.folder else None
+
+    def template(self) -> chat.Template | None:
+        """The artefact's chat template."""
+        return chat.template(self.path)
+
+
+class Wording:
+    """The checkpoint's side, made once for one artefact."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._assets = checkpoint.assets
+        self._size = checkpoint.architecture.vocab_size
+        self._expected = vocabulary.read(self._assets)
+        self._encode = tokenizer.load(self._assets / FILES[0])
+
+    def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
+        """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
+        own = runtime is not None and runtime.tokenize("") is not None
+        name = runtime.name if runtime is not None and own else f"tokenizers {version('tokenizers')}"
+        tables = self._tables(artifact)
+        expected = self._texts()
+        found = (lambda text: runtime.tokenize(text) or []) if runtime is not None and own else artifact.encode()
+        if found is None:
+            return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables)
+        compared = tokenizer.compare(expected.__getitem__, found, list(expected))
+        differing = compared.differences
+        right = self._right(artifact, tables, differing) if own else set()
+        ordinary = set(prompts.prompts())
+        return TokenizerReport(
+            texts=compared.texts,
+            equal=compared.equal,
+            name=name,
+            runtime_only=len(right),
+            ordinary=sum(item.text in ordinary for item in differing),
+            vocabulary=tables,
+            differences=tuple(
+                TokenizerDifference(
+                    text=item.text, expected=item.expected, found=item.found, runtime=item.text in right
+                )
+                for item in sorted(differing, key=lambda item: (item.text in right, len(item.text)))[:SHOWN]
+            ),
+        )
+
+    def _right(self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[Difference, ...]) -> set[str]:
+        """The texts for which the artefact's own tables give the checkpoint's ids.
+
+        A GGUF file is nothing but its tables: where these are the checkpoint's, all are. A tokenizer.json holds more,
+        and is tried.
+        """
+        if artifact.path.is_file() or not differing:
+            return set() if tables else {item.text for item in differing}
+        read_back = artifact.encode()
+        return {item.text for item in differing if read_back and tuple(read_back(item.text)) == item.expected}
+
+    def chat(self, artifact: Artifact, runtime: Runtime | None) -> ChatReport | None:
+        """Every conversation that the checkpoint's template takes; None where the checkpoint has no template."""
+        own = chat.template(self._assets)
+        if own is None:
+            return None
+        expected = chat.taken(own)
+        layouts = [conversation.layout() for conversation, _ in expected]
+        template = artifact.template()
+        texts = runtime.chat(layouts) if runtime is not None else None
+        ours = f"transformers {version('transformers')}"
+        engine = runtime.name if runtime is not None and texts is not None else ours
+        if texts is None:
+            missing = f"{chat.REFUSED}there is no chat template"
+            texts = [template.render(layout) if template else missing for layout in layouts]
+        compared = chat.compare(expected, texts, template)
+        return ChatReport(
+            engine=engine,
+            conversations=compared.conversations,
+            equal=compared.conversations - len(compared.differences),
+            runtime_only=sum(item.runtime for item in compared.differences),
+            differences=tuple(
+                ChatDifference(
+                    conversation=item.conversation, expected=item.expected, found=item.found, runtime=item.runtime
+                )
+                for item in compared.differences
+            ),
+        )
+
+    def _tables(self, artifact: Artifact) -> tuple[str, ...]:
+        """What differs between the files, in sentences; nothing is read of files that are copies."""
+        pairs = [(self._assets / name, artifact.path / name) for name in FILES]
+        if artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs):
+            return ()
+        try:
+            return vocabulary.compare(self._expected, vocabulary.read(artifact.path), self._size)
+        except InputError as error:
+            return (error.problem,)
+
+    def _texts(self) -> dict[str, tuple[int, ...]]:
+        """Every text with the checkpoint's ids, but for those with a token that the model has no row for."""
+        added = [
+            piece
+            for piece, kind in zip(self._expected.pieces, self._expected.kinds, strict=True)
+            if kind in (vocabulary.ADDED, vocabulary.SPECIAL)
+        ]
+        texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(self._expected.pieces[: self._size], added)]
+        found = {text: tuple(self._encode(text)) for text in texts}
+        return {text: ids for text, ids in found.items() if max(ids, default=0) < self._size}
+
+
+def _same(ours: Path, theirs: Path) -> bool:
+    if not (ours.is_file() and theirs.is_file()):
+        return ours.is_file() == theirs.is_file()
+    return filecmp.cmp(ours, theirs, shallow=False)
+
+
+def notes(found: TokenizerReport | None, talked: ChatReport | None) -> tuple[str, ...]:
+    """A sentence where a runtime errs with an artefact that is right."""
+    result = []
+    if found is not None and found.runtime_only:
+        shown = next(item for item in found.differences if item.runtime)
+        result.append(
+            f"{found.name} tokenizes {found.runtime_only} of {found.texts} texts differently from the checkpoint, with "
+            f"tables that give the checkpoint's tokens: {shown.text!r} is {_some(shown.found)} instead of "
+            f"{_some(shown.expected)}"
+        )
+    if talked is not None and talked.runtime_only:
+        which = ", ".join(item.conversation for item in talked.differences if item.runtime)
+        result.append(f"{talked.engine} lays out conversations differently with the checkpoint's own template: {which}")
+    return tuple(result)
+
+
+def _some(ids: tuple[int, ...], limit: int = 8) -> str:
+    return f"[{', '.join(map(str, ids[:limit]))}{', …' if len(ids) > limit else ''}]"

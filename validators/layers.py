@@ -1,0 +1,48 @@
+"""Where a runtime departs from the reference: what each layer gives, side by side, on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from gemexport.formats.tensor import Floats
+
+LAST_NORM = "model.norm.weight"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first place whose values are another's: -1 is what goes into the first layer, `layers` the head."""
+
+    layer: int
+    name: str
+    relative_error: float  # root mean square of the difference, relative to the reference's
+
+
+def in_order(by_norm: Mapping[str, T]) -> list[T]:
+    """What the norm before each layer reads, then the last norm; empty unless all are there."""
+    found: list[T] = []
+    while (name := f"model.layers.{len(found)}.input_layernorm.weight") in by_norm:
+        found.append(by_norm[name])
+    return [*found, by_norm[LAST_NORM]] if found and LAST_NORM in by_norm else []
+
+
+def relative_error(found: Floats, expected: Floats) -> float:
+    """Root mean square of the difference over that of `expected`; infinite where a number is none."""
+    ours, theirs = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    error = float(np.sqrt(np.square(theirs - ours).mean() / max(np.square(ours).mean(), 1e-30)))
+    return error if np.isfinite(error) else float("inf")
+
+
+def departure(found: Sequence[Floats], expected: Sequence[Floats], limit: float) -> Departure | None:
+    """The first of the layers' inputs and outputs that is further from the reference than `limit`; None: none is."""
+    for index, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
+        error = relative_error(theirs, ours)
+        if error > limit:
+            name = f"model.layers.{index - 1}" if index else "model.embed_tokens"
+            return Departure(index - 1, name, error)
+    return None
