@@ -43,6 +43,13 @@ Fresh = Annotated[
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL.")
 ]
+PleCodec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="aqlm:MxB,…",
+        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
+    ),
+]
 Compress = Annotated[
     str | None, typer.Option(help="Quantize the linears with llm-compressor first: gptq, awq or rtn; docs/compress.md.")
 ]
@@ -51,13 +58,6 @@ CompressPython = Annotated[
 ]
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq calibrate on; default: built-in prompts.")
-]
-PleCodec = Annotated[
-    str | None,
-    typer.Option(
-        metavar="aqlm:MxB,…",
-        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
-    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
@@ -184,8 +184,8 @@ def onnx(
     options = {"ranges": ranges, "range_method": range_method}
     common = _common(
         out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    ) | {"ple_codec": ple_codec}
-    _single("onnx", model, variant, options, common)
+    )
+    _single("onnx", model, variant, options, common | {"ple_codec": ple_codec})
 
 
 @app.command()
@@ -199,8 +199,8 @@ def coreml(
     """Export MODEL to Core ML, for iPhones, iPads and Macs."""
     common = _common(
         out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    ) | {"ple_codec": ple_codec}
-    _single("coreml", model, variant, {}, common)
+    )
+    _single("coreml", model, variant, {}, common | {"ple_codec": ple_codec})
 
 
 @app.command("compressed-tensors")

@@ -263,7 +263,8 @@ def validate(place: Workplace, target: str, path: Path, run_logits: bool, progre
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, *trial.wording, first, tuple(more), trial.departs, facts, watch.seconds)
+    tokenizer_report, chat = trial.wording or (None, None)
+    return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
 
 
 def check_wording(
@@ -298,7 +299,7 @@ class _Trial:
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.wording: tuple[TokenizerReport | None, ChatReport | None] | tuple[()] = ()  # in the first arithmetic
+        self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))

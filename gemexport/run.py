@@ -162,15 +162,15 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
     place = asked.place(work, checkpoint.name)
-    weights, recipe, first = checkpoint.architecture.parameters(), asked.recipe, ()  # type: int, Recipe, tuple[str, ...]
-    nodes = []
+    weights, recipe, nodes = checkpoint.architecture.parameters(), asked.recipe, []
+    before: tuple[str, ...] = ()
     if asked.compression is not None:
         call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
         nodes.append(Node("compress", call, (), logits_memory(checkpoint, asked.tokens), 1, all_cores=True))
         # The codes are ours, not those of a maker who left the rest as it is on purpose.
-        first, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
+        before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.nodes:grids", {"place": place, "recipe": recipe})
-    nodes.append(Node("grids", call, first, EXPORT_BYTES, weights, light=True))
+    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, light=True))
     for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
         call = Call("gemexport.nodes:fit_codec", {"place": replace(place, codec=codec)})
         coded = _per_layer_weights(checkpoint)

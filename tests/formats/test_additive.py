@@ -21,6 +21,7 @@ from gemexport.formats.tensor import ArrayTensor, Floats
 from gemexport.formats.vector_codec import Codec, parse
 
 pytest.importorskip("torch")
+from gemexport.formats import codebooks
 
 
 def table(rows: int, width: int, seed: int = 0) -> Floats:
@@ -145,9 +146,9 @@ def test_each_codebook_takes_error_away(tmp_path: Path) -> None:
 
 def test_codes_and_codebooks_by_turns_beat_k_means_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = additive_fit.sample(ArrayTensor("table", table(256, 64)), parse("aqlm:3x4:4"), 32)
-    together = additive_fit.fit(vectors, parse("aqlm:3x4:4")).rms
-    monkeypatch.setattr(additive_fit, "ROUNDS", 0)
-    assert together < additive_fit.fit(vectors, parse("aqlm:3x4:4")).rms
+    together = codebooks.fit(vectors, parse("aqlm:3x4:4")).rms
+    monkeypatch.setattr(codebooks, "ROUNDS", 0)
+    assert together < codebooks.fit(vectors, parse("aqlm:3x4:4")).rms
 
 
 def test_a_scale_for_each_block_pays(tmp_path: Path) -> None:
