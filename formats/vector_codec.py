@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def parse_all(text: str) -> tuple[Codec | None, ...]:
     found = tuple(None if part.strip() == NONE else parse(part) for part in text.split(","))
     if len(set(found)) < len(found):
         raise InputError(text, "names a codec twice", "give each once")
+    return found
+
+
+def stated_rms(text: str | None, path: Path) -> float | None:
+    """The error that an artefact states of its codec, if it states one; InputError for what is no error."""
+    try:
+        found = None if text is None else float(text)
+    except ValueError:
+        found = math.nan
+    if found is not None and not 0 <= found < math.inf:
+        raise InputError(path, f"states {str(text)[:40]!r} as the error of its vector codec", "export it again")
     return found
 
 
