@@ -184,15 +184,6 @@ def _noisy(table: Floats) -> Floats:
     return (table + noise).astype(np.float32)
 
 
-def context(package: Package, _: Subject) -> None:
-    """The ids that go in at once are half as many as the states hold."""
-    for feature in package.model.description.input:
-        for size in feature.type.multiArrayType.shapeRange.sizeRanges:
-            if size.upperBound > 1:
-                size.upperBound //= 2
-
-
-NO_TOKENIZER = "a package has no tokenizer"
 FAULTS: dict[str, Fault | str] = {
     "RoPE base wrong": rope(lambda own, _: own.model_copy(update={"theta": 10_000.0})),
     "RoPE scaling wrong": rope(lambda own, _: own.model_copy(update={"factor": 8.0})),
@@ -207,5 +198,5 @@ FAULTS: dict[str, Fault | str] = {
     "metadata of another size": "the program says every size",
     "context length halved": "a package is exported for the context that is asked for",
     "truncated file": folders.truncated,
-    **dict.fromkeys(folders.TOKENIZER, NO_TOKENIZER),
+    **folders.TOKENIZER,
 }

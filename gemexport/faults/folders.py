@@ -22,7 +22,8 @@ def edited(file: str, edit: Callable[[Json, Subject], str]) -> Fault:
     """A fault that changes a JSON file of the folder; `edit` returns what a verdict must name."""
 
     def fault(subject: Subject) -> str:
-        path = subject.path / file
+        # A Core ML package has these files beside it.
+        path = next(folder / file for folder in (subject.path, subject.path.parent) if (folder / file).is_file())
         content = json.loads(path.read_text("utf-8"))
         named = edit(content, subject)
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
@@ -180,7 +181,7 @@ def _lose_merge(tokenizer: Json, _: Subject) -> str:
 
 def _no_bos(tokenizer: Json, _: Subject) -> str:
     tokenizer["post_processor"] = None
-    return "bos"
+    return "(?i)bos"
 
 
 def _retype(tokenizer: Json, _: Subject) -> str:

@@ -48,7 +48,7 @@ def rewrite(path: Path, edit: Callable[[Fields, Tensors], None]) -> None:
     beside.replace(path)
 
 
-def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32) -> Fault:
+def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32, named: str | None = None) -> Fault:
     """A fault that gives one key another value; `value` may be a function of the old one."""
 
     def fault(subject: Subject) -> str:
@@ -59,7 +59,7 @@ def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32) -> F
             fields[name] = (value(old[0]) if callable(value) else value, old[1], old[2])
 
         rewrite(subject.path, edit)
-        return name
+        return named or name
 
     return fault
 
@@ -197,7 +197,7 @@ FAULTS: dict[str, Fault | str] = {
     "a token inserted": _tokens(_insert, "text"),
     "two tokens exchanged": _tokens(_exchange, "text"),
     "a merge lost": _tokens(_lose_merge, "text"),
-    "BOS not added": _set(ADD_BOS, False, GGUFValueType.BOOL),
+    "BOS not added": _set(ADD_BOS, False, GGUFValueType.BOOL, "(?i)bos"),
     "special token typed as normal": _tokens(_retype, "turn"),
     "role marker of the chat template changed": _tokens(_relabel, "template"),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gemexport import demo_mobile, nodes
 from gemexport.faults import weights
+from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import RECIPES
@@ -89,13 +90,15 @@ class Bench:
         shutil.rmtree(path.parent, ignore_errors=True)
         path.parent.mkdir(parents=True)
         (shutil.copytree if clean.is_dir() else shutil.copyfile)(clean, path)
+        for file in clean.parent.glob("*.json"):  # a Core ML package has its tokenizer beside it
+            shutil.copyfile(file, path.parent / file.name)
         return path, str(fault(Subject(target, path, self.checkpoint.architecture)))
 
-    def judge(self, target: str, variant: str, path: Path) -> tuple[str, str]:
-        """Status and reason, as `gemexport validate` gives them."""
+    def judge(self, target: str, variant: str, path: Path, wording: bool = False) -> tuple[str, str]:
+        """Status and reason, as `gemexport validate` gives them; `wording`: try the tokenizer before the runtime."""
         if not self.whole:
             try:
-                status, reason = self._verdict(target, variant, self._stored(target, path))
+                status, reason = self._verdict(target, variant, self._stored(target, path, wording))
             except InputError as error:
                 return "error", str(error)
             if status == "fail":
@@ -112,10 +115,12 @@ class Bench:
             return None, "error", str(error)
         return found, *self._verdict(target, variant, found)
 
-    def _stored(self, target: str, path: Path) -> nodes.Validation:
+    def _stored(self, target: str, path: Path, wording: bool) -> nodes.Validation:
         """What shows without running the artefact."""
         report, _ = nodes.check_weights(self.place, target, path, lambda _: None)
-        return nodes.Validation(report, facts=nodes.check_facts(self.checkpoint, target, path))
+        facts = nodes.check_facts(self.checkpoint, target, path)
+        words = nodes.check_wording(self.place, self.checkpoint, path, None) if wording else (None, None)
+        return nodes.Validation(report, *words, facts=facts)
 
     def _measure_floors(self) -> None:
         """What PyTorch's other arithmetics differ by, once."""
@@ -145,7 +150,7 @@ class Bench:
             return Cell(name, target, variant, None, fault)
         bench = self.mobile() if name in ACTIVATIONS else self
         path, named = bench.broken(target, variant, fault)
-        status, reason = bench.judge(target, variant, path)
+        status, reason = bench.judge(target, variant, path, name in TOKENIZER)
         return Cell(name, target, variant, status in ("fail", "error"), reason, named)
 
     def cells(self, columns: tuple[tuple[str, str], ...] = COLUMNS) -> Iterator[Cell]:
