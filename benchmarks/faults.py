@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 from gemexport import demo
 from gemexport.faults.clean import fault_free
 from gemexport.faults.matrix import COLUMNS, Bench, markdown
+from gemexport.report import Divergence
 
 
 def matrix(work: Path, family: demo.Family, whole: bool, only: str | None) -> int:
@@ -30,19 +32,28 @@ def matrix(work: Path, family: demo.Family, whole: bool, only: str | None) -> in
         cells.append(cell)
         print(f"{cell.text:7} {cell.target} {cell.variant}: {cell.fault}: {cell.reason}", file=sys.stderr, flush=True)
     print(markdown(cells))
-    count = Counter(cell.text for cell in cells)
+    count = Counter(cell.text.partition(":")[0] for cell in cells)
     print(", ".join(f"{number} {text}" for text, number in count.items()))
     return count["MISSED"]
 
 
 def clean(work: Path, models: int, first: int) -> int:
-    """Judge fault-free artefacts; how many failed."""
+    """Judge fault-free artefacts; how many failed. Prints how far each runtime and arithmetic is from the reference."""
     done: Counter[str] = Counter()
+    noise: dict[str, list[Divergence]] = {}
     for item in fault_free(work, range(first, first + models)):
+        for logits in item.logits:
+            if logits.conversion is not None:
+                noise.setdefault(f"{logits.runtime} | {logits.arithmetic}", []).append(logits.conversion)
         done[f"{item.target} {item.variant}: {item.status}"] += 1
         alarm = "" if item.status == "pass" else f" {item.reason}"
         print(f"{item.status} seed {item.seed} ({item.model}) {item.target} {item.variant}{alarm}", flush=True)
     print("\n".join(f"{name} {count}" for name, count in sorted(done.items())))
+    for name, all_of in sorted(noise.items()):
+        mean, most = max(one.kld_mean for one in all_of), max(one.kld_max for one in all_of)
+        agreed = min(one.top1_agreement for one in all_of)
+        typical = median(one.kld_mean for one in all_of)
+        print(f"| {name} | {len(all_of)} | {typical:.2g} | {mean:.2g} | {most:.2g} | {agreed:.2%} |")
     return sum(count for name, count in done.items() if not name.endswith("pass"))
 
 

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +94,7 @@ def write_fit(
     threads: int | None = None,
 ) -> Record:
     """Fit `codec` to a matrix, with a scale for each `block` weights of a row, and write it to the folder."""
+    _check_torch()
     codebooks = fit(sample(tensor, codec, block), codec).codebooks
     codebooks.astype("<f2").tofile(folder / CODEBOOKS)
     encoder, halves, error, energy = Encoder(codebooks), True, 0.0, 0.0
@@ -190,7 +192,8 @@ def sample(tensor: Tensor, codec: Codec, block: int) -> Floats:
 
 def fit(vectors: Floats, codec: Codec) -> Fit:
     """Codebooks for a sample of vectors `[n, V]`."""
-    torch = _torch()
+    import torch
+
     with _one_thread():
         data = torch.from_numpy(vectors)
         generator = torch.Generator().manual_seed(SEED)
@@ -223,7 +226,8 @@ def k_means(data: torch.Tensor, count: int, generator: torch.Generator) -> torch
 
     A centre that nothing is near to moves to the vector that is farthest from its own.
     """
-    torch = _torch()
+    import torch
+
     if not len(data):
         return torch.zeros(count, data.shape[1])
     order = torch.randperm(len(data), generator=generator)
@@ -243,7 +247,8 @@ def k_means(data: torch.Tensor, count: int, generator: torch.Generator) -> torch
 
 def _nearest(data: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """The index of the centre nearest to each vector."""
-    torch = _torch()
+    import torch
+
     codes = Encoder(centres[None].numpy())(data.numpy())
     return torch.from_numpy(codes[:, 0].astype(np.int64))
 
@@ -253,7 +258,8 @@ def _least_squares(data: torch.Tensor, codes: Indices, codebooks: torch.Tensor) 
 
     Codebooks are determined up to vectors that one adds and another takes off; the ridge decides.
     """
-    torch = _torch()
+    import torch
+
     count, entries, length = codebooks.shape
     places = torch.from_numpy(codes.astype(np.int64)) + torch.arange(count) * entries
     size = count * entries
@@ -265,13 +271,15 @@ def _least_squares(data: torch.Tensor, codes: Indices, codebooks: torch.Tensor) 
     old = codebooks.reshape(size, length).double()
     ridge = RIDGE * torch.eye(size, dtype=torch.float64)
     moved = torch.linalg.solve(together + ridge, sums - together @ old)
-    return (old + moved).reshape(count, entries, length).float()
+    better: torch.Tensor = (old + moved).reshape(count, entries, length).float()
+    return better
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """PyTorch on one thread: how it divides sums among several would show in the last bits."""
-    torch = _torch()
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -280,9 +288,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise InputError("--ple-codec", "needs PyTorch", "pip install 'gemexport[reference]'") from error
-    return torch
+def _check_torch() -> None:
+    if find_spec("torch") is None:
+        raise InputError("--ple-codec", "needs PyTorch", "pip install 'gemexport[reference]'")

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemexport.formats.additive import AdditiveTensor, Indices
 from gemexport.formats.coreml_arrays import Array, Palette, Stored
@@ -126,7 +127,7 @@ def _additive(name: str, codec: Codec, package: Package, values: dict[str, Value
         raise InputError(package.path, f"{name} is not in the vector codec {codec}", "export or download it again")
     assert isinstance(scales, Stored)
     books = np.stack([np.asarray(part.lut.numpy(), np.float32)[0, 0, : codec.entries] for part in palettes])
-    factors = np.asarray(scales.numpy(), np.float16 if scales.kind == "fp16" else np.float32)
+    factors: NDArray[np.floating] = np.asarray(scales.numpy(), np.float16 if scales.kind == "fp16" else np.float32)
     measured = package.metadata.get(f"{FITTED_RMS}{stored}")
     return AdditiveTensor(
         name, codec, StackedCodes(palettes), books, factors, None if measured is None else float(measured)

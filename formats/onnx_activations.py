@@ -23,12 +23,13 @@ INTEGERS = {"INT8": (8, True), "UINT8": (8, False), "INT16": (16, True), "UINT16
 def activations(path: str | Path) -> Activations | None:
     """The quantizers of linears' inputs and outputs and of the caches in a model's graphs; None where there are none.
 
-    Raises InputError for graphs of one folder that disagree.
+    Raises InputError for graphs of one folder that disagree, and for integers that are read back as others.
     """
     linears: dict[str, LinearActivations] = {}
     caches: dict[int, CacheActivations] = {}
     for file in graph_files(Path(path)):
         graph = read_model(file).graph
+        _check_pairs(graph, file)
         for weight, linear in _linears(graph):
             if linears.setdefault(weight, linear) != linear:
                 raise InputError(file, f"the activations of {weight} are others than in the graph beside it", BROKEN)
@@ -37,6 +38,17 @@ def activations(path: str | Path) -> Activations | None:
                 raise InputError(file, f"the cache of layer {layer} is another than in the graph beside it", BROKEN)
     found = {weight: linear for weight, linear in linears.items() if linear != LinearActivations()}
     return Activations(found, caches) or None
+
+
+def _check_pairs(graph: ir.Graph, file: Path) -> None:
+    """Raise InputError where a DequantizeLinear has another scale or zero point than the QuantizeLinear before it."""
+    for node in graph:
+        if node.op_type != "QuantizeLinear":
+            continue
+        for user, _ in node.outputs[0].uses():
+            if user.op_type == "DequantizeLinear" and _quantizer(user) != _quantizer(node):
+                problem = f"{user.name} reads back other integers than {node.name} writes (scale or zero point)"
+                raise InputError(file, problem, BROKEN)
 
 
 def _linears(graph: ir.Graph) -> Iterator[tuple[str, LinearActivations]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.architecture import Architecture, architecture
 from gemexport.report import FactReport
 
@@ -74,6 +75,35 @@ def differences(target: str, path: Path, model: Architecture) -> tuple[FactRepor
     return ()
 
 
+def activation_differences(model: Activations | None, stored: Activations | None) -> tuple[FactReport, ...]:
+    """Static scales that an artefact computes with, of which the checkpoint has others; none if it has none at all."""
+    if not model or not stored:
+        return ()
+    theirs = {
+        **stored.linears,
+        **{f"cache of layer {layer}": both for layer, both in stored.caches.items()},
+    }
+    ours = {**model.linears, **{f"cache of layer {layer}": both for layer, both in model.caches.items()}}
+    found = []
+    for label in model.differences(stored):
+        name, _, side = label.rpartition(", ")
+        expected = getattr(ours.get(name, CacheActivations()), side, None)
+        found.append(
+            FactReport(
+                name=f"the activation quantizer of {label}",
+                found=_quantizer(getattr(theirs[name], side)),
+                expected=_quantizer(expected),
+            )
+        )
+    return tuple(found)
+
+
+def _quantizer(found: Quantizer | None) -> str:
+    if found is None:
+        return "none"
+    return f"{found.bits} bits, scale {found.scale:.7g}, zero point {found.zero_point}"
+
+
 def _gguf(path: Path) -> Architecture:
     from gemexport.formats.gguf import family_of
     from gemexport.formats.gguf_config import config_json, decoder_of
@@ -118,7 +148,10 @@ def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
 def _decoders(model: Architecture, stored: Architecture, keys: dict[str, str]) -> Iterator[FactReport]:
     """Facts of the whole decoder, then of its layers, one for each group of layers that differ alike."""
     ours, theirs = model.model_dump(exclude={"layers"}), stored.model_dump(exclude={"layers"})
+    slides = any(layer.sliding for layer in (*model.layers, *stored.layers))
     for name, found, expected in _unlike("", theirs, ours):
+        if name == "sliding_window" and not slides:
+            continue  # of nobody
         yield FactReport(name=_key(name, keys, model, ""), found=_text(found), expected=_text(expected))
     if len(model.layers) != len(stored.layers):
         name = _key("layers", keys, model, "")

@@ -1,6 +1,6 @@
 """How far apart two right implementations are: every number that a verdict rests on, each measured (docs/bounds.md).
 
-`benchmarks/noise.py` measures them anew.
+`benchmarks/faults.py clean` measures the distances between right implementations anew, over seeds and shapes.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from gemexport.formats.errors import InputError
 from gemexport.report import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.validators import chat, corpus, prompts, tokenizer, vocabulary
 from gemexport.validators.runtime import Runtime
+from gemexport.validators.tokenizer import Difference
 
 SHOWN = 20  # texts in the report, the shortest of each sort first
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -94,9 +95,7 @@ class Wording:
             ),
         )
 
-    def _right(
-        self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[tokenizer.Difference, ...]
-    ) -> set[str]:
+    def _right(self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[Difference, ...]) -> set[str]:
         """The texts for which the artefact's own tables give the checkpoint's ids.
 
         A GGUF file is nothing but its tables: where these are the checkpoint's, all are. A tokenizer.json holds more,

@@ -12,6 +12,7 @@ import numpy as np
 from gemexport import demo
 from gemexport.faults.matrix import COLUMNS, Bench
 from gemexport.qat import RULES
+from gemexport.report import LogitsReport
 
 RULED = (*sorted(RULES), None)  # None: weights on no grid, which every format has to quantize
 
@@ -26,6 +27,7 @@ class Clean:
     variant: str
     status: str
     reason: str
+    logits: tuple[LogitsReport, ...] = ()
 
 
 def random_size(stream: np.random.Generator) -> demo.Size:
@@ -53,10 +55,11 @@ def fault_free(
         size, rule = random_size(stream), RULED[seed % len(RULED)]
         folder = work / f"seed-{seed}"
         model = demo.make(folder / "model", family=family, size=size, seed=seed, rule=rule)
-        bench = Bench(model, folder / "work", tokens, whole=True)
+        bench = Bench(model, folder / "work", tokens)
         heads = f"{size.heads}:{size.kv_heads} × {size.head_dim}"
         label = f"{family} {size.hidden}/{size.intermediate}, {heads}, {rule}"
         for target, variant in columns:
-            status, reason = bench.judge(target, variant, bench.clean(target, variant))
-            yield Clean(seed, label, target, variant, status, reason)
+            found, status, reason = bench.measure(target, variant, bench.clean(target, variant))
+            logits = (found.logits, *found.more_logits) if found is not None and found.logits is not None else ()
+            yield Clean(seed, label, target, variant, status, reason, logits)
         shutil.rmtree(folder)

@@ -212,7 +212,7 @@ def activation(edit: Callable[[ir.Graph, ir.Node], None]) -> Fault:
                 return True
         return False
 
-    return changed(change, "activation")
+    return changed(change, "activation quantizer|reads back other integers")
 
 
 def _scale_doubled(graph: ir.Graph, node: ir.Node) -> None:
@@ -230,6 +230,10 @@ def _zero_moved(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, node, 2, stored.const_value.numpy() + stored.const_value.numpy().dtype.type(1))
 
 
+ACTIVATIONS: dict[str, Fault] = {
+    "activation scale doubled": activation(_scale_doubled),
+    "activation zero point off by one": activation(_zero_moved),
+}
 FAULTS: dict[str, Fault | str] = {
     "RoPE base wrong": rope(lambda own, _: own.model_copy(update={"theta": 10_000.0})),
     "RoPE scaling wrong": rope(lambda own, _: own.model_copy(update={"factor": 8.0})),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,8 +51,10 @@ def writable(view: Array) -> Array:
             raise ValueError("the array is not mapped from a file")
     if not view.flags.c_contiguous:
         raise ValueError("the array is not one run of bytes")
-    start = base.offset + view.__array_interface__["data"][0] - base.__array_interface__["data"][0]
-    return np.memmap(Path(base.filename), view.dtype, "r+", offset=start, shape=view.shape)
+    start = int(base.offset + view.__array_interface__["data"][0] - base.__array_interface__["data"][0])
+    kind: Any = view.dtype
+    found: Array = np.memmap(str(base.filename), kind, "r+", offset=start, shape=view.shape)
+    return found
 
 
 class Packed:
