@@ -7,7 +7,7 @@ import re
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport import charts
@@ -45,6 +45,7 @@ losses = st.one_of(st.just(0.0), st.floats(1e-14, 50), st.just(math.inf))
 points = st.lists(st.tuples(st.text("abQ48_-", min_size=1, max_size=30), sizes, losses), min_size=1, max_size=24)
 
 
+@settings(deadline=None, max_examples=60)
 @given(points, st.one_of(st.none(), st.floats(1e-6, 1)), st.sampled_from([(358, 330, 70), (720, 340, 90)]))
 def test_names_never_overlap_and_all_lies_within_the_frame(
     found: list[tuple[str, int, float]], floor: float | None, size: tuple[int, int, int]
@@ -95,6 +96,7 @@ def test_nothing_is_drawn_of_what_was_not_measured() -> None:
     assert charts.operating_points(report([("Q4_0", 5, math.nan)]), 720, 340) is None
 
 
+@settings(deadline=None)
 @given(st.lists(losses, min_size=1))
 def test_a_logarithmic_axis_keeps_the_order(values: list[float]) -> None:
     axis = charts.Logarithmic.over(values, 0, 100)
