@@ -227,6 +227,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         max_relative_error=item.max_relative_error,
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
+        same_scales=item.same_scales,
         requantized=item.requantized,
         codec=item.codec,
         fitted_rms=item.fitted_rms,

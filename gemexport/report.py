@@ -145,6 +145,7 @@ class TensorReport(_Model):
     max_relative_error: float
     rms_relative_error: float | None = None
     scale_rounded: bool = False
+    same_scales: float | None = None
     requantized: bool = False
     codec: str | None = None
     fitted_rms: float | None = None
