@@ -34,7 +34,7 @@ def quantizers(draw: st.DrawFn) -> Quantizer:
     bits, signed = draw(st.sampled_from([4, 8, 16])), draw(st.booleans())
     low = -(1 << (bits - 1)) if signed else 0
     zero = draw(st.integers(low, low + (1 << bits) - 1)) if bits <= 8 else low + (1 << (bits - 1))
-    return Quantizer(float(np.float32(draw(st.floats(1e-6, 1e3, width=32)))), zero, bits, signed)
+    return Quantizer(float(np.float32(draw(st.floats(2.0**-20, 2.0**10, width=32)))), zero, bits, signed)
 
 
 @given(one=quantizers())
