@@ -18,6 +18,7 @@ import numpy as np
 from gemexport.formats import additive_fit
 from gemexport.formats.additive import Encoder, evaluate
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.codebooks import fit as make_codebooks
 from gemexport.formats.lattice import encode
 from gemexport.formats.rounding import fit
 from gemexport.formats.tensor import Floats, Rows, Tensor, expand
@@ -67,7 +68,7 @@ class Replaced:
 def vectors(table: Tensor, codec: Codec, block: int) -> Setting:
     """The codec, fitted to a sample of the table."""
     started = time.process_time()
-    codebooks = additive_fit.fit(additive_fit.sample(table, codec, block), codec).codebooks
+    codebooks = make_codebooks(additive_fit.sample(table, codec, block), codec).codebooks
     encoder, seconds = Encoder(codebooks), time.process_time() - started
 
     def coder(rows: Floats) -> Floats:

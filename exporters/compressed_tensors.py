@@ -115,7 +115,9 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[
             plan.notes.append(f"{name} is written without its grid: a scale is none of the format {scheme.format}")
     kept = {HEAD} & given.linears.keys()  # a head that rounds what it reads is a linear like the others
     unpacked = () if pack_embeddings else (*EMBEDDINGS, HEAD)
-    left = [name for name in unpacked if name not in kept and plan.packed.pop(name, None)]
+    left = [name for name in unpacked if name in plan.packed and name not in kept]
+    for name in left:
+        del plan.packed[name]
     if plan.packed:
         _unify(tensors, plan)
     # transformers 5.23 expects zero points that are not packed, but for when it unpacks while it loads.

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gemexport.exporters.coreml_forms import code_type, held
 from gemexport.exporters.coreml_weights import Sources
 from gemexport.exporters.decoder import logits
-from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.formats.activations import Activations
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
@@ -30,6 +31,7 @@ from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "f16", "f32")
 CONTEXT = 4096
+Placing = Literal["all", "linears", "none"]  # of static activation scales
 # The names that Hugging Face's swift-transformers looks for.
 SLIDING_WINDOW = "co.huggingface.exporters.sliding_window"
 
@@ -41,11 +43,13 @@ def export(
     variant: str = VARIANTS[0],
     progress: Progress = ignore,
     context: int | None = None,
+    activations: Placing = "all",
 ) -> Export:
     """Write `checkpoint` (with grids attached) to the package `path`, and its tokenizer beside it.
 
     `int4` keeps the grids and computes in float16 with float32 where that would overflow; `f16` and `f32` store plain
     weights and compute in these. `context` is how many tokens the KV cache holds (4096, or the model's own if fewer).
+    `activations` says which of the checkpoint's static scales are computed with: all, those of linears, or none.
     Raises InputError for an unknown variant, a context that the model lacks, or numbers that float16 cannot hold.
     """
     if variant not in VARIANTS:
@@ -54,10 +58,13 @@ def export(
     context = min(CONTEXT, longest) if context is None else context
     if not 0 < context <= longest:
         raise InputError(checkpoint.path, f"a context of {context} tokens does not fit", f"give 1 to {longest}")
-    notes: list[str] = []
+    rounding = placed(checkpoint.activations, activations)
     if variant == "int4":
-        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
         checkpoint = replace(checkpoint, tensors=tensors)
+    else:
+        notes = left_out(checkpoint.activations, rounding)
+    checkpoint = replace(checkpoint, activations=rounding)
     sources = Sources(variant, str(checkpoint.path), progress)
     coremltools()
     from gemexport.exporters.coreml_package import write_package
@@ -69,6 +76,12 @@ def export(
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     run = f'python -P -m gemexport.validators.coreml {path} "The capital of France is"'
     return Export(Path(path), variant, run, notes + sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+
+
+def placed(activations: Activations | None, wanted: Placing) -> Activations:
+    """The static scales that the program gets: 8-bit integers, as far as they are wanted; MIL has no others."""
+    found = Activations() if activations is None or wanted == "none" else activations
+    return (found.without_caches() if wanted == "linears" else found).where(lambda item: item.bits == 8)
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -15,16 +15,21 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
+from gemexport.exporters.coreml_activations import Integer, rounded
 from gemexport.exporters.coreml_constants import Matrix, Sum, matrix, vectors
 from gemexport.exporters.coreml_weights import Sources, placeholder
+from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.architecture import Architecture, Layer
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import stored_name
+from gemexport.formats.coreml_activations import cache_name
 from gemexport.formats.tensor import Floats
 
 INPUT_IDS, LOGITS = "inputIds", "logits"
 FULL_MASK, SLIDING_MASK = "fullAttentionMask", "slidingAttentionMask"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+F16_MAX = 65504
 Var = Any
 
 # What is not normed may be large (the residual): a power of two, exact both ways, brings it into float16's range.
@@ -60,6 +65,7 @@ class MILBackend:
 
     def __init__(self, checkpoint: Checkpoint, inputs: dict[str, Var], sources: Sources, context: int) -> None:
         self._architecture, self._tensors = checkpoint.architecture, checkpoint.tensors
+        self._activations = checkpoint.activations or Activations()
         self._inputs, self._sources, self._context = inputs, sources, context
         self._compute = "fp32" if sources.variant == "f32" else "fp16"
         self._weights: dict[str, Matrix] = {}
@@ -119,6 +125,25 @@ class MILBackend:
         return self.merge(self.mul(wide, self._reshape(scales, (1, -1, blocks, 1))))
 
     def linear(self, x: Var, weight: str) -> Var:
+        # A tied head has scales of its own.
+        around = self._activations.linear(HEAD if weight == EMBEDDING else weight)
+        name = stored_name(weight).removesuffix("_weight")
+        y = self._product(self._rounded(x, around.input, f"{name}_input"), weight)
+        return self._rounded(y, around.output, f"{name}_output")
+
+    def _rounded(self, x: Var, quantizer: Quantizer | None, name: str) -> Var:
+        """`x` by the quantizer's integers, float32; what reads the same values by the same integers shares them."""
+        if quantizer is None:
+            return x
+        key = ("rounded", x.name, quantizer)
+        if key not in self._shared:
+            kind: Integer = "int8" if quantizer.signed else "uint8"
+            self._shared[key] = rounded(x, quantizer.scale, name, quantizer.zero_point, kind)
+            if 255 * quantizer.scale < F16_MAX:
+                self._normed.add(name)
+        return self._shared[key]
+
+    def _product(self, x: Var, weight: str) -> Var:
         stored = self._weight(weight)
         # Large and small by turns: only what a norm gave is known to fit float16 as it is.
         wild = self._compute == "fp16" and x.dtype == types.fp32 and x.name not in self._normed
@@ -241,6 +266,9 @@ class MILBackend:
         cache, slot = self._slot(layer)
         begin = mb.concat(values=[[slot, 0, 0], self._past, [0]], axis=0, name=self._name("begin"))
         end = mb.concat(values=[[slot + 1, 0, 0], self._end, [0]], axis=0, name=self._name("end"))
+        rounding = self._activations.caches.get(layer.index, CacheActivations())
+        k = self._rounded(k, rounding.key, cache_name(layer.index, "key"))
+        v = self._rounded(v, rounding.value, cache_name(layer.index, "value"))
         for what, state, x in (("keys", cache.key, k), ("values", cache.value, v)):
             turned = mb.transpose(x=self._cast(x, "fp16"), perm=[0, 2, 1, 3], name=self._name("transpose"))
             held = mb.read_state(input=self._inputs[state], name=self._name("read"))

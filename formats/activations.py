@@ -6,7 +6,7 @@ A format or a runtime that has a place for them computes with them; the others a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 
@@ -55,6 +55,17 @@ class Activations:
     def linear(self, weight: str) -> LinearActivations:
         """Those of the linear with this weight; without quantizers when it has none."""
         return self.linears.get(weight, NOTHING)
+
+    def where(self, fits: Callable[[Quantizer], bool]) -> Activations:
+        """Those of linears and caches whose quantizers all fit."""
+
+        def whole(both: LinearActivations | CacheActivations) -> bool:
+            return all(side is None or fits(side) for side in vars(both).values())
+
+        return Activations(
+            {name: both for name, both in self.linears.items() if whole(both)},
+            {layer: both for layer, both in self.caches.items() if whole(both)},
+        )
 
     def without_caches(self) -> Activations:
         """The same for keys and values in floating point."""

@@ -233,7 +233,7 @@ def _together(own: Floats, path: Indices, products: NDArray[np.float32], length:
         product = products[j, path[j]]
         for k in range(own.size):
             total[k] += product[k]
-    low = total[0]
+    low = np.float32(total[0])
     for k in range(own.size):
         low = min(low, total[k])
     return low

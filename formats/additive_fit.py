@@ -1,18 +1,15 @@
 """Fits the vector codec of `additive` to a checkpoint's per-layer embeddings, once for all formats, beside the outputs.
 
-Codebooks are made in PyTorch out of a sample: k-means on what the ones before leave over, then by turns codes and all
-codebooks together. Codes are then looked for slice by slice, so that a table of gigabytes is never in memory, and each
-scale is the best one for the codes that were found. The same table gives the same bytes.
+`codebooks` makes these out of a sample. Codes are then looked for slice by slice, so that a table of gigabytes is never
+in memory, and each scale is the best one for the codes that were found. The same table gives the same bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +24,9 @@ from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Floats, Tensor, round_to, slices
 from gemexport.formats.vector_codec import Codec, check
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "model.embed_tokens_per_layer.weight"
 RECORD, CODES, SCALES, CODEBOOKS = "fitted.json", "codes.u8", "scales.f32", "codebooks.f16"
-SEED = 0
 SAMPLED_ROWS, SAMPLED_VECTORS = 4096, 1 << 16
-LLOYD, ROUNDS = 12, 6  # iterations of k-means for a codebook, and of codes and codebooks by turns
-RIDGE = 0.1  # pull of a vector to where it was, in units of a vector that uses it
 
 
 class Record(BaseModel):
@@ -50,14 +41,6 @@ class Record(BaseModel):
     block: int
     halves: bool  # every scale is an f16 number
     rms: float  # sqrt of sum of (w - coded w)**2 / sum of w**2
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Codebooks `[M, 2**B, V]` of f16 numbers, and their error on the sample, relative to its root mean square."""
-
-    codebooks: Floats
-    rms: float
 
 
 def find_codec(
@@ -93,6 +76,10 @@ def write_fit(
     threads: int | None = None,
 ) -> Record:
     """Fit `codec` to a matrix, with a scale for each `block` weights of a row, and write it to the folder."""
+    try:
+        from gemexport.formats.codebooks import fit
+    except ModuleNotFoundError as missing:
+        raise InputError("--ple-codec", f"needs {missing.name}", "pip install 'gemexport[reference]'") from missing
     codebooks = fit(sample(tensor, codec, block), codec).codebooks
     codebooks.astype("<f2").tofile(folder / CODEBOOKS)
     encoder, halves, error, energy = Encoder(codebooks), True, 0.0, 0.0
@@ -186,103 +173,3 @@ def sample(tensor: Tensor, codec: Codec, block: int) -> Floats:
         vectors = blocks.astype(np.float32).reshape(-1, codec.vector)[number % share :: share]
         found.append(vectors[np.any(vectors != 0, axis=1)])
     return np.concatenate(found)
-
-
-def fit(vectors: Floats, codec: Codec) -> Fit:
-    """Codebooks for a sample of vectors `[n, V]`."""
-    torch = _torch()
-    with _one_thread():
-        data = torch.from_numpy(vectors)
-        generator = torch.Generator().manual_seed(SEED)
-        books: list[torch.Tensor] = []
-        rest = data
-        for _ in range(codec.codebooks):
-            books.append(k_means(rest, codec.entries, generator))
-            rest = rest - books[-1][_nearest(rest, books[-1])]
-        best = _measured(vectors, torch.stack(books))
-        for _ in range(ROUNDS if codec.codebooks > 1 and len(vectors) else 0):
-            codes = Encoder(best.codebooks)(vectors)
-            better = _measured(vectors, _least_squares(data, codes, torch.from_numpy(best.codebooks)))
-            if better.rms >= best.rms:
-                break
-            best = better
-    return best
-
-
-def _measured(vectors: Floats, codebooks: torch.Tensor) -> Fit:
-    """Codebooks as f16 holds them, and their error on the vectors."""
-    stored = codebooks.half().float().numpy()
-    codes = Encoder(stored)(vectors)
-    sums = sum(book[codes[:, m]].astype(np.float64) for m, book in enumerate(stored))
-    energy = float(np.square(vectors, dtype=np.float64).sum())
-    return Fit(stored, math.sqrt(float(np.square(vectors - sums).sum()) / energy) if energy else 0.0)
-
-
-def k_means(data: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` centres for vectors `[n, V]`, by Lloyd's iterations from a random choice of them.
-
-    A centre that nothing is near to moves to the vector that is farthest from its own.
-    """
-    torch = _torch()
-    if not len(data):
-        return torch.zeros(count, data.shape[1])
-    order = torch.randperm(len(data), generator=generator)
-    centres = data[order.repeat(-(-count // len(data)))[:count]].clone()
-    for _ in range(LLOYD):
-        own = _nearest(data, centres)
-        used = torch.bincount(own, minlength=count)
-        sums = torch.zeros(count, data.shape[1], dtype=torch.float64).index_add_(0, own, data.double())
-        centres = torch.where(used[:, None] > 0, sums / used.clamp(min=1)[:, None], centres.double()).float()
-        unused = torch.nonzero(used == 0).flatten()
-        if len(unused):
-            distances = (data - centres[own]).square().sum(1)
-            farthest = torch.argsort(distances, descending=True, stable=True)[: len(unused)]
-            centres[unused[: len(farthest)]] = data[farthest]
-    return centres
-
-
-def _nearest(data: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """The index of the centre nearest to each vector."""
-    torch = _torch()
-    codes = Encoder(centres[None].numpy())(data.numpy())
-    return torch.from_numpy(codes[:, 0].astype(np.int64))
-
-
-def _least_squares(data: torch.Tensor, codes: Indices, codebooks: torch.Tensor) -> torch.Tensor:
-    """All codebooks at once for given codes: the vectors that leave the least squared error, near the old ones.
-
-    Codebooks are determined up to vectors that one adds and another takes off; the ridge decides.
-    """
-    torch = _torch()
-    count, entries, length = codebooks.shape
-    places = torch.from_numpy(codes.astype(np.int64)) + torch.arange(count) * entries
-    size = count * entries
-    pairs = (places[:, :, None] * size + places[:, None, :]).flatten()
-    together = torch.bincount(pairs, minlength=size * size).reshape(size, size).double()
-    sums = torch.zeros(size, length, dtype=torch.float64)
-    for m in range(count):
-        sums.index_add_(0, places[:, m], data.double())
-    old = codebooks.reshape(size, length).double()
-    ridge = RIDGE * torch.eye(size, dtype=torch.float64)
-    moved = torch.linalg.solve(together + ridge, sums - together @ old)
-    return (old + moved).reshape(count, entries, length).float()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: how it divides sums among several would show in the last bits."""
-    torch = _torch()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise InputError("--ple-codec", "needs PyTorch", "pip install 'gemexport[reference]'") from error
-    return torch

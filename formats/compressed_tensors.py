@@ -96,8 +96,8 @@ class _Reader:
         """Keep the static scales of what goes into a module and comes out of it, and count what is none."""
         sides: dict[str, Quantizer] = {}
         for kind, args in (
-            ("input", scheme and scheme.input_activations),
-            ("output", scheme and scheme.output_activations),
+            ("input", scheme.input_activations if scheme else None),
+            ("output", scheme.output_activations if scheme else None),
         ):
             found = quantizer(module.arrays, kind, args) if args is not None else None
             if found is not None:

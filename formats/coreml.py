@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemexport.formats.additive import AdditiveTensor, Indices
 from gemexport.formats.coreml_arrays import Array, Palette, Stored
@@ -17,7 +18,7 @@ from gemexport.formats.coreml_grids import coded
 from gemexport.formats.coreml_package import Package, Value, constant, open_package
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor
-from gemexport.formats.vector_codec import Codec, parse
+from gemexport.formats.vector_codec import Codec, parse, stated_rms
 
 NORM_OFFSET = "gemexport.norm_offset"  # metadata: what was added to the weights of the norms
 BIASES = "_biases"  # after a weight's stored name: the constant of what its program adds to each of its blocks
@@ -126,11 +127,9 @@ def _additive(name: str, codec: Codec, package: Package, values: dict[str, Value
         raise InputError(package.path, f"{name} is not in the vector codec {codec}", "export or download it again")
     assert isinstance(scales, Stored)
     books = np.stack([np.asarray(part.lut.numpy(), np.float32)[0, 0, : codec.entries] for part in palettes])
-    factors = np.asarray(scales.numpy(), np.float16 if scales.kind == "fp16" else np.float32)
-    measured = package.metadata.get(f"{FITTED_RMS}{stored}")
-    return AdditiveTensor(
-        name, codec, StackedCodes(palettes), books, factors, None if measured is None else float(measured)
-    )
+    factors: NDArray[np.floating] = np.asarray(scales.numpy(), np.float16 if scales.kind == "fp16" else np.float32)
+    measured = stated_rms(package.metadata.get(f"{FITTED_RMS}{stored}"), package.path)
+    return AdditiveTensor(name, codec, StackedCodes(palettes), books, factors, measured)
 
 
 def constants(package: Package) -> dict[str, Value]:

@@ -19,7 +19,7 @@ from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx_blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.tensor import Floats, Rows, Tensor
-from gemexport.formats.vector_codec import Codec, parse
+from gemexport.formats.vector_codec import Codec, parse, stated_rms
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -164,14 +164,14 @@ def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: P
     if f"{value.name}{CODEBOOKS}" not in graph.initializers or f"{value.name}{SCALES}" not in graph.initializers:
         raise InputError(file, f"{value.name} has no codebooks or no scales", BROKEN)
     assert value.const_value is not None
-    measured = value.const_value.metadata_props.get(FITTED_RMS)
+    measured = stated_rms(value.const_value.metadata_props.get(FITTED_RMS), file)
     books, scales = (_array(graph.initializers[f"{value.name}{part}"], file) for part in (CODEBOOKS, SCALES))
     codes, shape = _array(value, file), (codec.codebooks, codec.entries, codec.vector)
     if codes.dtype != np.uint8 or books.size != np.prod(shape):
         raise InputError(file, f"the codes and codebooks of {value.name} are not those of {codec}", BROKEN)
     scales = scales if scales.dtype == np.float16 else to_floats(scales)
     books = to_floats(books).reshape(shape)
-    return AdditiveTensor(name, codec, codes, books, scales, None if measured is None else float(measured))
+    return AdditiveTensor(name, codec, codes, books, scales, measured)
 
 
 def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gemexport.formats.architecture import PerLayerEmbeddings
 from gemexport.formats.errors import InputError
 
 VECTOR = 8
+NONE = "none"  # in a list of codecs: the per-layer embeddings as they are
 SPELLING = "write it as aqlm:MxB or aqlm:MxB:V, such as aqlm:2x8: M codebooks (1 to 8) of 2**B vectors (B 2 to 8)"
 
 
@@ -28,6 +30,11 @@ class Codec(BaseModel):
 
     def __str__(self) -> str:
         return f"aqlm:{self.codebooks}x{self.bits}:{self.vector}"
+
+    @property
+    def label(self) -> str:
+        """The codec in the name of a file."""
+        return f"aqlm-{self.codebooks}x{self.bits}" + (f"-{self.vector}" if self.vector != VECTOR else "")
 
     @property
     def entries(self) -> int:
@@ -49,6 +56,25 @@ def parse(text: str) -> Codec:
     if not (1 <= codebooks <= 8 and 2 <= bits <= 8 and 2 <= vector <= 64):
         raise InputError(text, "is out of range", f"{SPELLING} of V weights (2 to 64)")
     return Codec(codebooks=codebooks, bits=bits, vector=vector)
+
+
+def parse_all(text: str) -> tuple[Codec | None, ...]:
+    """The codecs that a list with commas spells, `none` for no codec; InputError for one that comes twice."""
+    found = tuple(None if part.strip() == NONE else parse(part) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise InputError(text, "names a codec twice", "give each once")
+    return found
+
+
+def stated_rms(text: str | None, path: Path) -> float | None:
+    """The error that an artefact states of its codec, if it states one; InputError for what is no error."""
+    try:
+        found = None if text is None else float(text)
+    except ValueError:
+        found = math.nan
+    if found is not None and not 0 <= found < math.inf:
+        raise InputError(path, f"states {str(text)[:40]!r} as the error of its vector codec", "export it again")
+    return found
 
 
 def check(codec: Codec, layers: PerLayerEmbeddings | None, path: Path) -> PerLayerEmbeddings:

@@ -20,6 +20,9 @@ def export(
     jobs: int | None = None,
     memory: int | None = None,
     adapter: str | Path | None = None,
+    compress: str | None = None,
+    compress_python: str | Path | None = None,
+    calibration: str | Path | None = None,
     tokens: int = 512,
     validate: bool = True,
     fresh: bool = False,
@@ -28,17 +31,19 @@ def export(
 ) -> Report:
     """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
 
-    `adapter` is the folder of a LoRA (PEFT) to merge into it. `memory` is in bytes, `tokens` how many the logits are
-    compared on, `variants` and `options` go by format; `ple_codec`, such as "aqlm:2x8", is for the per-layer embeddings
-    in formats that hold one (docs/ple-codec.md). Writes into `out` (default: `NAME-gemexport`) and returns what
-    `report.json` there holds. Raises InputError when the request or the checkpoint is at fault; an artefact that fails
-    is in the report, not raised.
+    `adapter` is the folder of a LoRA (PEFT) to merge into it. `compress` (gptq, awq or rtn) has llm-compressor quantize
+    the linears first, in the interpreter `compress_python`, on the text file `calibration` (docs/compress.md). `memory`
+    is in bytes, `tokens` how many the logits are compared on, `variants` and `options` go by format; `ple_codec`, such
+    as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats that hold one
+    (docs/ple-codec.md). Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds.
+    Raises InputError when the request or the checkpoint is at fault; an artefact that fails is in the report, not
+    raised.
     """
     from gemexport.run import request, run
 
     asked = request(
-        model, out, formats, None, variants, recipe, jobs, memory, adapter, ple_codec,
-        tokens=tokens, validate=validate, fresh=fresh, options=options or {},
+        model, out, formats, None, variants, recipe, jobs, memory, adapter, compress, compress_python, calibration,
+        ple_codec, tokens=tokens, validate=validate, fresh=fresh, options=options or {},
     )  # fmt: skip
     return run(asked)
 

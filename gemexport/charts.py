@@ -134,7 +134,8 @@ def operating_points(report: Report, width: int, height: int, per_tick: int = 90
     places = [(across(size), axis.at(kld)) for _, size, kld in shown]
     noise = Tick(axis.at(floor), "bf16 noise") if floor else None
     names = [f"{item.format} {item.variant}" for item, _, _ in shown]
-    front = _front([(size, kld) for _, size, kld in shown], places, frame)
+    sound = [(size, kld, place) for (item, size, kld), place in zip(shown, places, strict=True) if _sound(item)]
+    front = _front(sound, frame)
     labels = _labels(names, places, frame, noise, front)
     return OperatingPoints(
         width,
@@ -239,13 +240,19 @@ def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _front(
-    numbers: Sequence[tuple[float, float]], places: Sequence[tuple[float, float]], frame: Box
-) -> tuple[tuple[float, float], ...]:
-    """Corners of the stairs under which there is nothing: an artefact on them loses least of all that are as small."""
+def _sound(artifact: ArtifactReport) -> bool:
+    """Whether one may choose it."""
+    return artifact.status in ("pass", "skipped")
+
+
+def _front(found: Sequence[tuple[int, float, tuple[float, float]]], frame: Box) -> tuple[tuple[float, float], ...]:
+    """Corners of the stairs under which there is nothing: an artefact on them loses least of all that are as small.
+
+    `found` are sizes, losses and places.
+    """
     corners: list[tuple[float, float]] = []
     least = math.inf
-    for (_, loss), (x, y) in sorted(zip(numbers, places, strict=True)):
+    for _, loss, (x, y) in sorted(found):
         if loss < least:
             corners += [(x, corners[-1][1] if corners else frame[1]), (x, y)]
             least = loss

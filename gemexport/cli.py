@@ -46,8 +46,18 @@ Adapter = Annotated[
 PleCodec = Annotated[
     str | None,
     typer.Option(
-        metavar="aqlm:MxB", help="A vector codec for per-layer embeddings, in ONNX and Core ML; docs/ple-codec.md."
+        metavar="aqlm:MxB,…",
+        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
     ),
+]
+Compress = Annotated[
+    str | None, typer.Option(help="Quantize the linears with llm-compressor first: gptq, awq or rtn; docs/compress.md.")
+]
+CompressPython = Annotated[
+    Path | None, typer.Option(metavar="PYTHON", help="An interpreter that has llm-compressor; default: this one.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq calibrate on; default: built-in prompts.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
@@ -74,6 +84,9 @@ def export_all(
     only: Annotated[str | None, typer.Option(help="Formats to write, such as gguf,mlx.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
     adapter: Adapter = None,
+    compress: Compress = None,
+    compress_python: CompressPython = None,
+    calibration: Calibration = None,
     recipe: RecipeName = "default",
     jobs: Jobs = None,
     memory: Memory = None,
@@ -89,7 +102,8 @@ def export_all(
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter=adapter, ple_codec=ple_codec, tokens=tokens, validate=not no_validate, fresh=fresh,
+        adapter, compress, compress_python, calibration, ple_codec,
+        tokens=tokens, validate=not no_validate, fresh=fresh,
     )  # fmt: skip
     _run(asked, as_json)
 
@@ -105,11 +119,13 @@ def _single(name: str, model: Path, variant: str | None, options: dict[str, Any]
 
 
 def _common(
-    out: Path | None, adapter: Path | None, recipe: str, memory: str | None, tokens: int, no_validate: bool,
-    fresh: bool, as_json: bool,
+    out: Path | None, adapter: Path | None, compress: str | None, compress_python: Path | None,
+    calibration: Path | None, recipe: str, memory: str | None, tokens: int, no_validate: bool, fresh: bool,
+    as_json: bool,
 ) -> dict[str, Any]:  # fmt: skip
     return {
-        "out": out, "adapter": adapter, "recipe": recipe, "memory": parse_bytes(memory), "tokens": tokens,
+        "out": out, "adapter": adapter, "compress": compress, "compress_python": compress_python,
+        "calibration": calibration, "recipe": recipe, "memory": parse_bytes(memory), "tokens": tokens,
         "validate": not no_validate, "fresh": fresh, "as_json": as_json,
     }  # fmt: skip
 
@@ -127,11 +143,14 @@ def gguf(
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Importances for K-quants, from llama-imatrix; docs/kquants.md.")
     ] = None,
-    adapter: Adapter = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
     no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to GGUF, for llama.cpp and Ollama."""
-    common = _common(out, adapter, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("gguf", model, variant, {"imatrix": imatrix}, common)
 
 
@@ -139,11 +158,14 @@ def gguf(
 def mlx(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("4bit, bf16, f32")] = None,
     scales: Annotated[str | None, typer.Option(help="f16, bf16 or f32; see docs/mlx-scales.md.")] = None,
-    adapter: Adapter = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
     no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to MLX, for Macs."""
-    common = _common(out, adapter, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("mlx", model, variant, {"scales": scales}, common)
 
 
@@ -153,35 +175,46 @@ def onnx(
     variant: Annotated[str | None, _variant("int4, npu, npu-a8, npu-a16, f32")] = None,
     ranges: Annotated[Path | None, typer.Option(help="The activations.json of an earlier npu-a8 or npu-a16.")] = None,
     range_method: Annotated[str | None, typer.Option(help="minmax or percentile, for npu-a8 and npu-a16.")] = None,
-    ple_codec: PleCodec = None, adapter: Adapter = None, recipe: RecipeName = "default", memory: Memory = None,
-    tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to ONNX, for ONNX Runtime and NPUs."""
     options = {"ranges": ranges, "range_method": range_method}
-    common = _common(out, adapter, recipe, memory, tokens, no_validate, fresh, as_json) | {"ple_codec": ple_codec}
-    _single("onnx", model, variant, options, common)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
+    _single("onnx", model, variant, options, common | {"ple_codec": ple_codec})
 
 
 @app.command()
 def coreml(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("int4, f16, f32")] = None,
-    ple_codec: PleCodec = None, adapter: Adapter = None, recipe: RecipeName = "default", memory: Memory = None,
-    tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
+    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to Core ML, for iPhones, iPads and Macs."""
-    common = _common(out, adapter, recipe, memory, tokens, no_validate, fresh, as_json) | {"ple_codec": ple_codec}
-    _single("coreml", model, variant, {}, common)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
+    _single("coreml", model, variant, {}, common | {"ple_codec": ple_codec})
 
 
 @app.command("compressed-tensors")
 def compressed_tensors(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("w4a16, bf16")] = None,
     pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="Embeddings as codes too.")] = False,
-    adapter: Adapter = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
     no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export MODEL to compressed-tensors, for vLLM and transformers."""
-    common = _common(out, adapter, recipe, memory, tokens, no_validate, fresh, as_json)
+    common = _common(
+        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
+    )
     _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings or None}, common)
 
 
@@ -239,7 +272,8 @@ def inspect(
 def plan(
     model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to write.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
-    adapter: Adapter = None, recipe: RecipeName = "default",
+    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
+    calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -250,7 +284,7 @@ def plan(
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter=adapter, tokens=tokens, validate=not no_validate,
+        adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate,
     )  # fmt: skip
     print_plan(asked, as_json)
 

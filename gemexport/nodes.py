@@ -58,12 +58,14 @@ class Workplace:
     work: Path
     tokens: int
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
 
     @property
     def vectors(self) -> Path:
         """Folder of the vector codec's fit."""
-        return self.work / VECTORS
+        assert self.codec is not None
+        return self.work / VECTORS / self.codec.label
 
     @property
     def grids(self) -> Path:
@@ -72,6 +74,10 @@ class Workplace:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
+        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+
+    def plain(self) -> Checkpoint:
+        """The checkpoint before it was compressed: what the loss is measured against."""
         return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
 
     def open(self) -> Checkpoint:
@@ -92,8 +98,9 @@ class Workplace:
             self.work / "reference" / name, lambda: _reference(checkpoint, tensors, activations=activations)
         )
 
-    def source(self, checkpoint: Checkpoint) -> ReferenceStore:
-        """The reference's logits with what the checkpoint holds."""
+    def source(self) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds, before it was compressed."""
+        checkpoint = self.plain()
         return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
 
 
@@ -124,7 +131,7 @@ def export(
     """Write one artefact; progress in bytes of the source."""
     exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
     if place.codec is not None:
-        checkpoint, note = _coded(place, place.codec, checkpoint, TARGETS[target], variant)
+        checkpoint, note = _coded(place, checkpoint)
         notes.append(note)
     if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
         options = {**options, "calibration": place.sequences(checkpoint)}
@@ -132,18 +139,13 @@ def export(
     return replace(result, notes=[*notes, *result.notes])
 
 
-def _coded(
-    place: Workplace, codec: Codec, checkpoint: Checkpoint, target: Target, variant: str
-) -> tuple[Checkpoint, str]:
-    """The checkpoint with its per-layer embeddings in the codec where the variant holds one, and a note."""
-    if variant not in target.codec_variants:
-        what = f"{target.title} has nothing" if not target.codec_variants else f"the variant {variant} has nothing"
-        return checkpoint, f"{what} that holds the vector codec {codec}: the per-layer embeddings are as without it"
+def _coded(place: Workplace, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
+    """The checkpoint with its per-layer embeddings in the codec, and a note."""
     from gemexport.formats.additive_fit import attach, read_fit
 
     found = read_fit(place.vectors)
     loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
-    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {codec}, as was asked: {loss}"
+    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {found.codec}, as was asked: {loss}"
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
@@ -153,10 +155,10 @@ def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> 
     """
     from gemexport.validators import divergence
 
-    checkpoint = place.checkpoint()
+    checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.source(checkpoint)
+    store = place.source()
     for sequence in sequences:
         store.logits(sequence)
         progress(len(sequence))
@@ -225,6 +227,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         max_relative_error=item.max_relative_error,
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
+        same_scales=item.same_scales,
         requantized=item.requantized,
         codec=item.codec,
         fitted_rms=item.fitted_rms,
@@ -261,7 +264,8 @@ def validate(place: Workplace, target: str, path: Path, run_logits: bool, progre
         first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
     finally:
         trial.close()
-    return Validation(report, *trial.wording, first, tuple(more), trial.departs, facts, watch.seconds)
+    tokenizer_report, chat = trial.wording or (None, None)
+    return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
 
 
 def check_wording(
@@ -296,9 +300,9 @@ class _Trial:
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.wording: tuple[TokenizerReport | None, ChatReport | None] | tuple[()] = ()  # in the first arithmetic
+        self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
-        self._source = place.source(checkpoint)
+        self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:

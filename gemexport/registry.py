@@ -111,6 +111,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
+            computes_with_scales=True,
             codec_variants=("int4",),
         ),
         Target(

@@ -22,6 +22,7 @@ from gemexport.charts import LAYER, layer_errors, operating_points
 from gemexport.junit import render_junit
 from gemexport.report import (
     ArtifactReport,
+    ChatDifference,
     Divergence,
     LogitsReport,
     Pace,
@@ -32,6 +33,7 @@ from gemexport.report import (
 )
 
 NONE = "–"
+EXCERPT = 400  # letters of a conversation that are shown
 _STYLES: Mapping[str, str] = {"pass": "green", "fail": "bold red", "error": "bold red", "skipped": "yellow"}
 # The KLD plot's logarithmic axis: from what f32 arithmetic leaves on a small model to what a broken model shows.
 _DECADES = (-11, 1)
@@ -281,6 +283,29 @@ def kind(name: str) -> str:
     return (found[2] if found else name.removeprefix("model.")).removesuffix(".weight")
 
 
+def differs(artifact: ArtifactReport) -> list[str]:
+    """What is not the checkpoint's, in sentences that the verdict's reason does not have already."""
+    found = [str(fact) for fact in artifact.facts]
+    found += artifact.tokenizer.vocabulary if artifact.tokenizer else ()
+    found += [str(artifact.departs)] if artifact.departs else []
+    return [sentence for sentence in found if sentence not in (artifact.reason or "")]
+
+
+def visible(text: str) -> str:
+    """Text with what cannot be seen written out: `\\x1b[0m`, `a\\u200bb`; spaces stay."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def excerpts(difference: ChatDifference) -> tuple[tuple[str, str], ...]:
+    """Who laid it out, and what from shortly before the first letter that differs."""
+    pairs = zip(difference.expected, difference.found, strict=False)
+    first = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    at = min(len(difference.expected), len(difference.found)) if first is None else first
+    start = max(0, at - EXCERPT // 4)
+    sides = (("checkpoint", difference.expected), ("artefact", difference.found))
+    return tuple((who, f"{'…' if start else ''}{text[start : start + EXCERPT]}") for who, text in sides)
+
+
 def anchor(artifact: ArtifactReport) -> str:
     """The artefact's id in the page."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{artifact.format}-{artifact.variant}")
@@ -309,7 +334,7 @@ def _environment(html: bool) -> Environment:
     )
     figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
     pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors)
-    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences)
+    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, excerpts)
     environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}
     return environment

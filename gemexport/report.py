@@ -99,7 +99,8 @@ class LatticeReport(_Model):
 class ModelReport(_Model):
     """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken.
 
-    `adapter` is the LoRA that was merged in; `notes` say what reading and merging changed.
+    `adapter` is the LoRA that was merged in, `compression` the method of llm-compressor that quantized it; `notes` say
+    what reading, merging and compressing changed.
     """
 
     name: str
@@ -109,6 +110,7 @@ class ModelReport(_Model):
     source: str
     left_out: tuple[str, ...] = ()
     adapter: str | None = None
+    compression: str | None = None
     notes: tuple[str, ...] = ()
     lattice: LatticeReport | None = None
 
@@ -143,6 +145,7 @@ class TensorReport(_Model):
     max_relative_error: float
     rms_relative_error: float | None = None
     scale_rounded: bool = False
+    same_scales: float | None = None
     requantized: bool = False
     codec: str | None = None
     fitted_rms: float | None = None

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemexport.compress import FOLDER, Compression, compression
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.grids import GridIndex
 from gemexport.formats.recipe import Recipe, load_recipe
-from gemexport.formats.vector_codec import Codec, check, parse
+from gemexport.formats.vector_codec import Codec, check, parse_all
 from gemexport.nodes import Validation, Workplace
+from gemexport.notes import compression_note, left_notes
 from gemexport.npu import npu_bounds
 from gemexport.registry import TARGETS, Target
 from gemexport.render import write_reports
@@ -67,9 +67,15 @@ class Request:
     validate: bool = True
     fresh: bool = False
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
-    ple_codec: Codec | None = None  # for the per-layer embeddings, in formats that hold one
+    ple_codecs: tuple[Codec | None, ...] = (None,)  # for the per-layer embeddings, an artefact each
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compression: Compression | None = None
+
+    def place(self, work: Path, name: str) -> Workplace:
+        """Where the steps of a run of the model `name` find each other's results."""
+        compressed = work / FOLDER / name if self.compression else None
+        return Workplace(self.model, work, self.tokens, self.adapter, compressed)
 
     def checkpoint(self) -> Checkpoint:
         """The model, with its adapter merged in."""
@@ -86,6 +92,9 @@ def request(
     jobs: int | None = None,
     memory: int | None = None,
     adapter: str | Path | None = None,
+    compress: str | None = None,
+    compress_python: str | Path | None = None,
+    calibration: str | Path | None = None,
     ple_codec: str | None = None,
     **settings: Any,
 ) -> Request:
@@ -107,9 +116,10 @@ def request(
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         jobs=jobs or os.cpu_count() or 1,
         memory=memory or int(available_memory() * 0.8),
-        ple_codec=None if ple_codec is None else parse(ple_codec),
+        ple_codecs=(None,) if ple_codec is None else parse_all(ple_codec),
         asked_for=frozenset(formats or ()),
         adapter=merged,
+        compression=compression(compress, compress_python, calibration),
         **settings,
     )
 
@@ -121,47 +131,57 @@ class Step:
     target: Target
     variant: str
     path: Path
+    codec: Codec | None = None  # of its per-layer embeddings
+
+    @property
+    def label(self) -> str:
+        """What it is called in the report: the variant, and its codec."""
+        return labelled(self.variant, self.codec)
 
     @property
     def key(self) -> str:
         """Its name in the DAG."""
-        return f"{self.target.name}:{self.variant}"
+        return f"{self.target.name}:{self.label}"
+
+
+def labelled(variant: str, codec: Codec | None) -> str:
+    """A variant with its codec: `int4-aqlm-2x8`."""
+    return variant if codec is None else f"{variant}-{codec.label}"
 
 
 def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
     """The artefacts of a request, in the registry's order."""
     return [
-        Step(TARGETS[name], variant, TARGETS[name].path(asked.out, checkpoint.name, variant))
-        for name, variants in asked.variants.items()
+        Step(target, variant, target.path(asked.out, checkpoint.name, labelled(variant, codec)), codec)
+        for target, variants in ((TARGETS[name], variants) for name, variants in asked.variants.items())
         for variant in variants
+        for codec in (asked.ple_codecs if variant in target.codec_variants else (None,))
     ]
 
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = Workplace(asked.model, work, asked.tokens, asked.adapter, asked.ple_codec)
-    weights = checkpoint.architecture.parameters()
-    coded = [step for step in wanted if asked.ple_codec is not None and step.variant in step.target.codec_variants]
-    nodes = [
-        Node(
-            "grids",
-            Call("gemexport.nodes:grids", {"place": place, "recipe": asked.recipe}),
-            (),
-            EXPORT_BYTES,
-            weights,
-            light=True,
-        )
-    ]
-    if coded:
-        call = Call("gemexport.nodes:fit_codec", {"place": place})
-        nodes.append(Node("ple-codec", call, ("grids",), EXPORT_BYTES, _per_layer_weights(checkpoint), all_cores=True))
+    place = asked.place(work, checkpoint.name)
+    weights, recipe, nodes = checkpoint.architecture.parameters(), asked.recipe, []
+    before: tuple[str, ...] = ()
+    if asked.compression is not None:
+        call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
+        nodes.append(Node("compress", call, (), logits_memory(checkpoint, asked.tokens), 1, all_cores=True))
+        # The codes are ours, not those of a maker who left the rest as it is on purpose.
+        before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
+    call = Call("gemexport.nodes:grids", {"place": place, "recipe": recipe})
+    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, light=True))
+    for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
+        call = Call("gemexport.nodes:fit_codec", {"place": replace(place, codec=codec)})
+        coded = _per_layer_weights(checkpoint)
+        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
     for step in wanted:
         arguments = {
-            "place": place, "target": step.target.name, "variant": step.variant, "path": step.path,
-            "options": asked.options.get(step.target.name, {}),
+            "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
+            "path": step.path, "options": asked.options.get(step.target.name, {}),
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        needs = ("grids", "ple-codec") if step in coded else ("grids",)
+        needs = ("grids", *(() if step.codec is None else (f"codec {step.codec}",)))
         nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
@@ -214,17 +234,23 @@ def run(asked: Request, events: Events | None = None) -> Report:
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
-    if asked.ple_codec is not None:
-        check(asked.ple_codec, checkpoint.architecture.per_layer, checkpoint.path)
+    for codec in filter(None, asked.ple_codecs):
+        check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
         scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events())
         outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
-        if outcomes["grids"].error:
-            raise outcomes["grids"].error
-        if not succeeded(outcomes["grids"]):
-            raise RuntimeError(f"the search for grids failed: {outcomes['grids'].failure}; see {work / 'logs'}")
+        for name in ("compress", "grids"):
+            first = outcomes.get(name, Outcome())
+            if first.error:
+                raise first.error
+            if not succeeded(first):
+                raise RuntimeError(f"the step {name} failed: {first.failure}; see {work / 'logs'}")
+        source, notes = checkpoint, []
+        if asked.compression is not None:
+            checkpoint = asked.place(work, source.name).checkpoint()
+            notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
         artifacts = [_artifact(asked, step, outcomes) for step in wanted] + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
         if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
@@ -232,7 +258,7 @@ def run(asked: Request, events: Events | None = None) -> Report:
     for scratch in ("reference", "logits"):
         shutil.rmtree(work / scratch, ignore_errors=True)
     report = Report(
-        model=_model(asked, checkpoint, outcomes["grids"]),
+        model=_model(asked, source, checkpoint, outcomes["grids"], notes),
         recipe=asked.recipe.name,
         versions=package_versions(),
         artifacts=tuple(artifacts),
@@ -262,7 +288,7 @@ def validate(
     asked = replace(asked, out=artifact.parent)
     with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
         work = Path(folder)
-        place = Workplace(model, work, asked.tokens, asked.adapter)
+        place = asked.place(work, checkpoint.name)
         step = Step(target, artifact.stem, artifact)
         nodes = graph(asked, checkpoint, work, []) + [
             Node(node.name, node.call, tuple("grids" if need.startswith("export") else need for need in node.needs),
@@ -305,7 +331,7 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
         if step.target.name in asked.asked_for:
             raise InputError(step.target.name, problem, step.target.install_hint())
         left_out.append(
-            ArtifactReport(format=step.target.name, variant=step.variant, status="skipped",
+            ArtifactReport(format=step.target.name, variant=step.label, status="skipped",
                            reason=f"{problem}; {step.target.install_hint()}")
         )  # fmt: skip
     return possible, left_out
@@ -316,7 +342,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     exported = outcomes.get(f"export {step.key}", Outcome())
     judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
-    base: dict[str, Any] = {"format": step.target.name, "variant": step.variant}
+    base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
         files = describe_files(asked.out, step.path)
@@ -329,7 +355,7 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     if isinstance(exported.value, Export):
         base |= {
             "run": exported.value.run,
-            "notes": tuple(exported.value.notes),
+            "notes": (*exported.value.notes, *_codec_notes(asked, step)),
             "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
         }
     seconds = exported.seconds + judged.seconds
@@ -365,37 +391,36 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
     )
 
 
+def _codec_notes(asked: Request, step: Step) -> list[str]:
+    """That a codec was asked for which the artefact has no place for."""
+    codecs = ", ".join(str(codec) for codec in asked.ple_codecs if codec is not None)
+    if not codecs or step.variant in step.target.codec_variants:
+        return []
+    what = f"the variant {step.variant}" if step.target.codec_variants else step.target.title
+    return [f"{what} has nothing that holds a vector codec ({codecs}): the per-layer embeddings are as without it"]
+
+
 def _validation(found: Validation, seconds: float) -> ValidationReport:
     """How long the validation took, and the runtimes in it."""
     runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
     return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
 
 
-def _model(asked: Request, checkpoint: Checkpoint, found: Outcome) -> ModelReport:
+def _model(asked: Request, source: Checkpoint, checkpoint: Checkpoint, found: Outcome, notes: list[str]) -> ModelReport:
+    """The report of the model `source`, and of the grids of what was made of it."""
     decoder = checkpoint.architecture
     return ModelReport(
-        name=checkpoint.name,
+        name=source.name,
         architecture=decoder.family,
         parameters=decoder.parameters(),
-        bytes=checkpoint.nbytes(),
+        bytes=source.nbytes(),
         source=str(asked.model),
-        left_out=checkpoint.left_out,
+        left_out=source.left_out,
+        compression=None if asked.compression is None else asked.compression.method,
         adapter=None if asked.adapter is None else str(asked.adapter),
-        notes=(*checkpoint.notes, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
+        notes=(*source.notes, *notes, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
         lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
     )
-
-
-def left_notes(index: GridIndex) -> list[str]:
-    """A sentence about the matrices that an adapter took off their lattice, if any; layers are counted, not named."""
-    left = [record for record in index.tensors if record.left]
-    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in left)
-    if not left:
-        return []
-    named = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
-    plain = sum(record.bits is None for record in left)
-    becomes = "the recipe quantized them anew" if not plain else f"{plain} of them stay plain, as the recipe says"
-    return [f"the merge left the lattice: {len(left)} matrices that lay on one do no more; {becomes}: {named}"]
 
 
 def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> LatticeReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+from gemexport.diagnosis import diagnose
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Grid
 from gemexport.nodes import Validation
@@ -97,7 +98,7 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
         changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
-        where = _listed(item.name for item in changed)
+        where = "; ".join([*diagnose(changed), *filter(None, [_listed(item.name for item in changed)])]) or None
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
     result += _vectors(report.tensors)
     result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]

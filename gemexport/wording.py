@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from gemexport.formats.errors import InputError
 from gemexport.report import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.validators import chat, corpus, prompts, tokenizer, vocabulary
 from gemexport.validators.runtime import Runtime
+from gemexport.validators.tokenizer import Difference
 
 SHOWN = 20  # texts in the report, the shortest of each sort first
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -63,15 +64,14 @@ class Wording:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._assets = checkpoint.assets
         self._size = checkpoint.architecture.vocab_size
-        self._expected = vocabulary.read(self._assets)
-        self._encode = tokenizer.load(self._assets / FILES[0])
+        self._expected, self._texts = _expected(self._assets, self._size)
 
     def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
         """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
         own = runtime is not None and runtime.tokenize("") is not None
         name = runtime.name if runtime is not None and own else f"tokenizers {version('tokenizers')}"
         tables = self._tables(artifact)
-        expected = self._texts()
+        expected = self._texts
         found = (lambda text: runtime.tokenize(text) or []) if runtime is not None and own else artifact.encode()
         if found is None:
             return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables)
@@ -94,9 +94,7 @@ class Wording:
             ),
         )
 
-    def _right(
-        self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[tokenizer.Difference, ...]
-    ) -> set[str]:
+    def _right(self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[Difference, ...]) -> set[str]:
         """The texts for which the artefact's own tables give the checkpoint's ids.
 
         A GGUF file is nothing but its tables: where these are the checkpoint's, all are. A tokenizer.json holds more,
@@ -145,16 +143,17 @@ class Wording:
         except InputError as error:
             return (error.problem,)
 
-    def _texts(self) -> dict[str, tuple[int, ...]]:
-        """Every text with the checkpoint's ids, but for those with a token that the model has no row for."""
-        added = [
-            piece
-            for piece, kind in zip(self._expected.pieces, self._expected.kinds, strict=True)
-            if kind in (vocabulary.ADDED, vocabulary.SPECIAL)
-        ]
-        texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(self._expected.pieces[: self._size], added)]
-        found = {text: tuple(self._encode(text)) for text in texts}
-        return {text: ids for text, ids in found.items() if max(ids, default=0) < self._size}
+
+@lru_cache(maxsize=1)
+def _expected(assets: Path, size: int) -> tuple[vocabulary.Vocabulary, dict[str, tuple[int, ...]]]:
+    """The checkpoint's tables, and every text with its ids; not those with a token that the model has no row for."""
+    tables = vocabulary.read(assets)
+    encode = tokenizer.load(assets / FILES[0])
+    listed = (vocabulary.ADDED, vocabulary.SPECIAL)
+    added = [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in listed]
+    texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(tables.pieces[:size], added)]
+    found = {text: tuple(encode(text)) for text in texts}
+    return tables, {text: ids for text, ids in found.items() if max(ids, default=0) < size}
 
 
 def _same(ours: Path, theirs: Path) -> bool:

@@ -65,6 +65,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
         remove(work / "grids")
         remove(work / VECTORS)
         remove(work / SOURCE)
+        remove(work / "compressed")
     _make(work)
     for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
         remove(left)

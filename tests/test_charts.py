@@ -7,7 +7,7 @@ import re
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport import charts
@@ -45,6 +45,7 @@ losses = st.one_of(st.just(0.0), st.floats(1e-14, 50), st.just(math.inf))
 points = st.lists(st.tuples(st.text("abQ48_-", min_size=1, max_size=30), sizes, losses), min_size=1, max_size=24)
 
 
+@settings(deadline=None, max_examples=60)
 @given(points, st.one_of(st.none(), st.floats(1e-6, 1)), st.sampled_from([(358, 330, 70), (720, 340, 90)]))
 def test_names_never_overlap_and_all_lies_within_the_frame(
     found: list[tuple[str, int, float]], floor: float | None, size: tuple[int, int, int]
@@ -82,11 +83,20 @@ def test_the_front_is_what_loses_least_of_all_that_are_as_small() -> None:
     assert [x for x, _ in chart.front] == sorted(x for x, _ in chart.front)
 
 
+def test_what_failed_is_no_choice() -> None:
+    whole = report([("broken", 100, 1e-9), ("sound", 200, 0.1)])
+    broken = whole.artifacts[0].model_copy(update={"status": "fail"})
+    chart = charts.operating_points(whole.model_copy(update={"artifacts": (broken, whole.artifacts[1])}), 720, 340)
+    assert chart is not None
+    assert [(point.x, point.y) in chart.front for point in chart.points] == [False, True]
+
+
 def test_nothing_is_drawn_of_what_was_not_measured() -> None:
     assert charts.operating_points(report([]), 720, 340) is None
     assert charts.operating_points(report([("Q4_0", 5, math.nan)]), 720, 340) is None
 
 
+@settings(deadline=None)
 @given(st.lists(losses, min_size=1))
 def test_a_logarithmic_axis_keeps_the_order(values: list[float]) -> None:
     axis = charts.Logarithmic.over(values, 0, 100)

@@ -15,6 +15,7 @@ from gemexport.formats.additive_fit import NAME
 from gemexport.formats.recipe import RECIPES
 from gemexport.nodes import Validation
 from gemexport.report import Report, TensorReport, WeightsReport, read_report
+from gemexport.run import graph, request, steps
 from gemexport.verdict import bounds
 
 
@@ -54,12 +55,39 @@ def test_what_cannot_be_done_is_one_line(
         (tiny_gemma4, "aqlm:2x8:24", "do not divide"),
         (tiny_gemma4, "opq:2x8", "no vector codec"),
         (tiny_gemma4, "aqlm:2x16", "out of range"),
+        (tiny_gemma4, "aqlm:2x8,aqlm:2x8:8", "twice"),
     ):
         assert status("all", model, "-o", tmp_path / "out", "--ple-codec", codec) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_each_codec_of_a_list_is_an_artefact_and_is_fitted_once(tiny_gemma4: Path, tmp_path: Path) -> None:
+    asked = request(
+        tiny_gemma4, tmp_path / "out", ["mlx", "onnx", "coreml"], ple_codec="none, aqlm:1x8,aqlm:2x8:4", validate=False
+    )
+    checkpoint = asked.checkpoint()
+    wanted = steps(asked, checkpoint)
+    assert [(step.label, step.path.relative_to(tmp_path / "out").as_posix()) for step in wanted] == [
+        ("4bit", "mlx/4bit"),
+        ("int4", "onnx/int4"),
+        ("int4-aqlm-1x8", "onnx/int4-aqlm-1x8"),
+        ("int4-aqlm-2x8-4", "onnx/int4-aqlm-2x8-4"),
+        ("npu", "onnx/npu"),
+        ("npu-aqlm-1x8", "onnx/npu-aqlm-1x8"),
+        ("npu-aqlm-2x8-4", "onnx/npu-aqlm-2x8-4"),
+        ("int4", "coreml/int4.mlpackage"),
+        ("int4-aqlm-1x8", "coreml/int4-aqlm-1x8.mlpackage"),
+        ("int4-aqlm-2x8-4", "coreml/int4-aqlm-2x8-4.mlpackage"),
+    ]
+    nodes = {node.name: node for node in graph(asked, checkpoint, tmp_path / "work", wanted)}
+    assert [name for name in nodes if name.startswith("codec")] == ["codec aqlm:1x8:8", "codec aqlm:2x8:4"]
+    assert nodes["export onnx:npu-aqlm-1x8"].needs == ("grids", "codec aqlm:1x8:8")
+    assert nodes["export onnx:npu"].needs == ("grids",)
+    folders = {node.call.arguments["place"].vectors for name, node in nodes.items() if name.startswith("codec")}
+    assert len(folders) == 2
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +103,15 @@ def test_onnx_and_core_ml_pass_with_the_same_codes(report: tuple[Report, Path]) 
     found = {(item.format, item.variant): item for item in made.artifacts}
     assert {key: (item.status, item.reason) for key, item in found.items()} == {
         ("mlx", "4bit"): ("pass", None),
-        ("onnx", "int4"): ("pass", None),
-        ("onnx", "npu"): ("pass", None),
-        ("coreml", "int4"): ("pass", None),
+        ("onnx", "int4-aqlm-2x8"): ("pass", None),
+        ("onnx", "npu-aqlm-2x8"): ("pass", None),
+        ("coreml", "int4-aqlm-2x8"): ("pass", None),
     }
-    assert any("nothing that holds the vector codec aqlm:2x8:8" in note for note in found["mlx", "4bit"].notes)
+    assert any("nothing that holds a vector codec (aqlm:2x8:8)" in note for note in found["mlx", "4bit"].notes)
     read = {
-        "int4": onnx.tensors(out / "onnx" / "int4")[NAME],
-        "npu": onnx.tensors(out / "onnx" / "npu")[NAME],
-        "coreml": coreml.tensors(out / "coreml" / "int4.mlpackage")[NAME],
+        "int4": onnx.tensors(out / "onnx" / "int4-aqlm-2x8")[NAME],
+        "npu": onnx.tensors(out / "onnx" / "npu-aqlm-2x8")[NAME],
+        "coreml": coreml.tensors(out / "coreml" / "int4-aqlm-2x8.mlpackage")[NAME],
     }
     first = read["int4"].rows(0, read["int4"].shape[0])
     for name, tensor in read.items():
@@ -111,17 +139,18 @@ def test_onnx_and_core_ml_pass_with_the_same_codes(report: tuple[Report, Path]) 
 @pytest.mark.slow
 def test_an_artefact_with_a_codec_is_validated_by_itself(report: tuple[Report, Path], tiny_gemma4: Path) -> None:
     out = report[1]
-    judged = gemexport.validate(tiny_gemma4, out / "coreml" / "int4.mlpackage", tokens=60)
+    judged = gemexport.validate(tiny_gemma4, out / "coreml" / "int4-aqlm-2x8.mlpackage", tokens=60)
     assert (judged.status, judged.reason) == ("pass", None)
     # One code of the table, changed in the file.
-    file = out / "onnx" / "int4" / "model.onnx.data"
-    codes = onnx.tensors(out / "onnx" / "int4")[NAME].rows(100, 101).codes
+    folder = out / "onnx" / "int4-aqlm-2x8"
+    file = folder / "model.onnx.data"
+    codes = onnx.tensors(folder)[NAME].rows(100, 101).codes
     assert codes is not None
     data = bytearray(file.read_bytes())
     place = data.find(codes.tobytes())
     assert place >= 0
     data[place] ^= 1
     file.write_bytes(bytes(data))
-    judged = gemexport.validate(tiny_gemma4, out / "onnx" / "int4", tokens=60)
+    judged = gemexport.validate(tiny_gemma4, folder, tokens=60)
     assert judged.status == "fail"
     assert "aqlm:2x8:8" in (judged.reason or "")

@@ -16,8 +16,12 @@ from gemexport import render
 from gemexport.report import (
     ArtifactReport,
     Bound,
+    ChatDifference,
+    ChatReport,
+    DepartureReport,
     Divergence,
     ExportStats,
+    FactReport,
     FileReport,
     GreedyReport,
     GridReport,
@@ -418,6 +422,29 @@ def test_a_large_models_page_stays_small(report: Report) -> None:
 )
 def test_rates_have_three_digits(value: float | None, text: str) -> None:
     assert render.rate(value) == text
+
+
+def test_what_differs_is_told_where_it_can_be_seen(report: Report) -> None:
+    first = report.artifacts[0]
+    text = TokenizerDifference(text="a\u200b\x1b b", expected=(1,), found=(2,), runtime=True)
+    changed = first.model_copy(update={
+        "facts": (FactReport(name="rope_theta", found="1e4", expected="1e6"),),
+        "tokenizer": TokenizerReport(texts=2, equal=1, vocabulary=("two tokens changed places",), differences=(text,)),
+        "departs": DepartureReport(layer=3, name="layer 3", relative_error=0.5, limit=0.001),
+        "chat": ChatReport(engine="llama.cpp", conversations=2, equal=1, differences=(
+            ChatDifference(conversation="two turns", expected="x" * 900 + "<model>", found="x" * 900 + "<modes>"),)),
+    })  # fmt: skip
+    assert render.differs(changed) == [
+        "rope_theta is 1e4, the checkpoint says 1e6", "two tokens changed places",
+        "it departs at layer 3, whose output is off by 0.5 of its size",
+    ]  # fmt: skip
+    told = changed.model_copy(update={"reason": "kld: " + str(changed.departs)})
+    assert len(render.differs(told)) == 2
+    page = render.render_html(report.model_copy(update={"artifacts": (changed,)}))
+    assert parsed(page).open == []
+    assert r"<code>a\u200b\x1b b</code>" in page
+    assert "1 of 2 conversations" in page
+    assert f"<code>…{'x' * 95}&lt;modes&gt;</code>" in page
 
 
 def test_axis_is_logarithmic_and_takes_everything() -> None:

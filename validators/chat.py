@@ -135,18 +135,19 @@ class Template:
         """A conversation as transformers lays it out; REFUSED and the reason where the template does not take it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        tokens: dict[str, Any] = dict(self.tokens)
         try:
-            found = render_jinja_template(
+            found: Any = render_jinja_template(
                 conversations=[list(layout["messages"])],
                 tools=list(layout["tools"]) or None,
                 chat_template=self.source,
                 add_generation_prompt=layout["add_generation_prompt"],
                 enable_thinking=layout["thinking"],
-                **self.tokens,
+                **tokens,
             )
         except Exception as error:  # a template may raise anything, and refuses conversations by raising
             return f"{REFUSED}{error}".splitlines()[0]
-        texts: Any = found[0] if isinstance(found, tuple) else found
+        texts = found[0] if isinstance(found, tuple) else found
         return str(texts[0])
 
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from gemexport.formats.coreml import canonical_name
+from gemexport.formats.coreml_activations import activations
 from gemexport.formats.coreml_package import Package, coremltools, open_package
 from gemexport.formats.errors import InputError
 from gemexport.validators import runtime
@@ -128,7 +129,7 @@ class Evaluated(CoreMLModel):
     def __init__(self, path: Path, how: Feeds, arithmetic: Arithmetic, threads: int) -> None:
         super().__init__(how)
         self.name = f"MIL evaluator of gemexport, PyTorch {torch.__version__}"
-        self.arithmetic = arithmetic
+        self.arithmetic = "static-activations" if arithmetic == "f32" and activations(path) else arithmetic
         self._threads = threads
         self._observe: Observer | None = None
         with _threads(threads):

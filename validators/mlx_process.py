@@ -85,7 +85,8 @@ class Model:
 
     def hidden(self, tokens: list[int]) -> np.ndarray:
         """What goes into the first layer and what each layer gives, `[layers + 1, n, hidden]`."""
-        layers, seen = self._decoder.model.layers, []
+        layers = self._decoder.model.layers
+        seen: list[np.ndarray] = []
         plain = list(layers)
         try:
             layers[:] = [Watched(layer, seen) for layer in plain]

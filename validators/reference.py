@@ -20,7 +20,7 @@ from torch.nn import functional
 from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
-from gemexport.validators import activation_rounding
+from gemexport.validators import activation_rounding, runtime
 from gemexport.validators.runtime import Laps, Layout
 
 Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
@@ -130,9 +130,11 @@ _LINEARS: dict[Arithmetic, Callable[[torch.nn.Linear, torch.Tensor], torch.Tenso
 class Reference:
     """A transformers causal language model, asked for logits or for a greedy continuation."""
 
-    def __init__(self, model: Any, arithmetic: Arithmetic, threads: int, name: str | None = None) -> None:
+    def __init__(
+        self, model: Any, arithmetic: Arithmetic | runtime.Arithmetic, threads: int, name: str | None = None
+    ) -> None:
         self.name = name or f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
-        self.arithmetic: Arithmetic = arithmetic
+        self.arithmetic: Arithmetic | runtime.Arithmetic = arithmetic
         self._model = model.eval()
         self._threads = threads
         self.laps = Laps()

@@ -37,6 +37,9 @@ class TensorComparison:
     rms_relative_error: float
     scale_rounded: bool  # the source's codes, on scales that differ only by the artefact's rounding of them
     requantized: bool  # the artefact says itself that its codes were fitted to the values anew, as was asked
+    same_scales: float | None = (
+        None  # share of the weights whose block has the source's scale; None: not as many blocks
+    )
     codec: str | None = None  # the vector codec that it is in
     fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
 
@@ -116,13 +119,15 @@ def _tensor(
 ) -> TensorComparison:
     exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
     same_codes = source.grid is not None and stored.grid is not None
-    for (counted, largest, squared, top, power), same, values in ordered(
+    kept: int | None = 0
+    for (counted, largest, squared, top, power), same, scales, values in ordered(
         lambda pair: _slice(pair[0], pair[1], source, stored), _pairs(source, stored), threads
     ):
         update(values)
         exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
         peak, energy = max(peak, top), energy + power
         same_codes = same_codes and same
+        kept = None if kept is None or scales is None else kept + scales
     return TensorComparison(
         name=source.name,
         shape=source.shape,
@@ -136,6 +141,7 @@ def _tensor(
         rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
         scale_rounded=same_codes,
         requantized=getattr(stored, "requantized", False),
+        same_scales=None if kept is None else kept / max(_count(source), 1),
         codec=str(stored.codec) if isinstance(stored, AdditiveTensor) else None,
         fitted_rms=stored.fitted_rms if isinstance(stored, AdditiveTensor) else None,
     )
@@ -152,10 +158,11 @@ def _pairs(source: Tensor, stored: Tensor) -> Iterator[tuple[Rows, Rows]]:
 
 def _slice(
     wanted: Rows, found: Rows, source: Tensor, stored: Tensor
-) -> tuple[tuple[int, float, float, float, float], bool, memoryview]:
+) -> tuple[tuple[int, float, float, float, float], bool, int | None, memoryview]:
     values = _exact(stored.grid, found)
     numbers = _compare(np.ascontiguousarray(wanted.values), values, _SOURCE[source.dtype])
-    return numbers, _same_codes(wanted, found, source, stored), np.ascontiguousarray(values, np.float32).data
+    same, scales = _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored)
+    return numbers, same, scales, np.ascontiguousarray(values, np.float32).data
 
 
 def _exact(grid: Grid | None, rows: Rows) -> NDArray[np.float64]:
@@ -182,6 +189,15 @@ def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bo
         )
         for ours, theirs in pairs
     )
+
+
+def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
+    """Weights in blocks with the source's scale as the artefact's dtype rounds it; a grid may run the other way."""
+    ours, theirs = wanted.scales, found.scales
+    if ours is None or theirs is None or stored.grid is None or ours.shape != theirs.shape:
+        return None
+    same = np.abs(round_to(ours, stored.grid.scale_dtype)) == np.abs(theirs)
+    return int(np.count_nonzero(same)) * stored.grid.block
 
 
 def _biases(grid: Grid, rows: Rows) -> Floats | None:

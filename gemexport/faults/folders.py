@@ -33,7 +33,8 @@ def edited(file: str, edit: Callable[[Json, Subject], str]) -> Fault:
 
 
 def _text(config: Json) -> Json:
-    return config.get("text_config", config)
+    text: Json = config.get("text_config", config)
+    return text
 
 
 def rope_base(config: Json, subject: Subject) -> str:

@@ -45,7 +45,7 @@ def onnx(path: Path, name: str) -> Place:
     return _onnx(tensors(path)[name], CopiedTensor)
 
 
-def _onnx(tensor: Any, copied: type) -> Place:
+def _onnx(tensor: Any, copied: Any) -> Place:
     if isinstance(tensor, copied):
         return Twice([_onnx(tensor.first, copied), _onnx(tensor.second, copied)])
     if hasattr(tensor, "packed"):

@@ -136,7 +136,7 @@ def scale_halved(subject: Subject) -> str:
 
     def edit(numbers: Numbers) -> None:
         for array in numbers.scales:
-            array[3, 1] = like(floats(array[3:4, 1]) / 2, array)[0]
+            array[3, 1] = like(floats(array[3:4, 1]) / np.float32(2), array)[0]
 
     return subject.change(_matrix(subject), edit)
 

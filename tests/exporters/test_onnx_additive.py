@@ -92,6 +92,15 @@ def test_the_operators_compute_the_formula(tmp_path_factory: pytest.TempPathFact
     assert np.array_equal(back.numpy(), tensor.numpy())
 
 
+def test_static_activations_leave_the_lookup_as_it_is(tiny_gemma4: Path, tmp_path: Path) -> None:
+    checkpoint = coded(tiny_gemma4, "aqlm:2x8", tmp_path)
+    tokens = np.random.default_rng(1).integers(10, 250, 16).tolist()
+    path = exporter.export(
+        checkpoint, tmp_path / "npu-a8", variant="npu-a8", calibration=[tokens], context=32, prefill=8
+    ).path
+    assert np.array_equal(additive(reader.tensors(path)[NAME]).numpy(), checkpoint.tensors[NAME].numpy())
+
+
 def test_f32_scales_stay_what_they_are(tiny_gemma4: Path, tmp_path: Path) -> None:
     """A table so small that f16 would lose bits of its scales."""
     checkpoint = open_checkpoint(tiny_gemma4)

@@ -18,9 +18,10 @@ from gemexport.formats.coreml import StackedCodes
 from gemexport.formats.coreml_arrays import Palette, Stored
 from gemexport.formats.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, Floats
-from gemexport.formats.vector_codec import Codec, parse
+from gemexport.formats.vector_codec import Codec, parse, parse_all, stated_rms
 
 pytest.importorskip("torch")
+from gemexport.formats import codebooks
 
 
 def table(rows: int, width: int, seed: int = 0) -> Floats:
@@ -49,10 +50,23 @@ def test_spelling(text: str, codec: tuple[int, int, int]) -> None:
     assert parse(str(found)) == found
 
 
+def test_a_list_may_have_none_in_it() -> None:
+    assert parse_all("none, aqlm:2x8") == (None, parse("aqlm:2x8"))
+    assert parse_all("aqlm:1x8:4") == (Codec(codebooks=1, bits=8, vector=4),)
+
+
 @pytest.mark.parametrize("text", ["", "aqlm", "aqlm:2", "aqlm:0x8", "aqlm:2x9", "aqlm:9x8", "aqlm:2x8:1", "rvq:2x8"])
 def test_what_is_no_codec_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="aqlm:2x8"):
         parse(text)
+
+
+def test_the_error_that_an_artefact_states_is_a_number() -> None:
+    assert stated_rms(None, Path("x")) is None
+    assert stated_rms("0.25", Path("x")) == 0.25
+    for text in ("", "much", "nan", "-1", "inf"):
+        with pytest.raises(InputError, match="error of its vector codec"):
+            stated_rms(text, Path("x"))
 
 
 @settings(deadline=None)  # the first call waits for the compiled loop
@@ -145,9 +159,9 @@ def test_each_codebook_takes_error_away(tmp_path: Path) -> None:
 
 def test_codes_and_codebooks_by_turns_beat_k_means_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = additive_fit.sample(ArrayTensor("table", table(256, 64)), parse("aqlm:3x4:4"), 32)
-    together = additive_fit.fit(vectors, parse("aqlm:3x4:4")).rms
-    monkeypatch.setattr(additive_fit, "ROUNDS", 0)
-    assert together < additive_fit.fit(vectors, parse("aqlm:3x4:4")).rms
+    together = codebooks.fit(vectors, parse("aqlm:3x4:4")).rms
+    monkeypatch.setattr(codebooks, "ROUNDS", 0)
+    assert together < codebooks.fit(vectors, parse("aqlm:3x4:4")).rms
 
 
 def test_a_scale_for_each_block_pays(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""Sentences of the report about what happened to a model before it was exported."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from gemexport.compress import Compression
+from gemexport.formats.grids import GridIndex
+from gemexport.formats.recipe import Recipe
+from gemexport.worker import Outcome
+
+
+def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> str:
+    """What llm-compressor did."""
+    scheme = recipe.linear
+    assert scheme is not None
+    done = f"llm-compressor {outcome.value} quantized the linears ({asked.method}, {scheme.bits} bit, groups of"
+    return f"{done} {scheme.group_size}); the loss is against the model before that"
+
+
+def left_notes(index: GridIndex) -> list[str]:
+    """A sentence about the matrices that an adapter took off their lattice, if any; layers are counted, not named."""
+    left = [record for record in index.tensors if record.left]
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in left)
+    if not left:
+        return []
+    named = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+    plain = sum(record.bits is None for record in left)
+    becomes = "the recipe quantized them anew" if not plain else f"{plain} of them stay plain, as the recipe says"
+    return [f"the merge left the lattice: {len(left)} matrices that lay on one do no more; {becomes}: {named}"]
