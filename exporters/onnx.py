@@ -24,17 +24,16 @@ from gemexport.exporters.onnx_common import KINDS, stored_bits
 from gemexport.exporters.onnx_graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx_htp import held_by_rows
 from gemexport.exporters.onnx_npu import NpuBackend, add_decoder, lookup
-from gemexport.exporters.onnx_quantized import PRECISIONS, write_quantized
+from gemexport.exporters.onnx_quantized import PRECISIONS, measured, write_quantized
 from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.formats.activation_ranges import Method, read_ranges
+from gemexport.formats.activation_ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
-CALIBRATED = tuple(PRECISIONS)  # those that want token sequences to measure activations on
 Placing = Literal["all", "linears", "none"]  # of static activation scales
 CONTEXT, PREFILL = 2048, 128
 SCRIPT = Path(__file__).with_name("onnx_generate.py")  # goes along: it runs the graphs with nothing of ours
@@ -74,8 +73,8 @@ def export(
     with atomic(path) as partial:
         partial.mkdir()
         if variant in PRECISIONS:
-            measured = None if ranges is None else read_ranges(Path(ranges))
-            settings = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": measured})
+            known = None if ranges is None else read_ranges(Path(ranges))
+            settings = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": known})
             notes += write_quantized(checkpoint, partial, settings, calibration, context, prefill, progress)
         elif variant == "npu":
             _write_npu(checkpoint, partial, context, prefill, progress)
@@ -86,6 +85,29 @@ def export(
             shutil.copyfile(file, partial / file.name)
     run = f"python {path / 'generate.py'} 'The capital of France is'"
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
+
+
+def ranges(
+    checkpoint: Checkpoint,
+    scratch: Path,
+    calibration: Sequence[Sequence[int]],
+    *,
+    context: int = CONTEXT,
+    prefill: int = PREFILL,
+    progress: Progress = ignore,
+) -> ActivationRanges:
+    """The ranges of activations on token sequences, for `export(…, ranges=…)` of `npu-a8` and `npu-a16` alike.
+
+    `scratch` is a folder that is made for the graphs to measure, and gone afterwards.
+    """
+    context = min(context, checkpoint.architecture.max_positions)
+    checkpoint = replace(checkpoint, activations=None)
+    shutil.rmtree(scratch, ignore_errors=True)  # a run that was killed may have left it
+    scratch.mkdir(parents=True)
+    try:
+        return measured(checkpoint, scratch, PRECISIONS["npu-a16"], calibration, context, prefill, progress)
+    finally:
+        shutil.rmtree(scratch)
 
 
 def placed(activations: Activations | None, wanted: Placing) -> Activations:

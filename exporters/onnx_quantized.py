@@ -14,7 +14,7 @@ from gemexport.exporters.onnx_htp import HtpBackend, row_grid
 from gemexport.exporters.onnx_npu import add_decoder, lookup
 from gemexport.exporters.onnx_qdq import QdqGraph
 from gemexport.exporters.result import Progress
-from gemexport.formats.activation_ranges import Activations
+from gemexport.formats.activation_ranges import ActivationRanges, Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.onnx import EMBEDDING
@@ -57,7 +57,8 @@ def write_quantized(
         graph.save(folder / f"{name}.onnx", PRODUCER)
     assert activations.ranges is not None
     activations.ranges.save(folder / RANGES)
-    return _notes(checkpoint)
+    source = f"{activations.ranges.tokens} tokens, {activations.method}"
+    return [f"scales of activations come from their ranges on {source}", *_notes(checkpoint)]
 
 
 def _measured(
@@ -81,6 +82,27 @@ def _measured(
     ranges = measure(folder / "embeddings.onnx", file, sequences, context)
     file.unlink()
     return activations.model_copy(update={"ranges": ranges})
+
+
+def measured(
+    checkpoint: Checkpoint,
+    folder: Path,
+    activations: Activations,
+    sequences: Sequence[Sequence[int]],
+    context: int,
+    prefill: int,
+    progress: Progress,
+) -> ActivationRanges:
+    """The ranges of the NPU's graphs on token sequences; `folder` takes what there is to measure.
+
+    They hold for every precision: scores are measured for the 16 bits that all have there.
+    """
+    weights = Weights(checkpoint.tensors)
+    table = lookup(checkpoint.architecture, GraphBuilder(f"{checkpoint.name} embeddings"), weights)
+    table.save(folder / "embeddings.onnx", PRODUCER)
+    found = _measured(checkpoint, folder, activations, sequences, weights, context, prefill, progress).ranges
+    assert found is not None
+    return found
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:

@@ -74,7 +74,8 @@ class Activations:
     def differences(self, stored: Activations | None) -> Iterator[str]:
         """What `stored` computes with other scales than these, or without any here, by weight or layer, and side.
 
-        What it has left out is in floating point: no difference, but a loss that its notes tell of.
+        What it has left out is in floating point: no difference, but a loss that its notes tell of. Integers of a width
+        or sign that these have nowhere are of ranges that an exporter measured, and not these at all.
         """
         found = stored or Activations()
         pairs: list[tuple[str, object, object]] = [
@@ -84,9 +85,12 @@ class Activations:
                 for i, both in found.caches.items()
             ),
         ]
+        both = (*self.linears.values(), *self.caches.values())
+        kinds = {(item.bits, item.signed) for one in both for item in vars(one).values() if item is not None}
         for name, theirs, ours in pairs:
             for side, quantizer in vars(theirs).items():
-                if quantizer is not None and quantizer != getattr(ours, side):
+                known = quantizer is not None and (quantizer.bits, quantizer.signed) in kinds
+                if known and quantizer != getattr(ours, side):
                     yield f"{name}, {side}"
 
     def digest(self) -> str:

@@ -57,7 +57,8 @@ CompressPython = Annotated[
     Path | None, typer.Option(metavar="PYTHON", help="An interpreter that has llm-compressor; default: this one.")
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Text that gptq and awq calibrate on; default: built-in prompts.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Text for gptq, awq and the ranges of npu-a8 and npu-a16; default: built-in."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
@@ -275,6 +276,7 @@ def plan(
     adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
     calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
+    variant: Annotated[str | None, typer.Option(help="Variants of the one format in --only.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show the steps that `all` would run, with bytes and memory, running nothing."""
@@ -282,9 +284,13 @@ def plan(
     from gemexport.registry import split_formats
     from gemexport.run import request
 
+    formats = split_formats(only)
+    if variant is not None and len(formats) != 1:
+        raise InputError("--variant", "is of one format", "name it with --only")
+    variants = {formats[0]: tuple(variant.split(","))} if variant else None
     asked = request(
-        model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate,
+        model, out, formats, split_formats(skip), variants, recipe, jobs,
+        parse_bytes(memory), adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate,
     )  # fmt: skip
     print_plan(asked, as_json)
 

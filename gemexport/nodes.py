@@ -129,14 +129,18 @@ def export(
     place: Workplace, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress
 ) -> Export:
     """Write one artefact; progress in bytes of the source."""
-    exporter, checkpoint, notes = TARGETS[target].exporter(), place.open(), []
-    if place.codec is not None:
-        checkpoint, note = _coded(place, checkpoint)
-        notes.append(note)
-    if variant in getattr(exporter, "CALIBRATED", ()) and not {"calibration", "ranges"} & options.keys():
-        options = {**options, "calibration": place.sequences(checkpoint)}
+    exporter, (checkpoint, notes) = TARGETS[target].exporter(), opened(place)
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
     return replace(result, notes=[*notes, *result.notes])
+
+
+def opened(place: Workplace) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with its grids, and its per-layer embeddings in the codec that was asked for, and notes."""
+    checkpoint = place.open()
+    if place.codec is None:
+        return checkpoint, []
+    checkpoint, note = _coded(place, checkpoint)
+    return checkpoint, [note]
 
 
 def _coded(place: Workplace, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:

@@ -33,6 +33,7 @@ class Target:
     noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
+    calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     computes_with_scales: bool = False  # of activations: there is formats.MODULE_activations to read them back
 
     def path(self, out: Path, model: str, variant: str) -> Path:
@@ -104,7 +105,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"), "onnx/{variant}",
-            "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"),
+            "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
             computes_with_scales=True,
         ),

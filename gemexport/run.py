@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemexport.calibration import OWN, ranges_file
 from gemexport.compress import FOLDER, Compression, compression
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
@@ -71,6 +72,7 @@ class Request:
     asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
     compression: Compression | None = None
+    calibration: Path | None = None  # a text file to measure activations on; None: the built-in prompts
 
     def place(self, work: Path, name: str) -> Workplace:
         """Where the steps of a run of the model `name` find each other's results."""
@@ -120,6 +122,7 @@ def request(
         asked_for=frozenset(formats or ()),
         adapter=merged,
         compression=compression(compress, compress_python, calibration),
+        calibration=None if calibration is None else Path(calibration),
         **settings,
     )
 
@@ -175,16 +178,49 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
         call = Call("gemexport.nodes:fit_codec", {"place": replace(place, codec=codec)})
         coded = _per_layer_weights(checkpoint)
         nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
+    nodes += calibrations(asked, checkpoint, place, recipe, wanted)
     for step in wanted:
+        options = asked.options.get(step.target.name, {})
+        if measures(asked, step):
+            options = {**options, "ranges": ranges_file(replace(place, codec=step.codec))}
         arguments = {
             "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
-            "path": step.path, "options": asked.options.get(step.target.name, {}),
+            "path": step.path, "options": options,
         }  # fmt: skip
         call = Call("gemexport.nodes:export", arguments)
-        needs = ("grids", *(() if step.codec is None else (f"codec {step.codec}",)))
+        coded_by = () if step.codec is None else (f"codec {step.codec}",)
+        needs = ("grids", *coded_by, *((calibration_name(step.codec),) if measures(asked, step) else ()))
         nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, wanted)
+    return nodes
+
+
+def measures(asked: Request, step: Step) -> bool:
+    """Whether an artefact waits for activations to be measured."""
+    return step.variant in step.target.calibrated and not OWN & asked.options.get(step.target.name, {}).keys()
+
+
+def calibration_name(codec: Codec | None) -> str:
+    """The node that measures activations."""
+    return "calibrate" if codec is None else f"calibrate {codec}"
+
+
+def calibrations(
+    asked: Request, checkpoint: Checkpoint, place: Workplace, recipe: Recipe, wanted: list[Step]
+) -> list[Node]:
+    """The nodes that measure activations: one for all variants that want it, with each codec."""
+    nodes = []
+    for codec in dict.fromkeys(step.codec for step in wanted if measures(asked, step)):
+        options = asked.options.get("onnx", {})
+        arguments = {
+            "place": replace(place, codec=codec), "recipe": recipe, "text": asked.calibration,
+            "sizes": {key: options[key] for key in ("context", "prefill") if key in options},
+        }  # fmt: skip
+        call = Call("gemexport.calibration:calibrate", arguments)
+        needs = ("grids", *(() if codec is None else (f"codec {codec}",)))
+        room = logits_memory(checkpoint, asked.tokens)
+        nodes.append(Node(calibration_name(codec), call, needs, room, checkpoint.plain_nbytes()))
     return nodes
 
 

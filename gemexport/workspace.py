@@ -16,6 +16,7 @@ from gemexport.formats.files import PARTIAL, atomic, explained, remove
 
 WORK = ".gemexport"
 OWNER = "model.json"
+RANGES = "ranges"
 VECTORS = "ple-codec"  # folder in it of the vector codec's fit
 SOURCE = "source"  # folder in it of what is unpacked from a model in one file
 
@@ -64,6 +65,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
     if fresh:
         remove(work / "grids")
         remove(work / VECTORS)
+        remove(work / RANGES)
         remove(work / SOURCE)
         remove(work / "compressed")
     _make(work)

@@ -193,3 +193,19 @@ def test_a_capped_attention_has_integers_too(two_layers: Any, tmp_path: Path) ->
     capped = replace(checkpoint, architecture=checkpoint.architecture.model_copy(update={"attention_softcap": 0.5}))
     graph = decoders(export(capped, tmp_path / "npu-a16"))["prefill"]
     assert sum(node.op_type == "Tanh" for node in graph.node) >= len(capped.architecture.layers)
+
+
+def test_ranges_serve_every_precision(two_layers: Any, tmp_path: Path) -> None:
+    """Those that are measured in a step of their own are what each export would measure itself."""
+    checkpoint = two_layers()
+    (tmp_path / "scratch").mkdir()  # left by a run that was killed
+    exporter.ranges(checkpoint, tmp_path / "scratch", [TOKENS], **SIZES).save(tmp_path / "ranges.json")
+    assert not (tmp_path / "scratch").exists()
+    for variant in quantized.PRECISIONS:
+        own = exporter.export(checkpoint, tmp_path / f"{variant}-own", variant=variant, calibration=[TOKENS], **SIZES)
+        given = exporter.export(
+            checkpoint, tmp_path / variant, variant=variant, ranges=tmp_path / "ranges.json", **SIZES
+        )
+        assert f"{len(TOKENS)} tokens, minmax" in given.notes[0]
+        for file in sorted(own.path.iterdir()):
+            assert file.read_bytes() == (given.path / file.name).read_bytes(), f"{variant}: {file.name}"

@@ -34,7 +34,7 @@ def quantizers(draw: st.DrawFn) -> Quantizer:
     bits, signed = draw(st.sampled_from([4, 8, 16])), draw(st.booleans())
     low = -(1 << (bits - 1)) if signed else 0
     zero = draw(st.integers(low, low + (1 << bits) - 1)) if bits <= 8 else low + (1 << (bits - 1))
-    return Quantizer(float(np.float32(draw(st.floats(2.0**-20, 2.0**10, width=32)))), zero, bits, signed)
+    return Quantizer(float(np.float32(draw(st.floats(2.0**-20, 1024.0, width=32)))), zero, bits, signed)
 
 
 @given(one=quantizers())
@@ -117,3 +117,17 @@ def test_core_ml(mobile: Checkpoint, tmp_path: Path) -> None:
     assert coreml.placed(given, "linears") == given.without_caches()
     wide = Activations({weight: LinearActivations(Quantizer(1.0, bits=16))})
     assert not coreml.placed(wide, "all"), "Core ML has no wider integers"
+
+
+def test_differences_are_named() -> None:
+    right, wrong = Quantizer(0.5), Quantizer(1.0)
+    given = Activations({"a": LinearActivations(right, right)}, {3: CacheActivations(right, None)})
+    assert list(given.differences(None)) == []
+    assert list(given.differences(given)) == []
+    assert list(given.differences(Activations({"a": LinearActivations(right)}))) == [], "left out, not wrong"
+    other = Activations(
+        {"a": LinearActivations(wrong, right), "b": LinearActivations(None, right)}, {3: CacheActivations(right, right)}
+    )
+    assert list(given.differences(other)) == ["a, input", "b, output", "cache of layer 3, value"]
+    measured = Activations({"a": LinearActivations(Quantizer(0.3, 128, 8, False), Quantizer(0.3, bits=16))})
+    assert list(given.differences(measured)) == [], "of an exporter's own ranges"
