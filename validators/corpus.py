@@ -169,7 +169,7 @@ def _combining() -> Iterator[str]:
     for _ in range(60):
         text = "".join(stream.sample(composed, 10))
         for form in ("NFC", "NFD", "NFKC", "NFKD"):
-            yield unicodedata.normalize(form, text)  # type: ignore[arg-type]
+            yield unicodedata.normalize(form, text)
 
 
 def _whitespace() -> Iterator[str]:
