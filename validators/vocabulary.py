@@ -22,6 +22,7 @@ NORMAL, BYTE, ADDED, SPECIAL, NONE = "normal", "byte", "added", "special", "no t
 NAMES = ("bos", "eos", "unk", "pad")
 # llama.cpp ends an answer at these whatever the file says (src/llama-vocab.cpp).
 ENDS = ("<eos>", "<end_of_turn>", "<turn|>")
+FLAGS = {"add_bos": "add_bos_token", "add_eos": "add_eos_token", "prefix": "add_space_prefix"}
 Merge = tuple[str, str]
 
 
@@ -38,6 +39,7 @@ class Vocabulary:
     add_bos: bool | None = None
     add_eos: bool | None = None
     stated: bool = True  # both, by the tokenizer's own table
+    keys: str = ""  # what the names of flags begin with where they are stored
     prefix: bool = False  # whether a space is put before a text
     visible: frozenset[str] = frozenset()  # special tokens that the format wants typed as added ones
 
@@ -195,6 +197,7 @@ def _gguf(path: Path) -> Vocabulary:
         frozenset(stop for stop in stops if stop is not None),
         facts.flag(key.ADD_BOS, scored),
         facts.flag(key.ADD_EOS, False),
+        keys="tokenizer.ggml.",
         prefix=facts.flag(key.ADD_PREFIX, scored),
         visible=stored.VISIBLE,
     )
@@ -319,4 +322,5 @@ def _settings(expected: Vocabulary, found: Vocabulary) -> Iterator[str]:
         ours, theirs = getattr(expected, flag), getattr(found, flag)
         theirs = theirs and (found.stated or not expected.stated or flag == "prefix")
         if ours is not None and theirs is not None and ours != theirs:
-            yield f"{what} by the checkpoint and not by the artefact" if ours else f"{what} by the artefact alone"
+            by = "by the checkpoint and not by the artefact" if ours else "by the artefact alone"
+            yield f"{what} {by} ({found.keys}{FLAGS[flag]})"
