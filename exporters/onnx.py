@@ -105,7 +105,7 @@ def ranges(
     shutil.rmtree(scratch, ignore_errors=True)  # a run that was killed may have left it
     scratch.mkdir(parents=True)
     try:
-        return measured(checkpoint, scratch, PRECISIONS["npu-a16"], calibration, context, prefill, progress)
+        return measured(checkpoint, scratch, PRECISIONS["npu-a8"], calibration, context, prefill, progress)
     finally:
         shutil.rmtree(scratch)
 

@@ -95,7 +95,7 @@ def measured(
 ) -> ActivationRanges:
     """The ranges of the NPU's graphs on token sequences; `folder` takes what there is to measure.
 
-    They hold for every precision: scores are measured for the 16 bits that all have there.
+    Those of `npu-a8` hold for both precisions: its linears read and write other integers than what lies between.
     """
     weights = Weights(checkpoint.tensors)
     table = lookup(checkpoint.architecture, GraphBuilder(f"{checkpoint.name} embeddings"), weights)

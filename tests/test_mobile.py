@@ -93,7 +93,7 @@ FORMATS = [
     ("onnx", "int4", {}),
     ("onnx", "npu", {"context": CONTEXT, "prefill": PREFILL}),
     ("coreml", "int4", {}),
-    ("compressed-tensors", "w4a16", {"pack_embeddings": True}),
+    ("compressed-tensors", "w4a16", {}),
 ]
 
 
@@ -111,7 +111,9 @@ def test_every_format_has_the_codes(
             np.testing.assert_array_equal(found, values, err_msg=name)
             continue
         widths.add(tensor.grid.bits)
-        assert same_codes(tensor, stored[name]), f"{name} has other codes"
+        # Embeddings are no codes in compressed-tensors unless that is asked for, but the same numbers.
+        plain = target == "compressed-tensors" and "embed_tokens" in name
+        assert plain or same_codes(tensor, stored[name]), f"{name} has other codes"
         # GGUF's scales are f16: half a step of 11 bits.
         np.testing.assert_allclose(found, values, rtol=2.0**-11 if target == "gguf" else 0.0, atol=0, err_msg=name)
     assert widths == {2, 4, 8}
