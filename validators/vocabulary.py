@@ -23,6 +23,7 @@ NAMES = ("bos", "eos", "unk", "pad")
 # llama.cpp ends an answer at these whatever the file says (src/llama-vocab.cpp).
 ENDS = ("<eos>", "<end_of_turn>", "<turn|>")
 FLAGS = {"add_bos": "add_bos_token", "add_eos": "add_eos_token", "prefix": "add_space_prefix"}
+LARGEST = 1 << 24  # of a vocabulary: a list is made of that length
 Merge = tuple[str, str]
 
 
@@ -88,6 +89,9 @@ def _folder(folder: Path) -> Vocabulary:
         known: dict[str, int] = dict(source["model"]["vocab"])
         added = {int(item["id"]): item for item in source.get("added_tokens") or ()}
         count = max([*known.values(), *added], default=-1) + 1
+        if count > LARGEST:
+            problem = f"has the token id {count - 1}, more than any vocabulary has"
+            raise InputError(folder / "tokenizer.json", problem, "save the tokenizer again")
         pieces, kinds = [""] * count, [NONE] * count
         for text, index in known.items():
             pieces[index] = text

@@ -148,6 +148,14 @@ def test_a_byte_that_is_text_is_named(model: Path, file: Path) -> None:
     )
 
 
+def test_an_impossible_id_is_an_input_error(tiny_gemma4: Path, tmp_path: Path) -> None:
+    def far(tokenizer: dict[str, Any]) -> None:
+        tokenizer["model"]["vocab"]["far"] = 10**12
+
+    with pytest.raises(InputError, match="token id 1000000000000"):
+        read(changed(tiny_gemma4, tmp_path / "copy", far))
+
+
 def test_a_broken_tokenizer_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
