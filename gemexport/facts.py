@@ -79,11 +79,14 @@ def activation_differences(model: Activations | None, stored: Activations | None
     """Static scales that an artefact computes with, of which the checkpoint has others; none if it has none at all."""
     if not model or not stored:
         return ()
-    theirs = {
+    theirs: dict[str, Any] = {
         **stored.linears,
         **{f"cache of layer {layer}": both for layer, both in stored.caches.items()},
     }
-    ours = {**model.linears, **{f"cache of layer {layer}": both for layer, both in model.caches.items()}}
+    ours: dict[str, Any] = {
+        **model.linears,
+        **{f"cache of layer {layer}": both for layer, both in model.caches.items()},
+    }
     found = []
     for label in model.differences(stored):
         name, _, side = label.rpartition(", ")

@@ -179,7 +179,8 @@ def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | st
         return "the model has none"
     if name in ACTIVATIONS:
         holds = (target, variant) == ("onnx", "npu")
-        return import_module("gemexport.faults.onnx").ACTIVATIONS[name] if holds else "it leaves static scales out"
+        own: Fault = import_module("gemexport.faults.onnx").ACTIVATIONS[name]
+        return own if holds else "it leaves static scales out"
     if name in weights.FAULTS:
         return weights.FAULTS[name]
     if (name, variant) == ("KV cache written one position late", "int4") and target == "onnx":
