@@ -58,7 +58,7 @@ def operating_points(report: Report) -> OperatingPoints | None:
 
 @dataclass(frozen=True)
 class Column:
-    """One layer of the error plot (OUTSIDE: what is in none): its worst tensor, that one's error, how many there are."""
+    """One layer of the error plot (OUTSIDE: what is in none): its worst tensor, its error, and how many there are."""
 
     layer: int
     worst: TensorReport

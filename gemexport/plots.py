@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -42,6 +41,7 @@ _STYLE = {
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
     "xtick.major.pad": 7, "ytick.major.pad": 7,
 }  # fmt: skip
+_DIRECTIONS = ["east", "west", "north", "south", "northeast", "northwest", "southeast", "southwest"]
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MARKS = {"pass": ("o", _DOT, "pass"), "skipped": ("D", 0.9 * _DOT, "skip")}
 _FAILED = ("D", 0.9 * _DOT, "fail")
@@ -59,7 +59,7 @@ def draw_points(chart: OperatingPoints, kind: str, titles: Sequence[str], target
         _name_points(axes, chart)
         root = svg.elements(_unclipped(figure))
     svg.describe(root, "Loss against size", " ".join(f"{title}." for title in titles), f"points-{kind}")
-    root.attrib |= {"class": f"points {kind}", "role": "group"}
+    root.attrib = {"class": f"points {kind}", "role": "group", **root.attrib}
     for i, (point, title, target) in enumerate(zip(chart.points, titles, targets, strict=True)):
         link = svg.Element("a", {"href": f"#{target}", "class": f"tip {point.artifact.status}"})
         parts = {part: svg.take(root, f"{part}-{i}") for part in ("hit", "dot", "name")}
@@ -87,8 +87,9 @@ def draw_layers(chart: LayerErrors, kind: str, titles: Sequence[str], name: str)
         for column in chart.columns:
             axes.axvspan(column.layer - 0.5, column.layer + 0.5, color=COLORS["ink"], gid=f"hit-{column.layer}")
         root = svg.elements(_unclipped(figure))
-    svg.describe(root, "Error of each matrix by layer", " ".join(f"{title}." for title in titles), f"layers-{name}-{kind}")
-    root.attrib |= {"class": kind, "role": "img"}
+    description = " ".join(f"{title}." for title in titles)
+    svg.describe(root, "Error of each matrix by layer", description, f"layers-{name}-{kind}")
+    root.attrib = {"class": kind, "role": "img", **root.attrib}
     for column, title in zip(chart.columns, titles, strict=True):
         hit = svg.take(root, f"hit-{column.layer}")
         if hit is not None:
@@ -98,18 +99,9 @@ def draw_layers(chart: LayerErrors, kind: str, titles: Sequence[str], name: str)
 
 @contextlib.contextmanager
 def _page_style(salt: str) -> Iterator[None]:
-    """matplotlib's defaults and the page's style, whatever the user's own are; `salt` makes ids that no other has.
-
-    Nothing is said about fonts and folders: letters are the page's, matplotlib's only measure them.
-    """
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
-            yield
-    finally:
-        logger.setLevel(level)
+    """matplotlib's defaults and the page's style, whatever the user's own are; `salt` makes ids that no other has."""
+    with style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
+        yield
 
 
 def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:
@@ -226,7 +218,7 @@ def _placed(axes: Axes, chart: OperatingPoints, which: Sequence[int], obstacles:
             scatter_sizes=[_DOT / 2 + 1] * len(xs), x_lines=[line[:, 0] for line in obstacles],
             y_lines=[line[:, 1] for line in obstacles], textsize=12, fontweight="bold", textcolor=COLORS["ink"],
             margin=pixel, min_distance=8 * pixel, max_distance=90 * pixel, draw_all=False, linecolor=COLORS["quiet"],
-            plot_kwargs={"alpha": 0.55}, avoid_label_lines_overlap=True,
+            plot_kwargs={"alpha": 0.55}, avoid_label_lines_overlap=True, direction=_DIRECTIONS,
         )  # fmt: skip
     for leader in leaders:
         if leader is not None and np.hypot(*np.ptp(axes.transData.transform(leader.get_xydata()), axis=0)) < _HIT / 2:
@@ -247,7 +239,7 @@ def _outline(axes: Axes, text: Text) -> Places:
 def _layers(axes: Axes, columns: Sequence[Column]) -> None:
     """An axis of layers, and the line through the largest error of each."""
     axes.set_xlim(columns[0].layer - 0.7, columns[-1].layer + 0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.0f}" if at > OUTSIDE else ""))
     axes.grid(visible=False, axis="x")
     inside = [(column.layer, _finite(column.error, axes)) for column in columns if column.layer != OUTSIDE]

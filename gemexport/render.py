@@ -5,12 +5,14 @@ Nothing is computed here that the report does not hold; the templates beside thi
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -249,19 +251,27 @@ def on_axis(kld: float | None, width: float) -> float | None:
 
 def draw_points(chart: OperatingPoints, form: str) -> Markup:
     """The plot of loss against size as SVG, `wide` or `narrow`; each point leads to its artefact's section."""
-    from gemexport import plots
-
     artifacts = [point.artifact for point in chart.points]
     titles, targets = [describe(item) for item in artifacts], [anchor(item) for item in artifacts]
-    return Markup(plots.draw_points(chart, form, titles, targets))
+    return Markup(_plots().draw_points(chart, form, titles, targets))
 
 
 def draw_layers(chart: LayerErrors, form: str, artifact: ArtifactReport) -> Markup:
     """The plot of an artefact's errors by layer as SVG, `wide` or `narrow`."""
-    from gemexport import plots
-
     titles = [describe_layer(column) for column in chart.columns]
-    return Markup(plots.draw_layers(chart, form, titles, anchor(artifact)))
+    return Markup(_plots().draw_layers(chart, form, titles, anchor(artifact)))
+
+
+def _plots() -> ModuleType:
+    """gemexport.plots, imported to draw; what matplotlib says of fonts and folders is dropped."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from gemexport import plots
+    finally:
+        logger.setLevel(level)
+    return plots
 
 
 def describe(artifact: ArtifactReport) -> str:

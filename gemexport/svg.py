@@ -28,6 +28,8 @@ def elements(figure: Figure) -> Element:
     root = ElementTree.fromstring(stream.getvalue())
     for element in root.iter():
         element.tag = _local(element.tag)
+        if element.get("transform", "").startswith("rotate(-0 "):
+            del element.attrib["transform"]
         element.attrib = {_local(name): _short(_local(name), value) for name, value in element.attrib.items()}
         element.text, element.tail = (element.text if element.tag == "text" else None), None
     for parent in list(root.iter()):
