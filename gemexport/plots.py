@@ -218,7 +218,7 @@ def _placed(axes: Axes, chart: OperatingPoints, which: Sequence[int], obstacles:
             scatter_sizes=[_DOT / 2 + 1] * len(xs), x_lines=[line[:, 0] for line in obstacles],
             y_lines=[line[:, 1] for line in obstacles], textsize=12, fontweight="bold", textcolor=COLORS["ink"],
             margin=pixel, min_distance=8 * pixel, max_distance=90 * pixel, draw_all=False, linecolor=COLORS["quiet"],
-            plot_kwargs={"alpha": 0.55}, avoid_label_lines_overlap=True, direction=_DIRECTIONS,
+            plot_kwargs={"alpha": 0.55}, avoid_label_lines_overlap=True, direction=_DIRECTIONS, va="bottom",
         )  # fmt: skip
     for leader in leaders:
         if leader is not None and np.hypot(*np.ptp(axes.transData.transform(leader.get_xydata()), axis=0)) < _HIT / 2:
