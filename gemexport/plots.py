@@ -9,6 +9,8 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import textalloc
@@ -61,7 +63,7 @@ def draw_points(chart: OperatingPoints, kind: str, titles: Sequence[str], target
     svg.describe(root, "Loss against size", " ".join(f"{title}." for title in titles), f"points-{kind}")
     root.attrib = {"class": f"points {kind}", "role": "group", **root.attrib}
     for i, (point, title, target) in enumerate(zip(chart.points, titles, targets, strict=True)):
-        link = svg.Element("a", {"href": f"#{target}", "class": f"tip {point.artifact.status}"})
+        link = Element("a", {"href": f"#{target}", "class": f"tip {point.artifact.status}"})
         parts = {part: svg.take(root, f"{part}-{i}") for part in ("hit", "dot", "name")}
         for part, element in parts.items():
             if element is not None:
@@ -137,8 +139,9 @@ def _logarithmic(axis: YAxis, values: Sequence[float], ticks: int) -> None:
     if any(value < least for value in values):
         decades = (high - low) / 6
         axis.axes.set_yscale("symlog", linthresh=least, linscale=decades)
-        axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=least))
-        axis.get_major_locator().set_params(numticks=ticks)
+        locator = SymmetricalLogLocator(base=10, linthresh=least)
+        locator.set_params(numticks=ticks)
+        axis.set_major_locator(locator)
         axis.axes.set_ylim(-least / 5, most)
     else:
         axis.axes.set_yscale("log")
@@ -195,7 +198,7 @@ def _name_points(axes: Axes, chart: OperatingPoints) -> None:
     A name lies on a line of the plot only where there is no other place for it, on another name or a point never: one
     that finds no place is left to the point's title.
     """
-    lines = [line.get_xydata() for line in axes.get_lines() if line.get_gid() == "line"]
+    lines = [np.asarray(line.get_xydata(), np.float64) for line in axes.get_lines() if line.get_gid() == "line"]
     taken = [_outline(axes, text) for text in axes.texts]
     left = list(range(len(chart.points)))
     for obstacles in (lines, []):
@@ -208,18 +211,20 @@ def _placed(axes: Axes, chart: OperatingPoints, which: Sequence[int], obstacles:
     """The names of these points that found a place, by their point; a line leads to a name that stands away."""
     if not which:
         return {}
-    xs = [point.bytes for point in chart.points]
-    ys = [_finite(point.loss, axes) for point in chart.points]
+    xs = np.array([point.bytes for point in chart.points], np.float64)
+    ys = np.array([_finite(point.loss, axes) for point in chart.points], np.float64)
     names = [f"{chart.points[i].artifact.format} {chart.points[i].artifact.variant}" for i in which]
+    sizes: Any = np.full(len(xs), _DOT / 2 + 1)
     pixel = 1 / axes.bbox.width
     with contextlib.redirect_stdout(io.StringIO()):  # textalloc prints when nothing has found a place
-        _, _, texts, leaders = textalloc.allocate(
-            axes, [xs[i] for i in which], [ys[i] for i in which], names, x_scatter=xs, y_scatter=ys,
-            scatter_sizes=[_DOT / 2 + 1] * len(xs), x_lines=[line[:, 0] for line in obstacles],
+        allocated: Any = textalloc.allocate(
+            axes, xs[list(which)], ys[list(which)], names, x_scatter=xs, y_scatter=ys,
+            scatter_sizes=sizes, x_lines=[line[:, 0] for line in obstacles],
             y_lines=[line[:, 1] for line in obstacles], textsize=12, fontweight="bold", textcolor=COLORS["ink"],
             margin=pixel, min_distance=8 * pixel, max_distance=90 * pixel, draw_all=False, linecolor=COLORS["quiet"],
             plot_kwargs={"alpha": 0.55}, avoid_label_lines_overlap=True, direction=_DIRECTIONS, va="bottom",
         )  # fmt: skip
+    _, _, texts, leaders = allocated
     for leader in leaders:
         if leader is not None and np.hypot(*np.ptp(axes.transData.transform(leader.get_xydata()), axis=0)) < _HIT / 2:
             leader.remove()
