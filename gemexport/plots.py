@@ -177,7 +177,7 @@ def _lines(axes: Axes, chart: OperatingPoints) -> None:
         axes.plot(*level, color=COLORS["quiet"], linewidth=1, dashes=(2, 2), gid="line")
         axes.annotate("bf16 noise", (right, chart.floor), (-4, 4), textcoords="offset pixels", ha="right",
                       color=COLORS["quiet"])  # fmt: skip
-    if len(chart.front) > 1:
+    if chart.front:
         xs = [float(point.bytes) for point in chart.front]
         ys = [_finite(point.loss, axes) for point in chart.front]
         stairs = pts_to_poststep([xs[0], *xs, right], [top, *ys, ys[-1]])
