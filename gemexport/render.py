@@ -5,20 +5,23 @@ Nothing is computed here that the report does not hold; the templates beside thi
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from gemexport.charts import LAYER, layer_errors, operating_points
+from gemexport.charts import LAYER, Column, LayerErrors, OperatingPoints, layer_errors, operating_points
 from gemexport.junit import render_junit
 from gemexport.report import (
     ArtifactReport,
@@ -248,6 +251,49 @@ def on_axis(kld: float | None, width: float) -> float | None:
     return round(width * min(max(position, 0.0), 1.0), 1)
 
 
+def draw_points(chart: OperatingPoints, form: str) -> Markup:
+    """The plot of loss against size as SVG, `wide` or `narrow`; each point leads to its artefact's section."""
+    artifacts = [point.artifact for point in chart.points]
+    titles, targets = [describe(item) for item in artifacts], [anchor(item) for item in artifacts]
+    return Markup(_plots().draw_points(chart, form, titles, targets))
+
+
+def draw_layers(chart: LayerErrors, form: str, artifact: ArtifactReport) -> Markup:
+    """The plot of an artefact's errors by layer as SVG, `wide` or `narrow`."""
+    titles = [describe_layer(column) for column in chart.columns]
+    return Markup(_plots().draw_layers(chart, form, titles, anchor(artifact)))
+
+
+def _plots() -> ModuleType:
+    """gemexport.plots, imported to draw; what matplotlib says of fonts and folders is dropped."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from gemexport import plots
+    finally:
+        logger.setLevel(level)
+    return plots
+
+
+def describe(artifact: ArtifactReport) -> str:
+    """An artefact whose loss was measured, in a line: `gguf Q4_0: 151.2 MB, loss 0.0035 nats, 100 % exact, pass`."""
+    logits = artifact.logits
+    loss = logits.loss.kld_mean if logits and logits.loss else None
+    parts = [size(artifact.bytes), f"loss {number(loss)} nats"]
+    if artifact.weights:
+        parts.append(f"{share(artifact.weights.exact_fraction)} exact")
+    if logits and logits.speed and logits.speed.decode:
+        parts.append(f"decodes {rate(logits.speed.decode.median)} tokens/s")
+    return f"{artifact.format} {artifact.variant}: {', '.join([*parts, artifact.status])}"
+
+
+def describe_layer(column: Column) -> str:
+    """A layer's errors in a line: `layer 7: 0.012 in mlp.down_proj, the largest of 7`."""
+    rank = f"the largest of {column.count}" if column.count > 1 else "the only one"
+    return f"{column.name}: {number(column.error)} in {kind(column.worst.name)}, {rank}"
+
+
 def divergences(artifact: ArtifactReport) -> list[tuple[str, str, Divergence]]:
     """Every divergence that was measured: in which runtime and arithmetic, what of, and the numbers."""
     found: list[tuple[str, str, Divergence]] = []
@@ -333,7 +379,7 @@ def _environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
-    pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors)
+    pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors, draw_points, draw_layers)
     parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, excerpts)
     environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}

@@ -398,7 +398,7 @@ def test_every_artefact_with_a_loss_is_a_point_that_says_what_it_is(report: Repo
         chart = chart[: chart.index("</svg>")]
         assert chart.count('<a href="#') == 5
         assert "<title>gguf Q4_0: 151.2 MB, loss 0.0035 nats, 100 % exact, decodes 14.3 tokens/s, pass</title>" in chart
-    assert re.search(r'<a href="#onnx-npu" class="tip fail">.*?<path class="dot"', page)
+    assert re.search(r'<a href="#onnx-npu" class="tip fail"><title>.*?</title>.*?fill: var\(--fail\)', page)
 
 
 def test_tensors_stand_in_the_order_of_their_error(page: str) -> None:
