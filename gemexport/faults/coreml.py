@@ -184,6 +184,18 @@ def _noisy(table: Floats) -> Floats:
     return (table + noise).astype(np.float32)
 
 
+def _scale_doubled(package: Package, _: Subject) -> None:
+    """The first static scale of activations, on the way to integers and back."""
+    there = _ops(package, "quantize")[0]
+    back = next(item for item in _ops(package, "dequantize") if _argument(item, "input") == there.outputs[0].name)
+    for operation in (there, back):
+        _floats(_named(package, _argument(operation, "scale")))[0] *= 2
+
+
+ACTIVATIONS: dict[str, Fault | str] = {
+    "activation scale doubled": changed(_scale_doubled, "activation quantizer"),
+    "activation zero point off by one": folders.NO_ZERO_POINT,
+}
 FAULTS: dict[str, Fault | str] = {
     "RoPE base wrong": rope(lambda own, _: own.model_copy(update={"theta": 10_000.0})),
     "RoPE scaling wrong": rope(lambda own, _: own.model_copy(update={"factor": 8.0})),

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from gemexport.faults.stored import like
+from gemexport.faults.stored import floats, like, writable
 from gemexport.faults.weights import NOISE, Fault, Subject
+from gemexport.formats.safetensors import read_folder
 
 Json = dict[str, Any]
 FULL = "full_attention"
@@ -195,6 +196,19 @@ def _relabel(settings: Json, _: Subject) -> str:
     return "template"
 
 
+def _scale_doubled(subject: Subject) -> str:
+    """The first static scale of activations of a compressed-tensors folder."""
+    arrays = read_folder(subject.path)
+    stored = writable(next(array.array for name, array in arrays.items() if name.endswith(".input_scale")))
+    stored[:] = like(floats(stored) * np.float32(2), stored)
+    return "activation quantizer"
+
+
+NO_ZERO_POINT = "the integers are signed, and zero stands for zero: no zero point is stored"
+ACTIVATIONS: dict[str, Fault | str] = {
+    "activation scale doubled": _scale_doubled,
+    "activation zero point off by one": NO_ZERO_POINT,
+}
 BUILT_IN = "the runtime computes it, no file says so"
 TOKENIZER: dict[str, Fault | str] = {
     "a token inserted": edited("tokenizer.json", _insert),

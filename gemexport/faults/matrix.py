@@ -178,9 +178,10 @@ def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | st
     if missing.get(name):
         return "the model has none"
     if name in ACTIVATIONS:
-        holds = (target, variant) == ("onnx", "npu")
-        own: Fault = import_module("gemexport.faults.onnx").ACTIVATIONS[name]
-        return own if holds else "it leaves static scales out"
+        if not TARGETS[target].computes_with_scales or (target, variant) == ("onnx", "int4"):
+            return "it leaves static scales out"
+        own: Fault | str = import_module(f"gemexport.faults.{MODULES[target]}").ACTIVATIONS[name]
+        return own
     if name in weights.FAULTS:
         return weights.FAULTS[name]
     if (name, variant) == ("KV cache written one position late", "int4") and target == "onnx":

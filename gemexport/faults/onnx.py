@@ -230,7 +230,7 @@ def _zero_moved(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, node, 2, stored.const_value.numpy() + stored.const_value.numpy().dtype.type(1))
 
 
-ACTIVATIONS: dict[str, Fault] = {
+ACTIVATIONS: dict[str, Fault | str] = {
     "activation scale doubled": activation(_scale_doubled),
     "activation zero point off by one": activation(_zero_moved),
 }
