@@ -17,6 +17,8 @@ from gemexport.formats.safetensors import read_folder
 
 Json = dict[str, Any]
 FULL = "full_attention"
+# Layers of another kind have other sizes: then a tensor is named, whose shape is not what config.json says.
+DISAGREES = "where config.json says"
 
 
 def edited(file: str, edit: Callable[[Json, Subject], str]) -> Fault:
@@ -88,7 +90,7 @@ def layers_exchanged(config: Json, _: Subject) -> str:
     types = text["layer_types"]
     other = types.index(FULL)
     types[0], types[other] = types[other], types[0]
-    return "layer_types"
+    return f"layer_types|{DISAGREES}"
 
 
 def softcap(config: Json, _: Subject) -> str:
@@ -100,7 +102,7 @@ def softcap(config: Json, _: Subject) -> str:
 def donor(config: Json, _: Subject) -> str:
     """One more layer reads another's keys and values."""
     _text(config)["num_kv_shared_layers"] += 1
-    return "num_kv_shared_layers"
+    return f"num_kv_shared_layers|{DISAGREES}"
 
 
 def size(config: Json, _: Subject) -> str:
