@@ -13,7 +13,7 @@ from types import ModuleType
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.errors import InputError
-from gemexport.formats.tensor import Grid
+from gemexport.formats.tensor import ITEM_BYTES, DType, Grid
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Target:
         container = self.exporter().container
         known = variant if variant in self.known_variants else self.variants[0]
         return lambda grid, width: not isinstance(container(grid, width, known), str)
+
+    def plain(self, variant: str) -> DType | None:
+        """The dtype that a variant of plain numbers is called by; None for one of codes."""
+        return next((dtype for dtype in ITEM_BYTES if dtype == variant.lower()), None)
 
     def noises_of(self, variant: str) -> tuple[str, ...]:
         """The noises that an artefact of this variant is held to; somebody else's may need any."""

@@ -402,7 +402,9 @@ def _artifact(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> Artif
         return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
     npu: NpuReport | None = compiled.value
-    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant)) + (npu_bounds(npu) if npu else ())
+    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant), step.target.plain(step.variant)) + (
+        npu_bounds(npu) if npu else ()
+    )
     status, reason = verdict(held)
     if found.logits is None and status == "pass":
         reason = "logits were not compared: the model does not fit into --memory"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gemexport.diagnosis import diagnose
 from gemexport.formats.recipe import Recipe
-from gemexport.formats.tensor import Grid
+from gemexport.formats.tensor import DType, Grid
 from gemexport.nodes import Validation
 from gemexport.noise import (
     CODEC_ROOM,
@@ -37,12 +37,16 @@ Holds = Callable[[Grid, int], bool]
 
 
 def bounds(
-    found: Validation, floors: Mapping[str, Divergence], recipe: Recipe, holds: Holds = lambda grid, width: True
+    found: Validation,
+    floors: Mapping[str, Divergence],
+    recipe: Recipe,
+    holds: Holds = lambda grid, width: True,
+    plain: DType | None = None,
 ) -> tuple[Bound, ...]:
     """Every bound that an artefact is held to; `holds` tells whether its format has a container for a grid in rows of
-    so many weights.
+    so many weights, `plain` is the dtype that was asked for in place of codes.
     """
-    result = [*_weights(found, holds)]
+    result = [*_weights(found, holds, plain)]
     origin = "an artefact says of the decoder what the checkpoint says"
     result.append(Bound.at_most("metadata.different", len(found.facts), 0, origin, _listed(map(str, found.facts))))
     if found.tokenizer is not None:
@@ -85,10 +89,10 @@ def _chat(report: ChatReport) -> Bound:
     return Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)
 
 
-def _weights(found: Validation, holds: Holds) -> list[Bound]:
+def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound]:
     """Nothing missing; what lies on the source's lattice, or has no grid at all, kept its values, the rest is near."""
     report = found.weights
-    held = [item for item in report.tensors if _must_be_exact(item, holds)]
+    held = [item for item in report.tensors if _must_be_exact(item, holds) and not _narrowed(item, plain)]
     moved = [item for item in report.tensors if _widened(item)]
     origin = "an artefact holds every tensor of the decoder"
     result = [Bound.at_most("weights.missing", len(report.missing), 0, origin, _listed(report.missing))]
@@ -100,7 +104,7 @@ def _weights(found: Validation, holds: Holds) -> list[Bound]:
         changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
         where = "; ".join([*diagnose(changed), *filter(None, [_listed(item.name for item in changed)])]) or None
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
-    result += _vectors(report.tensors)
+    result += _vectors([item for item in report.tensors if len(item.shape) != 2 or _narrowed(item, plain)])
     result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
     errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized and item.fitted_rms is None]
     if errors:
@@ -124,14 +128,19 @@ def _as_fitted(item: TensorReport, fitted: float) -> Bound:
     return Bound.at_most(metric, item.rms_relative_error or 0.0, fitted * (1 + CODEC_ROOM), origin)
 
 
-def _vectors(tensors: tuple[TensorReport, ...]) -> list[Bound]:
-    """Norms and scalars, which no format has codes for: as near as the dtype that they are stored in."""
-    found = [(item.max_relative_error, _vector_limit(item), item.name) for item in tensors if len(item.shape) != 2]
+def _vectors(tensors: Sequence[TensorReport]) -> list[Bound]:
+    """Norms and scalars, which no format has codes for, and what was to be narrower: as near as its dtype is."""
+    found = [(item.max_relative_error, _vector_limit(item), item.name) for item in tensors]
     if not found:
         return []
     error, limit, name = max(found, key=lambda item: (math.isnan(item[0]), item[0] / item[1]))
-    origin = "norms and scalars are held in the dtype that the artefact stores"
+    origin = "norms, scalars and what was asked for in a narrower dtype are held in the dtype that the artefact stores"
     return [Bound.at_most("weights.max_relative_error of vectors", error, limit, origin, name)]
+
+
+def _narrowed(item: TensorReport, plain: DType | None) -> bool:
+    """Whether plain numbers are in the dtype that was asked for, which has no room for all of the source's."""
+    return plain is not None and item.grid is None and item.dtype == plain not in ("f32", item.source_dtype)
 
 
 def _vector_limit(item: TensorReport) -> float:

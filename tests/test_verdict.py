@@ -120,6 +120,21 @@ def test_noises_are_measured_for_who_needs_them() -> None:
     assert TARGETS["mlx"].noises_of("4bit") == ()
 
 
+def test_a_narrower_dtype_that_was_asked_for_may_round() -> None:
+    rounded = tensor(exact=1, grid=None, source_grid=None, source_dtype="f32", max_relative_error=2.0**-9)
+    assert broken(found(rounded)) == ["weights.exact_fraction"]
+    held = bounds(found(rounded), {}, RECIPES["default"], plain="bf16")
+    assert all(bound.held for bound in held)
+    far = tensor(exact=1, grid=None, source_grid=None, source_dtype="f32", max_relative_error=0.1)
+    held = bounds(found(far), {}, RECIPES["default"], plain="bf16")
+    assert [bound.metric for bound in held if not bound.held] == ["weights.max_relative_error of vectors"]
+    same = tensor(exact=1, grid=None, source_grid=None, source_dtype="bf16", max_relative_error=2.0**-9)
+    held = bounds(found(same), {}, RECIPES["default"], plain="bf16")
+    assert [bound.metric for bound in held if not bound.held] == ["weights.exact_fraction"]
+    assert TARGETS["gguf"].plain("BF16") == "bf16"
+    assert TARGETS["gguf"].plain("Q4_0") is None
+
+
 def test_further_arithmetics_are_held_to_their_own_bounds() -> None:
     overflown = logits("f16", kld=0.5)
     validation = found(tensor(), logits=logits(), more_logits=(overflown,))
