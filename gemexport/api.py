@@ -39,7 +39,8 @@ def export(
     Raises InputError when the request or the checkpoint is at fault; an artefact that fails is in the report, not
     raised.
     """
-    from gemexport.run import request, run
+    from gemexport.request import request
+    from gemexport.run import run
 
     asked = request(
         model, out, formats, None, variants, recipe, jobs, memory, adapter, compress, compress_python, calibration,
@@ -65,7 +66,7 @@ def validate(
     its emulator; the context binaries appear in that folder. Raises InputError when one of them cannot be read.
     """
     from gemexport.registry import recognise
-    from gemexport.run import request
+    from gemexport.request import request
     from gemexport.run import validate as judge
 
     path = Path(artifact)

@@ -15,7 +15,7 @@ from gemexport.formats.errors import InputError
 
 if TYPE_CHECKING:
     from gemexport.report import Report
-    from gemexport.run import Request
+    from gemexport.request import Request
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,7 +99,7 @@ def export_all(
 ) -> None:
     """Export MODEL into every format and validate each."""
     from gemexport.registry import split_formats
-    from gemexport.run import request
+    from gemexport.request import request
 
     asked = request(
         model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
@@ -111,7 +111,7 @@ def export_all(
 
 def _single(name: str, model: Path, variant: str | None, options: dict[str, Any], common: dict[str, Any]) -> None:
     """Export into one format."""
-    from gemexport.run import request
+    from gemexport.request import request
 
     variants = {name: tuple(variant.split(","))} if variant else None
     as_json = common.pop("as_json")
@@ -239,7 +239,7 @@ def validate(
     """Judge ARTIFACT, whoever made it, against the checkpoint it was made from."""
     from gemexport.console import watching
     from gemexport.registry import recognise
-    from gemexport.run import request
+    from gemexport.request import request
     from gemexport.run import validate as judge
 
     target = recognise(artifact)
@@ -282,7 +282,7 @@ def plan(
     """Show the steps that `all` would run, with bytes and memory, running nothing."""
     from gemexport.describe import print_plan
     from gemexport.registry import split_formats
-    from gemexport.run import request
+    from gemexport.request import request
 
     formats = split_formats(only)
     if variant is not None and len(formats) != 1:
@@ -304,7 +304,7 @@ def demo(
 ) -> None:
     """Make a small Gemma 4 on the spot and run it through the whole DAG."""
     from gemexport.demo import make
-    from gemexport.run import request
+    from gemexport.request import request
 
     model = out / "model"
     if not (model / "config.json").is_file():

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gemexport.dag import graph
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.lattice import likely_block
@@ -20,7 +21,7 @@ from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
 from gemexport.registry import TARGETS, recognise
 from gemexport.render import number, quantity, share, size
 from gemexport.report import ArtifactReport, NpuReport
-from gemexport.run import Request, graph, steps
+from gemexport.request import Request, steps
 from gemexport.workspace import WORK
 
 

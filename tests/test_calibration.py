@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from gemexport.calibration import calibrate, ranges_file
+from gemexport.dag import graph
 from gemexport.formats.activation_ranges import read_ranges
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import load_recipe
 from gemexport.nodes import Workplace, grids
-from gemexport.run import graph, request, steps
+from gemexport.request import request, steps
 
 pytest.importorskip("onnxruntime")
 

@@ -9,13 +9,14 @@ import pytest
 
 import gemexport
 from gemexport.cli import main
+from gemexport.dag import graph
 from gemexport.formats import coreml, onnx
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.additive_fit import NAME
 from gemexport.formats.recipe import RECIPES
 from gemexport.nodes import Validation
 from gemexport.report import Report, TensorReport, WeightsReport, read_report
-from gemexport.run import graph, request, steps
+from gemexport.request import request, steps
 from gemexport.verdict import bounds
 
 

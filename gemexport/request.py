@@ -1,0 +1,127 @@
+"""What a run is asked for, and which artefacts that means."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemexport.compress import FOLDER, Compression, compression
+from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
+from gemexport.formats.errors import InputError
+from gemexport.formats.recipe import Recipe, load_recipe
+from gemexport.formats.vector_codec import Codec, parse_all
+from gemexport.nodes import Workplace
+from gemexport.registry import TARGETS, Target
+from gemexport.scheduler import available_memory
+
+DEFAULT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for."""
+
+    model: Path
+    out: Path
+    variants: dict[str, tuple[str, ...]]  # by format
+    recipe: Recipe
+    jobs: int
+    memory: int
+    tokens: int = DEFAULT_TOKENS
+    validate: bool = True
+    fresh: bool = False
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
+    ple_codecs: tuple[Codec | None, ...] = (None,)  # for the per-layer embeddings, an artefact each
+    asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compression: Compression | None = None
+    calibration: Path | None = None  # a text file to measure activations on; None: the built-in prompts
+
+    def place(self, work: Path, name: str) -> Workplace:
+        """Where the steps of a run of the model `name` find each other's results."""
+        compressed = work / FOLDER / name if self.compression else None
+        return Workplace(self.model, work, self.tokens, self.adapter, compressed)
+
+    def checkpoint(self) -> Checkpoint:
+        """The model, with its adapter merged in."""
+        return open_checkpoint(self.model, adapter=self.adapter)
+
+
+def request(
+    model: str | Path,
+    out: str | Path | None = None,
+    formats: list[str] | None = None,
+    skip: list[str] | None = None,
+    variants: dict[str, tuple[str, ...]] | None = None,
+    recipe: str | Recipe = "default",
+    jobs: int | None = None,
+    memory: int | None = None,
+    adapter: str | Path | None = None,
+    compress: str | None = None,
+    compress_python: str | Path | None = None,
+    calibration: str | Path | None = None,
+    ple_codec: str | None = None,
+    **settings: Any,
+) -> Request:
+    """A request with what was not said filled in; InputError for what cannot be done."""
+    path = Path(model)
+    chosen = {name: TARGETS[name].variants for name in formats or TARGETS if name not in (skip or [])}
+    for name, asked in (variants or {}).items():
+        unknown = [variant for variant in asked if variant not in TARGETS[name].known_variants]
+        if unknown:
+            known = ", ".join(TARGETS[name].known_variants)
+            raise InputError(name, f"there is no variant {unknown[0]}", f"use some of {known}")
+        chosen[name] = asked
+    merged = None if adapter is None else Path(adapter)
+    names = [checkpoint_name(path), *([] if merged is None else [merged.resolve().name])]
+    return Request(
+        model=path,
+        out=Path(out) if out else Path(f"{'-'.join(names)}-gemexport"),
+        variants=chosen,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        jobs=jobs or os.cpu_count() or 1,
+        memory=memory or int(available_memory() * 0.8),
+        ple_codecs=(None,) if ple_codec is None else parse_all(ple_codec),
+        asked_for=frozenset(formats or ()),
+        adapter=merged,
+        compression=compression(compress, compress_python, calibration),
+        calibration=None if calibration is None else Path(calibration),
+        **settings,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artefact of a request."""
+
+    target: Target
+    variant: str
+    path: Path
+    codec: Codec | None = None  # of its per-layer embeddings
+
+    @property
+    def label(self) -> str:
+        """What it is called in the report: the variant, and its codec."""
+        return labelled(self.variant, self.codec)
+
+    @property
+    def key(self) -> str:
+        """Its name in the DAG."""
+        return f"{self.target.name}:{self.label}"
+
+
+def labelled(variant: str, codec: Codec | None) -> str:
+    """A variant with its codec: `int4-aqlm-2x8`."""
+    return variant if codec is None else f"{variant}-{codec.label}"
+
+
+def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
+    """The artefacts of a request, in the registry's order."""
+    return [
+        Step(target, variant, target.path(asked.out, checkpoint.name, labelled(variant, codec)), codec)
+        for target, variants in ((TARGETS[name], variants) for name, variants in asked.variants.items())
+        for variant in variants
+        for codec in (asked.ple_codecs if variant in target.codec_variants else (None,))
+    ]
