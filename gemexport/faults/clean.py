@@ -33,11 +33,16 @@ class Clean:
 def random_size(stream: np.random.Generator) -> demo.Size:
     """A small decoder: widths, heads, head size and window drawn; every row is a whole number of blocks."""
     kv_heads = int(stream.integers(1, 3))
+    vocab, hidden = int(stream.choice([512, 544, 640])), int(stream.choice([64, 96, 128]))
+    intermediate, group = int(stream.choice([96, 128, 160])), int(stream.integers(1, 4))
+    # transformers wants a whole number of heads in the width, although heads have a size of their own.
+    while hidden % (kv_heads * group):
+        group -= 1
     return demo.Size(
-        vocab=int(stream.choice([512, 544, 640])),
-        hidden=int(stream.choice([64, 96, 128])),
-        intermediate=int(stream.choice([96, 128, 160])),
-        heads=kv_heads * int(stream.integers(1, 4)),
+        vocab=vocab,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=int(stream.choice([32, 64])),
         per_layer=32,
