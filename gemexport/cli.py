@@ -273,8 +273,8 @@ def inspect(
 def plan(
     model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to write.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default",
+    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     variant: Annotated[str | None, typer.Option(help="Variants of the one format in --only.")] = None,
     as_json: Json = False,
@@ -290,7 +290,8 @@ def plan(
     variants = {formats[0]: tuple(variant.split(","))} if variant else None
     asked = request(
         model, out, formats, split_formats(skip), variants, recipe, jobs,
-        parse_bytes(memory), adapter, compress, compress_python, calibration, tokens=tokens, validate=not no_validate,
+        parse_bytes(memory), adapter, compress, compress_python, calibration, ple_codec,
+        tokens=tokens, validate=not no_validate,
     )  # fmt: skip
     print_plan(asked, as_json)
 
