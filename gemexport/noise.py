@@ -25,7 +25,7 @@ REQUANTIZED_RMS = 0.75
 VECTOR_STEPS = {"f32": 2.0**-16, "f16": 2.0**-9, "bf16": 2.0**-7}
 REQUANTIZED_VECTOR = 1 / 255
 # Choices between tokens whose logits are closer than this are ties that rounding decides: logits that are F32_KLD apart
-# are off by about sqrt(2 * F32_KLD) = 4.5e-3 nats, and there are two of them. 1e-3 failed one of 204 fault-free artefacts.
+# are off by about sqrt(2 * F32_KLD) = 4.5e-3 nats, and there are two of them (1e-3 failed one of 204 right artefacts).
 TIE_NATS = 1e-2
 # Share of the texts that the runtime alone may read differently; with Gemma 3's own tables llama.cpp does 1.0 % so.
 RUNTIME_TEXTS = 0.02
