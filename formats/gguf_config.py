@@ -87,7 +87,7 @@ def _types(facts: Metadata, family: str, layers: int) -> list[str]:
     if family == "gemma3" and facts.count(Keys.Attention.SLIDING_WINDOW, 0, least=0) == 0:
         return [FULL] * layers
     if family == "gemma4" or facts.has_array(key):
-        slides = facts.array(key, layers, "biu", "truth values, one a layer")
+        slides = facts.array(key, layers, "biu", "truth values, one a layer of block_count")
     else:
         period = facts.count(key, GEMMA3_PATTERN, least=0)
         slides = [period == 0 or (index + 1) % period != 0 for index in range(layers)]
@@ -256,7 +256,7 @@ def _check(facts: Metadata, config: dict[str, Any]) -> None:
     for key, meant in said.items():
         default = config["num_attention_heads"] if key == Keys.Attention.HEAD_COUNT_KV else None
         if facts.counts(key, layers, default) != meant:
-            raise facts.wrong(key, "what a config of this model can say")
+            raise facts.wrong(key, "what block_count and attention.shared_kv_layers make of it")
 
 
 def decoder_of(facts: Metadata, config: dict[str, Any]) -> Architecture:

@@ -73,4 +73,4 @@ def validate(
     target = recognise(path)
     asked = request(model, None, [], recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
     context = None if qnn_context is None else Path(qnn_context)
-    return judge(Path(model), path, target, replace(asked, variants={}), qnn_context=context, qnn_arch=qnn_arch)
+    return judge(path, target, replace(asked, variants={}), qnn_context=context, qnn_arch=qnn_arch)

@@ -246,7 +246,7 @@ def validate(
     asked = request(model, None, [], recipe=recipe, memory=parse_bytes(memory), adapter=adapter, tokens=tokens)
     with watching(as_json) as events:
         report = judge(
-            model, artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
+            artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
         )
     if as_json:
         print(report.to_json(), end="")

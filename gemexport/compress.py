@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemexport.exporters.result import ignore
+from gemexport.exporters.streaming import write_plain as write_tensor
+from gemexport.exporters.streaming import write_settings
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.grids import fingerprint
 from gemexport.formats.recipe import Recipe, Scheme
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry, MappedArray, ShardedWriter, read_folder
-from gemexport.formats.tensor import DType, Floats, Tensor, slices, to_bf16
+from gemexport.formats.tensor import DType
 
 if TYPE_CHECKING:
     from gemexport.nodes import Workplace
@@ -162,9 +165,8 @@ def _run(
     config = json.loads((out / "config.json").read_text("utf-8"))
     with atomic(target) as folder:
         _assemble(plain, read_folder(out), asked.method == "awq", folder)
-        for file in plain.tokenizer_files():
-            shutil.copyfile(file, folder / file.name)
-        _write_config(plain, folder, quantization_config=config["quantization_config"])
+        settings = {**_config(plain), "quantization_config": config["quantization_config"]}
+        write_settings(folder, settings, plain)
     return str(json.loads(task.with_name("done.json").read_text("utf-8"))["version"])
 
 
@@ -186,7 +188,7 @@ def _assemble(plain: Checkpoint, found: Mapping[str, MappedArray], smoothed: boo
     with ShardedWriter(folder, entries) as out:
         for name, array in found.items():
             if name in own:
-                _write(out, own[name], own[name].dtype)
+                write_tensor(out, own[name], own[name].dtype, [], ignore)
             else:
                 out.write(name, array.array)
 
@@ -201,27 +203,11 @@ def write_plain(checkpoint: Checkpoint, folder: Path, dtype: DType | None = None
     entries = [Entry(name, DTYPE_NAMES[chosen], tensor.shape) for name, tensor in checkpoint.tensors.items()]
     with ShardedWriter(folder, entries) as out:
         for tensor in checkpoint.tensors.values():
-            _write(out, tensor, chosen)
-    _write_config(checkpoint, folder)
+            write_tensor(out, tensor, chosen, [], ignore)
+    write_settings(folder, _config(checkpoint), checkpoint)
     return chosen
 
 
-def _write(out: ShardedWriter, tensor: Tensor, dtype: DType) -> None:
-    """Write a tensor in a dtype, a slice of rows at a time."""
-    if len(tensor.shape) != 2:
-        out.write(tensor.name, _stored(tensor.numpy(), dtype))
-        return
-    for start, stop in slices(tensor):
-        out.write(tensor.name, _stored(tensor.rows(start, stop).values, dtype))
-
-
-def _stored(values: Floats, dtype: DType) -> Any:
-    if dtype == "bf16":
-        return to_bf16(values)
-    return values.astype("<f2" if dtype == "f16" else "<f4")
-
-
-def _write_config(checkpoint: Checkpoint, folder: Path, **more: Any) -> None:
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The decoder's own config, under the name of its class alone."""
-    config = {**checkpoint.text_config, "architectures": [_CLASSES[checkpoint.architecture.family]], **more}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    return {**checkpoint.text_config, "architectures": [_CLASSES[checkpoint.architecture.family]]}

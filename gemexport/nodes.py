@@ -20,7 +20,7 @@ from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
 from gemexport.formats.vector_codec import Codec
-from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS, TIES
 from gemexport.registry import TARGETS, Target
 from gemexport.report import (
     ChatReport,
@@ -139,17 +139,13 @@ def opened(place: Workplace) -> tuple[Checkpoint, list[str]]:
     checkpoint = place.open()
     if place.codec is None:
         return checkpoint, []
-    checkpoint, note = _coded(place, checkpoint)
-    return checkpoint, [note]
+    from gemexport.formats.additive_fit import attach as attach_codec
+    from gemexport.formats.additive_fit import read_fit
 
-
-def _coded(place: Workplace, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
-    """The checkpoint with its per-layer embeddings in the codec, and a note."""
-    from gemexport.formats.additive_fit import attach, read_fit
-
-    found = read_fit(place.vectors)
-    loss = f"its error is {found.fitted_rms or 0.0:.4g} of its root mean square"
-    return attach(checkpoint, place.vectors), f"{found.name} is in the vector codec {found.codec}, as was asked: {loss}"
+    coded = read_fit(place.vectors)
+    loss = f"its error is {coded.fitted_rms or 0.0:.4g} of its root mean square"
+    note = f"{coded.name} is in the vector codec {coded.codec}, as was asked: {loss}"
+    return attach_codec(checkpoint, place.vectors), [note]
 
 
 def reference(place: Workplace, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
@@ -399,7 +395,8 @@ class _Trial:
         """How many of the runtime's tokens the reference would have chosen after the same ones before."""
         judged = self._read_back.logits([*prompt, *continuation])[len(prompt) - 1 : -1]
         chosen = judged[np.arange(len(continuation)), continuation]
-        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= TIE_NATS).sum()))
+        tie = TIES.get(self._target.name, TIE_NATS)
+        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= tie).sum()))
 
     def close(self) -> None:
         """Free the references and the scratch files."""

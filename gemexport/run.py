@@ -17,11 +17,7 @@ from gemexport.notes import compression_note
 from gemexport.outcomes import artifact_report, model_report
 from gemexport.registry import Target
 from gemexport.render import write_reports
-from gemexport.report import (
-    ArtifactReport,
-    Report,
-    package_versions,
-)
+from gemexport.report import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.scheduler import Events, Node, Scheduler, succeeded
 from gemexport.speed import machine
@@ -75,7 +71,6 @@ def run(asked: Request, events: Events | None = None) -> Report:
 
 
 def validate(
-    model: Path,
     artifact: Path,
     target: Target,
     asked: Request,
@@ -84,7 +79,10 @@ def validate(
     qnn_context: Path | None = None,
     qnn_arch: str | None = None,
 ) -> ArtifactReport:
-    """Judge one artefact, whoever made it; with `qnn_context` also by the NPU's compiler, which writes there."""
+    """Judge one artefact of the model that was asked for, whoever made it.
+
+    With `qnn_context` it is also judged by the NPU's compiler, which writes there.
+    """
     checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)

@@ -10,6 +10,7 @@ from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import DType, Grid
 from gemexport.nodes import Validation
 from gemexport.noise import (
+    BLOCK_STEPS,
     CODEC_ROOM,
     F32_KLD,
     F32_TOP1,
@@ -17,6 +18,7 @@ from gemexport.noise import (
     NOISES,
     REQUANTIZED_RMS,
     REQUANTIZED_VECTOR,
+    ROW_STEPS,
     RUNTIME_TEXTS,
     VECTOR_STEPS,
 )
@@ -112,13 +114,22 @@ def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
         result.append(Bound.at_most("weights.rms_relative_error", worst, REQUANTIZED_RMS, origin))
     if moved:
-        bits = min(item.grid.bits for item in moved if item.grid is not None)
-        # Rounding costs half a step, and least squares may clip a block's largest weight by half a step more.
-        limit = 1 / ((1 << (bits - 1)) - 1)
-        worst = max(item.max_relative_error for item in moved)
-        origin = f"a step of the {bits}-bit codes that the format has instead"
-        result.append(Bound.at_most("weights.max_relative_error of requantized tensors", worst, limit, origin))
+        error, limit, name = _farthest((item.max_relative_error, _step_limit(item), item.name) for item in moved)
+        origin = "steps of the wider codes that the format has instead: half of one, and of blocks what clipping adds"
+        result.append(Bound.at_most("weights.max_relative_error of requantized tensors", error, limit, origin, name))
     return result
+
+
+def _farthest(found: Iterable[tuple[float, float, str]]) -> tuple[float, float, str]:
+    """Of errors with their limits and names, the one that is largest beside its limit, or no number."""
+    return max(found, key=lambda item: (math.isnan(item[0]), item[0] / item[1]))
+
+
+def _step_limit(item: TensorReport) -> float:
+    """How far wider codes may be from a tensor's weights, relative to the largest of them."""
+    assert item.grid is not None
+    steps = ROW_STEPS if item.grid.block == item.shape[-1] else BLOCK_STEPS
+    return steps / ((1 << (item.grid.bits - 1)) - 1)
 
 
 def _as_fitted(item: TensorReport, fitted: float) -> Bound:
@@ -133,7 +144,7 @@ def _vectors(tensors: Sequence[TensorReport]) -> list[Bound]:
     found = [(item.max_relative_error, _vector_limit(item), item.name) for item in tensors]
     if not found:
         return []
-    error, limit, name = max(found, key=lambda item: (math.isnan(item[0]), item[0] / item[1]))
+    error, limit, name = _farthest(found)
     origin = "norms, scalars and what was asked for in a narrower dtype are held in the dtype that the artefact stores"
     return [Bound.at_most("weights.max_relative_error of vectors", error, limit, origin, name)]
 

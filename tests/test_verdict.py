@@ -120,6 +120,18 @@ def test_noises_are_measured_for_who_needs_them() -> None:
     assert TARGETS["mlx"].noises_of("4bit") == ()
 
 
+@pytest.mark.parametrize(("block", "steps"), [(32, 0.5), (16, 1.0)])
+def test_wider_codes_are_held_to_their_steps(block: int, steps: float) -> None:
+    """Half a step where a row has one scale, a whole one where least squares may clip a block."""
+    source = GridReport(bits=4, block=8, scale_dtype="f32", lossless=True)
+    wider = GridReport(bits=8, block=block, scale_dtype="f16", lossless=False)
+    for error, status in (
+        (0.999 * steps / 127, []),
+        (1.01 * steps / 127, ["weights.max_relative_error of requantized tensors"]),
+    ):
+        assert broken(found(tensor(exact=1, grid=wider, source_grid=source, max_relative_error=error))) == status
+
+
 def test_a_narrower_dtype_that_was_asked_for_may_round() -> None:
     rounded = tensor(exact=1, grid=None, source_grid=None, source_dtype="f32", max_relative_error=2.0**-9)
     assert broken(found(rounded)) == ["weights.exact_fraction"]

@@ -17,7 +17,7 @@ from gemexport.formats.safetensors import read_folder
 
 Json = dict[str, Any]
 FULL = "full_attention"
-# Layers of another kind have other sizes: then a tensor is named, whose shape is not what config.json says.
+# Layers of another kind have other sizes: then the layer's tensor is named, whose shape is not what config.json says.
 DISAGREES = "where config.json says"
 
 
@@ -90,7 +90,7 @@ def layers_exchanged(config: Json, _: Subject) -> str:
     types = text["layer_types"]
     other = types.index(FULL)
     types[0], types[other] = types[other], types[0]
-    return f"layer_types|{DISAGREES}"
+    return f"layer_types|layers.(0|{other})[.].*{DISAGREES}"
 
 
 def softcap(config: Json, _: Subject) -> str:
@@ -101,8 +101,10 @@ def softcap(config: Json, _: Subject) -> str:
 
 def donor(config: Json, _: Subject) -> str:
     """One more layer reads another's keys and values."""
-    _text(config)["num_kv_shared_layers"] += 1
-    return f"num_kv_shared_layers|{DISAGREES}"
+    text = _text(config)
+    text["num_kv_shared_layers"] += 1
+    first = text["num_hidden_layers"] - text["num_kv_shared_layers"]
+    return f"num_kv_shared_layers|layers.{first}[.].*{DISAGREES}"
 
 
 def size(config: Json, _: Subject) -> str:

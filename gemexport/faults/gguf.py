@@ -187,16 +187,11 @@ FAULTS: dict[str, Fault | str] = {
     "soft cap lost": _set("{arch}.final_logit_softcapping", 0.0),
     "embedding scale lost": BUILT_IN,
     "shared KV layer reads the wrong donor": _set(
-        "{arch}.attention.shared_kv_layers",
-        lambda old: old + 1,
-        GGUFValueType.UINT32,
-        "shared_kv_layers|feed_forward_length",  # whose values, one a layer, contradict it
+        "{arch}.attention.shared_kv_layers", lambda old: old + 1, GGUFValueType.UINT32, "attention.shared_kv_layers"
     ),
     "tied head untied with noise": head_untied,
     "KV cache written one position late": BUILT_IN,
-    "metadata of another size": _set(
-        "{arch}.block_count", lambda old: old - 1, GGUFValueType.UINT32, "block_count|one a layer"
-    ),
+    "metadata of another size": _set("{arch}.block_count", lambda old: old - 1, GGUFValueType.UINT32, "block_count"),
     "context length halved": _set("{arch}.context_length", lambda old: old // 2, GGUFValueType.UINT32),
     "truncated file": truncated,
     "a token inserted": _tokens(_insert, "text"),
