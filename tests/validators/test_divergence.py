@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemexport.formats.tensor import Floats
-from gemexport.validators.divergence import Divergence
+from gemexport.validators.divergence import Divergence, _exp
 from gemexport.validators.runtime import TopLogits
 
 
@@ -79,3 +79,20 @@ def test_nan_reaches_the_figures() -> None:
     found.add(logits(0), damaged, TOKENS)
     assert np.isnan(found.kld_mean)
     assert np.isnan(found.kld_max)
+
+
+def test_exponentials_are_as_good_as_the_library_s() -> None:
+    x = np.concatenate([-np.logspace(-18, np.log10(708), 4000), [0.0, -1e4, -np.inf]])
+    found = np.array([_exp(value) for value in x])
+    assert np.abs(found[:-2] / np.exp(x[:-2]) - 1).max() <= 2 * np.finfo(np.float64).eps
+    assert (found[-2:] < 1e-307).all()
+    assert np.isnan(_exp(np.nan))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinite_logits_are_no_number(value: float) -> None:
+    damaged = logits(1)
+    damaged[2, 7] = value
+    found = Divergence()
+    found.add(logits(0), damaged, TOKENS)
+    assert not np.isfinite(found.kld_mean)
