@@ -7,8 +7,8 @@ back out of an artefact, which shows whether a runtime computes what the artefac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.architecture import architecture
@@ -83,20 +84,29 @@ def reference(
             module.register_forward_pre_hook(
                 lambda _, inputs: (_round_to_int8(inputs[0], _ROUNDED[dtype]), *inputs[1:])
             )
-        elif isinstance(module, torch.nn.Linear) and dtype in _LINEARS:
-            module.forward = partial(_LINEARS[dtype], module)  # type: ignore[method-assign]
+        elif isinstance(module, torch.nn.Linear) and dtype == "f32-reordered":
+            module.forward = partial(_in_halves, module)  # type: ignore[method-assign]
     if activations is not None:
         activation_rounding.install(model, activations, architecture(dict(text_config), config.model_type))
     return Reference(model, dtype, threads or os.cpu_count() or 1)
 
 
-def _bf16_linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """A bf16 linear as kernels compute it: products summed in f32, the result rounded.
+class _Bf16Products(TorchFunctionMode):
+    """Products of bf16 matrices as kernels compute them: summed in f32, the result rounded.
 
-    PyTorch's own bf16 kernel does the same sums in another order, but without AVX-512 it takes six times as long.
+    PyTorch's own kernels do the same sums in another order, but without AVX-512 they take four times as long.
     """
-    bias = None if module.bias is None else module.bias.float()
-    return functional.linear(x.float(), module.weight.float(), bias).to(torch.bfloat16)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _PRODUCTS or args[0].dtype is not torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        wide = [item.float() if isinstance(item, torch.Tensor) else item for item in args]
+        return func(*wide, **(kwargs or {})).to(torch.bfloat16)
+
+
+_PRODUCTS = (functional.linear, torch.matmul)
 
 
 def _round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -119,12 +129,6 @@ def _in_halves(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x[..., :half], linear.weight[:, :half]) + functional.linear(
         x[..., half:], linear.weight[:, half:]
     )
-
-
-_LINEARS: dict[Arithmetic, Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]] = {
-    "bf16": _bf16_linear,
-    "f32-reordered": _in_halves,
-}
 
 
 class Reference:
@@ -194,7 +198,7 @@ class Reference:
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _Bf16Products() if self.arithmetic == "bf16" else nullcontext():
                 yield
         finally:
             torch.set_num_threads(before)
