@@ -1,7 +1,9 @@
-"""What `gemexport validate` says of the artefacts that other programs made of a checkpoint.
+"""What `gemexport validate` says of the artefacts that other programs make of a checkpoint.
 
-With --work, those that `benchmarks/peers.py` left there: llama.cpp's Q4_0, mlx-lm's 4 bit, llm-compressor's W4A16.
-"Exact" counts weights of matrices that lie on the checkpoint's lattice and that the artefact has codes for.
+With --work, those that the peers of `benchmarks/peers.py` make of it there: llama.cpp's Q4_0, mlx-lm's 4 bit,
+llm-compressor's W4A16. "Exact" counts weights of matrices that lie on the checkpoint's lattice and that the artefact
+has codes for: its stored numbers, evaluated without rounding; and "as it runs" what the runtime makes of them, where it
+rounds on the way, as MLX does to the dtype of the scales.
 
     python benchmarks/foreign.py MODEL [ARTIFACT …] [--work FOLDER] [--tokens 128] [--json FILE]
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,13 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from environments import PEERS
+from mlx_scales import exact_values
+from peers import fitting, run_theirs
 from rich.console import Console
 from rich.table import Table
 
-from gemexport.diagnosis import diagnose, percent
+from gemexport.diagnosis import diagnose
+from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.report import ArtifactReport, TensorReport
 
-COLUMNS = ("artefact", "grids", "exact", "what is wrong", "texts", "chat", "loss, KLD", "same top-1", "verdict")
+COLUMNS = (
+    "artefact",
+    "grids",
+    "exact",
+    "as it runs",
+    "what is wrong",
+    "texts",
+    "chat",
+    "loss, KLD",
+    "same top-1",
+    "verdict",
+)
 
 
 def judged(model: Path, artifact: Path, tokens: int) -> ArtifactReport:
@@ -41,16 +58,23 @@ def quantized(report: ArtifactReport) -> list[TensorReport]:
     return [item for item in found if item.grid and item.source_grid and item.source_grid.lossless]
 
 
-def row(artifact: Path, report: ArtifactReport) -> tuple[str, ...]:
+def as_it_runs(model: Path, artifact: Path, report: ArtifactReport, exact: float) -> float:
+    """The share of exact weights after the runtime evaluated them: llama.cpp and transformers round nothing more."""
+    return exact_values(open_checkpoint(model), artifact) if report.format == "mlx" else exact
+
+
+def row(model: Path, artifact: Path, report: ArtifactReport) -> tuple[str, ...]:
     """One line of the table, in the order of COLUMNS."""
     matrices = quantized(report)
+    exact = sum(item.exact for item in matrices) / max(sum(item.compared for item in matrices), 1)
     wrong = diagnose(matrices)
     tokenizer, chat, logits = report.tokenizer, report.chat, report.logits
     loss = logits.loss if logits else None
     return (
         artifact.name,
         ", ".join(sorted({str(item.grid) for item in matrices})),
-        percent(matrices),
+        f"{exact:.2%}",
+        f"{as_it_runs(model, artifact, report, exact):.2%}",
         wrong[0] if wrong else "–",
         f"{tokenizer.equal} of {tokenizer.texts}" if tokenizer else "–",
         f"{chat.equal} of {chat.conversations}" if chat else "–",
@@ -60,12 +84,15 @@ def row(artifact: Path, report: ArtifactReport) -> tuple[str, ...]:
     )
 
 
-def of_peers(work: Path) -> Iterator[Path]:
-    """What peers.py left of each peer's last round."""
+def of_peers(model: Path, work: Path) -> Iterator[Path]:
+    """What each peer makes of the checkpoint, in environments under `work` that are made where there are none."""
+    fitted = fitting(model.resolve(), work)
     for peer in PEERS:
-        path = work / "out" / peer.name / "theirs" / peer.output
-        if path.exists():
-            yield path
+        peer.install(work)
+        output = work / "foreign" / model.resolve().name / peer.name
+        shutil.rmtree(output, ignore_errors=True)
+        run_theirs(peer, fitted, output, work)
+        yield output / peer.output
 
 
 def main() -> int:
@@ -73,18 +100,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("artifacts", type=Path, nargs="*")
-    parser.add_argument("--work", type=Path, help="folder of benchmarks/peers.py")
+    parser.add_argument("--work", type=Path, help="let the peers convert it, in this folder of benchmarks/peers.py")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write the reports here")
     options = parser.parse_args()
-    artifacts = [*options.artifacts, *(of_peers(options.work) if options.work else ())]
+    artifacts = [*options.artifacts, *(of_peers(options.model, options.work.resolve()) if options.work else ())]
     table = Table(*COLUMNS)
     reports: dict[str, Any] = {}
     for artifact in artifacts:
         report = judged(options.model, artifact, options.tokens)
         reports[str(artifact)] = json.loads(report.to_json())
-        table.add_row(*row(artifact, report))
-    Console().print(table)
+        table.add_row(*row(options.model, artifact, report))
+    Console(width=200).print(table)
     if options.json:
         options.json.write_text(json.dumps(reports, indent=2) + "\n", "utf-8")
     return 0 if artifacts else 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from gemexport._version import __version__
 from gemexport.formats.errors import InputError
+from gemexport.registry import TARGETS, Setting, Target, recognise, split_formats
 
 if TYPE_CHECKING:
     from gemexport.report import Report
@@ -98,7 +100,6 @@ def export_all(
     as_json: Json = False,
 ) -> None:
     """Export MODEL into every format and validate each."""
-    from gemexport.registry import split_formats
     from gemexport.request import request
 
     asked = request(
@@ -109,114 +110,56 @@ def export_all(
     _run(asked, as_json)
 
 
-def _single(name: str, model: Path, variant: str | None, options: dict[str, Any], common: dict[str, Any]) -> None:
-    """Export into one format."""
-    from gemexport.request import request
-
-    variants = {name: tuple(variant.split(","))} if variant else None
-    as_json = common.pop("as_json")
-    given = {key: value for key, value in options.items() if value is not None}
-    _run(request(model, formats=[name], variants=variants, options={name: given}, **common), as_json)
-
-
-def _common(
-    out: Path | None, adapter: Path | None, compress: str | None, compress_python: Path | None,
-    calibration: Path | None, recipe: str, memory: str | None, tokens: int, no_validate: bool, fresh: bool,
-    as_json: bool,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "out": out, "adapter": adapter, "compress": compress, "compress_python": compress_python,
-        "calibration": calibration, "recipe": recipe, "memory": parse_bytes(memory), "tokens": tokens,
-        "validate": not no_validate, "fresh": fresh, "as_json": as_json,
-    }  # fmt: skip
+# What the command of every format takes besides MODEL and its own settings.
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "out": (Out, None), "adapter": (Adapter, None), "compress": (Compress, None),
+    "compress_python": (CompressPython, None), "calibration": (Calibration, None), "recipe": (RecipeName, "default"),
+    "memory": (Memory, None), "tokens": (Tokens, 512), "no_validate": (NoValidate, False), "fresh": (Fresh, False),
+    "as_json": (Json, False),
+}  # fmt: skip
 
 
-def _variant(known: str) -> Any:
-    return typer.Option("--variant", help=f"Some of {known}.")
+def _add_format(target: Target) -> None:
+    """The command that exports into one format, with the settings of its exporter as options."""
+
+    def export(model: Path, variant: str | None, as_json: bool, memory: str | None, **given: Any) -> None:
+        from gemexport.request import request
+
+        options = {setting.name: given.pop(setting.name) for setting in target.settings}
+        asked = request(
+            model,
+            formats=[target.name],
+            variants={target.name: tuple(variant.split(","))} if variant else None,
+            memory=parse_bytes(memory),
+            validate=not given.pop("no_validate"),
+            options={target.name: {name: value for name, value in options.items() if value}},
+            **given,
+        )
+        _run(asked, as_json)
+
+    known = typer.Option("--variant", help=f"Some of {', '.join(target.known_variants)}.")
+    taken: dict[str, tuple[Any, Any]] = {"variant": (Annotated[str | None, known], None)}
+    taken |= {setting.name: _option(setting) for setting in target.settings}
+    if target.codec_variants:
+        taken["ple_codec"] = (PleCodec, None)
+    parameters = [Parameter("model", Parameter.KEYWORD_ONLY, annotation=Model)]
+    for name, (annotation, default) in {**taken, **_COMMON}.items():
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+    export.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    export.__annotations__ = {}
+    app.command(target.name, help=f"Export MODEL to {target.title}, for {target.users}.")(export)
 
 
-@app.command()
-def gguf(
-    model: Model, out: Out = None,
-    variant: Annotated[
-        str | None, _variant("Q4_0, Q8_0, BF16, F32, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K")
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Importances for K-quants, from llama-imatrix; docs/kquants.md.")
-    ] = None,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
-    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export MODEL to GGUF, for llama.cpp and Ollama."""
-    common = _common(
-        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    )
-    _single("gguf", model, variant, {"imatrix": imatrix}, common)
+def _option(setting: Setting) -> tuple[Any, Any]:
+    """A setting as typer's annotation and default."""
+    flag = setting.kind is bool
+    name = f"--{setting.name.replace('_', '-')}"
+    kind: Any = bool if flag else setting.kind | None
+    return Annotated[kind, typer.Option(name, metavar=setting.metavar, help=setting.help)], False if flag else None
 
 
-@app.command()
-def mlx(
-    model: Model, out: Out = None, variant: Annotated[str | None, _variant("4bit, bf16, f32")] = None,
-    scales: Annotated[str | None, typer.Option(help="f16, bf16 or f32; see docs/mlx-scales.md.")] = None,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
-    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export MODEL to MLX, for Macs."""
-    common = _common(
-        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    )
-    _single("mlx", model, variant, {"scales": scales}, common)
-
-
-@app.command()
-def onnx(
-    model: Model, out: Out = None,
-    variant: Annotated[str | None, _variant("int4, npu, npu-a8, npu-a16, f32")] = None,
-    ranges: Annotated[Path | None, typer.Option(help="The activations.json of an earlier npu-a8 or npu-a16.")] = None,
-    range_method: Annotated[str | None, typer.Option(help="minmax or percentile, for npu-a8 and npu-a16.")] = None,
-    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
-    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
-    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export MODEL to ONNX, for ONNX Runtime and NPUs."""
-    options = {"ranges": ranges, "range_method": range_method}
-    common = _common(
-        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    )
-    _single("onnx", model, variant, options, common | {"ple_codec": ple_codec})
-
-
-@app.command()
-def coreml(
-    model: Model, out: Out = None, variant: Annotated[str | None, _variant("int4, f16, f32")] = None,
-    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
-    compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
-    memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False, fresh: Fresh = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export MODEL to Core ML, for iPhones, iPads and Macs."""
-    common = _common(
-        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    )
-    _single("coreml", model, variant, {}, common | {"ple_codec": ple_codec})
-
-
-@app.command("compressed-tensors")
-def compressed_tensors(
-    model: Model, out: Out = None, variant: Annotated[str | None, _variant("w4a16, bf16")] = None,
-    pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="Embeddings as codes too.")] = False,
-    adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
-    calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
-    no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export MODEL to compressed-tensors, for vLLM and transformers."""
-    common = _common(
-        out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
-    )
-    _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings or None}, common)
+for _target in TARGETS.values():
+    _add_format(_target)
 
 
 @app.command()
@@ -238,7 +181,6 @@ def validate(
 ) -> None:
     """Judge ARTIFACT, whoever made it, against the checkpoint it was made from."""
     from gemexport.console import watching
-    from gemexport.registry import recognise
     from gemexport.request import request
     from gemexport.run import validate as judge
 
@@ -281,7 +223,6 @@ def plan(
 ) -> None:  # fmt: skip
     """Show the steps that `all` would run, with bytes and memory, running nothing."""
     from gemexport.describe import print_plan
-    from gemexport.registry import split_formats
     from gemexport.request import request
 
     formats = split_formats(only)

@@ -1,4 +1,7 @@
-"""The formats: which modules write, read and run each, and where its artefacts lie. A new format is one entry here."""
+"""The formats: which modules write, read and run each, and where its artefacts lie. A new format is one entry here.
+
+The command line is made from it, so it imports nothing that takes long.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,23 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from gemexport.formats.activations import Activations
 from gemexport.formats.errors import InputError
-from gemexport.formats.tensor import ITEM_BYTES, DType, Grid
+
+if TYPE_CHECKING:
+    from gemexport.formats.activations import Activations
+    from gemexport.formats.tensor import DType, Grid
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An argument of a format's `export` besides the variant, and an option of its command; not given: None."""
+
+    name: str
+    help: str
+    kind: type = str  # bool makes a flag
+    metavar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class Target:
 
     name: str
     title: str
+    users: str  # who takes it
     variants: tuple[str, ...]  # written by default
     known_variants: tuple[str, ...]
     pattern: str  # of an artefact's path under the output folder
@@ -35,6 +52,7 @@ class Target:
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     computes_with_scales: bool = False  # of activations: there is formats.MODULE_activations to read them back
+    settings: tuple[Setting, ...] = ()
 
     def path(self, out: Path, model: str, variant: str) -> Path:
         """Where the artefact of this variant lies."""
@@ -67,6 +85,8 @@ class Target:
 
     def plain(self, variant: str) -> DType | None:
         """The dtype that a variant of plain numbers is called by; None for one of codes."""
+        from gemexport.formats.tensor import ITEM_BYTES
+
         return next((dtype for dtype in ITEM_BYTES if dtype == variant.lower()), None)
 
     def noises_of(self, variant: str) -> tuple[str, ...]:
@@ -98,31 +118,44 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
-            "gguf", "GGUF", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32", *_K_QUANTS), "gguf/{name}-{variant}.gguf",
+            "gguf", "GGUF", "llama.cpp and Ollama", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32", *_K_QUANTS),
+            "gguf/{name}-{variant}.gguf",
             "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
             arithmetics=(None, "f32"), noises=("bf16", "int8-activations"),
             variant_noises=(("int8-activations-256", _K_QUANTS),),
+            settings=(
+                Setting("imatrix", "Importances for K-quants, from llama-imatrix; docs/kquants.md.", Path, "FILE"),
+            ),
         ),
         Target(
-            "mlx", "MLX", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",
+            "mlx", "MLX", "Macs", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",
             "mlx", "mlx", "mlx", ("mlx", "mlx_lm"),
+            settings=(Setting("scales", "f16, bf16 or f32; see docs/mlx-scales.md."),),
         ),
         Target(
-            "onnx", "ONNX", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"), "onnx/{variant}",
+            "onnx", "ONNX", "ONNX Runtime and NPUs", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"),
+            "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
             computes_with_scales=True,
+            settings=(
+                Setting("ranges", "The activations.json of an earlier npu-a8 or npu-a16.", Path, "FILE"),
+                Setting("range_method", "minmax or percentile, for npu-a8 and npu-a16."),
+            ),
         ),
         Target(
-            "coreml", "Core ML", ("int4",), ("int4", "f16", "f32"), "coreml/{variant}.mlpackage",
+            "coreml", "Core ML", "iPhones, iPads and Macs", ("int4",), ("int4", "f16", "f32"),
+            "coreml/{variant}.mlpackage",
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
             computes_with_scales=True,
             codec_variants=("int4",),
         ),
         Target(
-            "compressed-tensors", "compressed-tensors", ("w4a16",), ("w4a16", "bf16"), "compressed-tensors/{variant}",
+            "compressed-tensors", "compressed-tensors", "vLLM and transformers", ("w4a16",), ("w4a16", "bf16"),
+            "compressed-tensors/{variant}",
             "compressed_tensors", "compressed_tensors", "compressed-tensors", ("compressed_tensors", "transformers"),
             computes_with_scales=True,
+            settings=(Setting("pack_embeddings", "Embeddings as codes too.", bool),),
         ),
     )
 }  # fmt: skip

@@ -11,12 +11,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import typer
 
-from gemexport import registry
+from gemexport import cli, registry
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids import attach, find_grids
 from gemexport.formats.recipe import load_recipe
-from gemexport.registry import Target
+from gemexport.registry import Setting, Target
+from gemexport.request import Request
 from gemexport.validators.weights import compare
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -66,6 +68,20 @@ def test_the_new_format_passes_what_every_format_is_judged_by(
     assert np.array_equal(runtime.logits(tokens), expected)
     assert len(runtime.greedy(tokens, 3)) == 3
     runtime.close()
+
+
+def test_it_has_a_command_with_its_settings(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", typer.Typer())
+    asked: list[Request] = []
+    monkeypatch.setattr(cli, "_run", lambda request, _: asked.append(request))
+    monkeypatch.setitem(registry.TARGETS, target.name, target)
+    settings = (Setting("block", "Weights a scale.", int), Setting("tied", "One table.", bool))
+    cli._add_format(replace(target, settings=settings))
+    cli.app.command("other")(lambda: None)  # of a single command typer makes the program itself
+    cli.app(["rows8", "model", "--block", "16", "--tokens", "64"], standalone_mode=False)
+    assert asked[0].variants == {"rows8": ("int8",)}
+    assert asked[0].options == {"rows8": {"block": 16}}
+    assert (asked[0].model, asked[0].tokens, asked[0].validate) == (Path("model"), 64, True)
 
 
 def test_an_error_leaves_nothing_behind(target: Target, tiny_gemma3: Path, tmp_path: Path) -> None:
