@@ -27,7 +27,8 @@ from rich.table import Table
 
 from gemexport.diagnosis import diagnose
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.report import ArtifactReport, TensorReport
+from gemexport.measured import TensorReport
+from gemexport.report import ArtifactReport
 
 COLUMNS = (
     "artefact",

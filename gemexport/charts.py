@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gemexport.report import ArtifactReport, Report, TensorReport
+from gemexport.measured import TensorReport
+from gemexport.report import ArtifactReport, Report
 
 LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
 OUTSIDE = -1  # the place of what is in no layer

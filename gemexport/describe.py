@@ -18,9 +18,10 @@ from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.lattice import likely_block
 from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
+from gemexport.measured import NpuReport
 from gemexport.registry import TARGETS, recognise
 from gemexport.render import number, quantity, share, size
-from gemexport.report import ArtifactReport, NpuReport
+from gemexport.report import ArtifactReport
 from gemexport.request import Request, steps
 from gemexport.workspace import WORK
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.architecture import Architecture, architecture
-from gemexport.report import FactReport
+from gemexport.measured import FactReport
 
 # One name for each fact of the decoder; `{type}` is the layers' attention type, `{swa}` GGUF's ending for sliding ones.
 GGUF_KEYS = {

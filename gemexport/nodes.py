@@ -20,9 +20,7 @@ from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
 from gemexport.formats.vector_codec import Codec
-from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS, TIES
-from gemexport.registry import TARGETS, Target
-from gemexport.report import (
+from gemexport.measured import (
     ChatReport,
     DepartureReport,
     Divergence,
@@ -34,6 +32,8 @@ from gemexport.report import (
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.noise import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS, TIES
+from gemexport.registry import TARGETS, Target
 from gemexport.speed import Speedometer, Stopwatch
 from gemexport.validators import prompts, tokenizer
 from gemexport.validators.reference_store import ReferenceStore

@@ -6,8 +6,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from gemexport.measured import NpuComparison, NpuRefusal, NpuReport
 from gemexport.nodes import Progress, Workplace, figures
-from gemexport.report import Bound, NpuComparison, NpuRefusal, NpuReport
+from gemexport.report import Bound
 
 
 def compile_npu(place: Workplace, path: Path, context: Path, architecture: str | None, progress: Progress) -> NpuReport:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemexport.checksums import artifact_sha256, describe_files
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids import GridIndex
+from gemexport.measured import Divergence, GridReport, NpuReport
 from gemexport.nodes import Validation
 from gemexport.notes import left_notes
 from gemexport.npu import npu_bounds
 from gemexport.report import (
     ArtifactReport,
-    Divergence,
     ExportStats,
-    GridReport,
     LatticeReport,
     LatticeTensor,
     ModelReport,
-    NpuReport,
     ValidationReport,
-    artifact_sha256,
-    describe_files,
     verdict,
 )
 from gemexport.request import Request, Step

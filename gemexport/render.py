@@ -22,18 +22,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gemexport.charts import LAYER, Column, LayerErrors, OperatingPoints, layer_errors, operating_points
+from gemexport.checksums import write_sums
 from gemexport.junit import render_junit
-from gemexport.report import (
-    ArtifactReport,
-    ChatDifference,
-    Divergence,
-    LogitsReport,
-    Pace,
-    Report,
-    TensorReport,
-    write_sums,
-    write_text,
-)
+from gemexport.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
+from gemexport.report import ArtifactReport, Report, write_text
 
 NONE = "–"
 EXCERPT = 400  # letters of a conversation that are shown

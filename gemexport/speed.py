@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport.report import Pace, SpeedReport
+from gemexport.measured import Pace, SpeedReport
 from gemexport.validators.runtime import Laps, Runtime
 from gemexport.worker import MemoryWatch, anonymous_bytes
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from gemexport.diagnosis import diagnose
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import DType, Grid
+from gemexport.measured import ChatReport, DepartureReport, Divergence, LogitsReport, TensorReport, TokenizerReport
 from gemexport.nodes import Validation
 from gemexport.noise import (
     BLOCK_STEPS,
@@ -22,15 +23,7 @@ from gemexport.noise import (
     RUNTIME_TEXTS,
     VECTOR_STEPS,
 )
-from gemexport.report import (
-    Bound,
-    ChatReport,
-    DepartureReport,
-    Divergence,
-    LogitsReport,
-    TensorReport,
-    TokenizerReport,
-)
+from gemexport.report import Bound
 
 TEXT = 60  # characters of a text that is named
 NAMED = 3  # of the tensors, facts or texts that broke a bound

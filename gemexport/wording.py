@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from gemexport.formats.errors import InputError
-from gemexport.report import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
+from gemexport.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.validators import chat, corpus, prompts, tokenizer, vocabulary
 from gemexport.validators.runtime import Runtime
 from gemexport.validators.tokenizer import Difference

@@ -19,8 +19,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from gemexport import charts, plots, svg
+from gemexport.measured import Divergence, LogitsReport, TensorReport
 from gemexport.render import render_html
-from gemexport.report import ArtifactReport, Divergence, LogitsReport, ModelReport, Report, TensorReport
+from gemexport.report import ArtifactReport, ModelReport, Report
 
 
 def report(points: list[tuple[str, int, float]], floor: float | None = None) -> Report:

@@ -10,7 +10,7 @@ import pytest
 
 from gemexport.diagnosis import diagnose, fault
 from gemexport.formats.tensor import DType, Floats, Grid, Rows
-from gemexport.report import GridReport, TensorReport
+from gemexport.measured import GridReport, TensorReport
 from gemexport.validators.weights import compare
 
 LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)

@@ -14,8 +14,9 @@ from gemexport.formats import coreml, onnx
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.additive_fit import NAME
 from gemexport.formats.recipe import RECIPES
+from gemexport.measured import TensorReport, WeightsReport
 from gemexport.nodes import Validation
-from gemexport.report import Report, TensorReport, WeightsReport, read_report
+from gemexport.report import Report, read_report
 from gemexport.request import request, steps
 from gemexport.verdict import bounds
 

@@ -13,30 +13,32 @@ import pytest
 from rich.console import Console
 
 from gemexport import render
-from gemexport.report import (
-    ArtifactReport,
-    Bound,
+from gemexport.measured import (
     ChatDifference,
     ChatReport,
     DepartureReport,
     Divergence,
-    ExportStats,
     FactReport,
-    FileReport,
     GreedyReport,
     GridReport,
-    LatticeReport,
-    LatticeTensor,
     LogitsReport,
-    ModelReport,
     Pace,
-    Report,
     SpeedReport,
     TensorReport,
     TokenizerDifference,
     TokenizerReport,
-    ValidationReport,
     WeightsReport,
+)
+from gemexport.report import (
+    ArtifactReport,
+    Bound,
+    ExportStats,
+    FileReport,
+    LatticeReport,
+    LatticeTensor,
+    ModelReport,
+    Report,
+    ValidationReport,
     verdict,
 )
 

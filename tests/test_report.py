@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from gemexport import checksums, measured
 from gemexport import report as reports
 from gemexport.formats.errors import InputError
-from gemexport.report import ArtifactReport, Bound, Divergence, LogitsReport, ModelReport, Report
+from gemexport.measured import Divergence, LogitsReport
+from gemexport.report import ArtifactReport, Bound, ModelReport, Report
 
 MODEL = ModelReport(name="demo", architecture="gemma4", parameters=10, bytes=20, source="models/demo")
 
@@ -57,17 +59,19 @@ def test_fields_that_others_rely_on_have_their_names(tmp_path: Path) -> None:
     numbers = {"kld_mean", "kld_max", "top1_agreement", "perplexity_ratio"}
     assert data["artifacts"][0]["logits"]["conversion"].keys() == numbers
     assert {"compared", "exact", "exact_fraction", "max_relative_error", "tensors"} <= set(
-        reports.WeightsReport.model_fields
+        measured.WeightsReport.model_fields
     )
-    assert {"name", "grid", "exact_fraction"} <= set(reports.TensorReport.model_fields)
+    assert {"name", "grid", "exact_fraction"} <= set(measured.TensorReport.model_fields)
     assert {"seconds", "peak_rss_bytes"} <= set(reports.ExportStats.model_fields)
-    assert {"texts", "equal"} <= set(reports.TokenizerReport.model_fields)
+    assert {"texts", "equal"} <= set(measured.TokenizerReport.model_fields)
 
 
 def test_documentation_names_every_field() -> None:
     text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
     models = [
-        value for value in vars(reports).values() if isinstance(value, type) and issubclass(value, reports._Model)
+        value
+        for value in (vars(reports) | vars(measured)).values()
+        if isinstance(value, type) and issubclass(value, measured.ReportModel)
     ]
     missing = [
         f"{model.__name__}.{field}" for model in models for field in model.model_fields if f"`{field}`" not in text
@@ -126,9 +130,9 @@ def test_sums_are_what_sha256sum_reads(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"gguf")
     artifacts = []
     for path in (folder, tmp_path / "a.gguf"):
-        files = reports.describe_files(tmp_path, path)
+        files = checksums.describe_files(tmp_path, path)
         artifacts.append(with_status("pass").artifacts[0].model_copy(update={"files": files}))
-    sums = reports.write_sums(tmp_path, artifacts)
+    sums = checksums.write_sums(tmp_path, artifacts)
     assert len(sums.read_text().splitlines()) == 3
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
@@ -138,13 +142,13 @@ def test_an_artefact_has_one_digest(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"1")
     two.write_bytes(b"2")
-    single = reports.describe_files(tmp_path, one)
-    both = reports.describe_files(tmp_path, tmp_path)
-    assert reports.artifact_sha256(single) == reports.file_sha256(one) == single[0].sha256
+    single = checksums.describe_files(tmp_path, one)
+    both = checksums.describe_files(tmp_path, tmp_path)
+    assert checksums.artifact_sha256(single) == checksums.file_sha256(one) == single[0].sha256
     assert [file.path for file in both] == ["one", "two"]
-    before = reports.artifact_sha256(both)
+    before = checksums.artifact_sha256(both)
     two.write_bytes(b"3")
-    assert reports.artifact_sha256(reports.describe_files(tmp_path, tmp_path)) != before
+    assert checksums.artifact_sha256(checksums.describe_files(tmp_path, tmp_path)) != before
 
 
 def test_versions_are_those_installed_in_order() -> None:

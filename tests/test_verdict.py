@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 from gemexport.formats.recipe import RECIPES, Recipe
-from gemexport.nodes import Validation
-from gemexport.registry import TARGETS
-from gemexport.report import (
+from gemexport.measured import (
     Divergence,
     GreedyReport,
     GridReport,
@@ -17,8 +15,10 @@ from gemexport.report import (
     TensorReport,
     TokenizerReport,
     WeightsReport,
-    verdict,
 )
+from gemexport.nodes import Validation
+from gemexport.registry import TARGETS
+from gemexport.report import verdict
 from gemexport.verdict import bounds
 
 LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)

@@ -13,8 +13,8 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.recipe import RECIPES
+from gemexport.measured import ChatReport, TokenizerReport, WeightsReport
 from gemexport.nodes import Validation
-from gemexport.report import ChatReport, TokenizerReport, WeightsReport
 from gemexport.validators import tokenizer
 from gemexport.validators.prompts import prompts
 from gemexport.validators.runtime import Layout, Runtime

@@ -11,8 +11,8 @@ import numpy as np
 
 from gemexport import demo
 from gemexport.faults.matrix import COLUMNS, Bench
+from gemexport.measured import LogitsReport
 from gemexport.qat import RULES
-from gemexport.report import LogitsReport
 
 RULED = (*sorted(RULES), None)  # None: weights on no grid, which every format has to quantize
 

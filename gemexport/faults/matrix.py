@@ -17,8 +17,9 @@ from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import RECIPES
+from gemexport.measured import Divergence
 from gemexport.registry import TARGETS
-from gemexport.report import Divergence, verdict
+from gemexport.report import verdict
 from gemexport.verdict import bounds
 
 COLUMNS = (
