@@ -312,9 +312,10 @@ class _Trial:
         return runtime
 
     def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
-        """Run every sequence, then compare with both references.
+        """Run every sequence and compare with both references.
 
-        The runtime is closed before a reference is loaded: a machine that can hold one model can do this.
+        The runtime is closed before a reference is loaded: a machine that can hold one model can do this. So what a
+        reference has said already is compared at once, and for the other the runtime's logits are kept.
         """
         from gemexport.validators import divergence
 
@@ -324,25 +325,36 @@ class _Trial:
         speed.loaded()
         with watch.time("tokenizer"):
             self.wording = self.wording or check_wording(self._place, self._checkpoint, self._path, runtime)
-        outputs = []
+        conversion, loss = divergence.Divergence(), divergence.Divergence()
+        judged = ((conversion, self._read_back), (loss, self._source))
+        now: list[tuple[divergence.Divergence, ReferenceStore]] = []
+        later: list[tuple[divergence.Divergence, ReferenceStore]] = []
+        for pair in judged:
+            (now if pair[1].holds(self._sequences) else later).append(pair)
+        kept: list[tuple[list[int], Logits]] = []
+        top_k = None
         for i, sequence in enumerate(self._sequences):
             with watch.time("run"):
                 output = runtime.logits(sequence)
-            with watch.time("keep"):
-                outputs.append(self._keep(i, output))
+            top_k = output.ids.shape[1] if isinstance(output, TopLogits) else None
+            for total, store in now:
+                with watch.time("compare"):
+                    total.add(store.logits(sequence), output, sequence)
+            if later:
+                with watch.time("keep"):
+                    kept.append((sequence, self._keep(i, output)))
             del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
         prompt = self._sequences[0][:GREEDY_PROMPT]
         with watch.time("run"), speed.generating(runtime):
             continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
-        conversion, loss = divergence.Divergence(), divergence.Divergence()
-        for sequence, output in zip(self._sequences, outputs, strict=True):
-            with watch.time("reference"):
-                references = self._read_back.logits(sequence), self._source.logits(sequence)
-            with watch.time("compare"):
-                conversion.add(references[0], output, sequence)
-                loss.add(references[1], output, sequence)
+        for total, store in later:
+            for sequence, output in kept:
+                with watch.time("reference"):
+                    expected = store.logits(sequence)
+                with watch.time("compare"):
+                    total.add(expected, output, sequence)
         with watch.time("reference"):
             greedy = self._greedy(prompt, continuation)
         if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
@@ -352,7 +364,7 @@ class _Trial:
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
             tokens=conversion.positions,
-            top_k=outputs[0].ids.shape[1] if isinstance(outputs[0], TopLogits) else None,
+            top_k=top_k,
             conversion=figures(conversion),
             loss=figures(loss),
             greedy=greedy,

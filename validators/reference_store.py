@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,13 @@ class ReferenceStore:
         self._model: Runtime | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
+    def holds(self, sequences: Iterable[Sequence[int]]) -> bool:
+        """Whether the logits of all these are there, and no model is needed for them."""
+        return all(self._path(tokens).is_file() for tokens in sequences)
+
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`, mapped."""
-        path = self._folder / f"{_digest(tokens)}.npy"
+        path = self._path(tokens)
         if not path.is_file():
             # Whoever comes second waits here, and then finds the file.
             with self._lock():
@@ -55,6 +59,9 @@ class ReferenceStore:
             raise TypeError("a reference gives whole distributions")
         with atomic(path) as partial, partial.open("wb") as file:
             np.save(file, logits)
+
+    def _path(self, tokens: Sequence[int]) -> Path:
+        return self._folder / f"{_digest(tokens)}.npy"
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
