@@ -54,15 +54,29 @@ def pack(codes: Codes, bits: int) -> Words:
     return np.ascontiguousarray(stream[:, : row // 8]).view("<u4")
 
 
+def fields(packed: NDArray[np.uint8], bits: int) -> Unsigned:
+    """Numbers `[…, n * 8 / bits]` of 1, 2, 4 or 8 bits out of bytes `[…, n]`, the lowest bits first.
+
+    A byte is widened to as many bytes as it holds numbers, and each number moved into its own: all in long runs.
+    """
+    if bits == 8:
+        return packed
+    share = 8 // bits
+    wide = packed.astype(f"<u{share}")
+    spread = wide.copy()
+    for place in range(1, share):
+        spread |= wide << wide.dtype.type(place * (8 - bits))
+    spread &= wide.dtype.type(int.from_bytes(bytes([(1 << bits) - 1] * share), "little"))
+    return spread.view(np.uint8)
+
+
 def unpack(packed: NDArray[np.generic], bits: int, width: int) -> Unsigned:
     """Unsigned codes `[rows, width]` of 1 to 8 bits out of packed rows of any integer dtype."""
     stored = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return stored[:, :width]
     if bits in (1, 2, 4):
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        mask = np.uint8((1 << bits) - 1)
-        return ((stored[..., None] >> shifts) & mask).reshape(len(stored), -1)[:, :width]
+        return fields(stored, bits)[:, :width]
     groups = -(-width // 8)
     stream = np.zeros((len(stored), groups * bits), np.uint8)
     kept = min(stored.shape[1], stream.shape[1])

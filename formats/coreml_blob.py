@@ -17,6 +17,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.bitpack import fields
 from gemexport.formats.errors import InputError
 
 ALIGNMENT = 64
@@ -80,16 +81,16 @@ def unpack(packed: Bytes, bits: int, start: int, count: int, signed: bool) -> ND
     raw = np.asarray(packed[first : -(-(start + count) * bits // 8)])
     share = 8 // bits
     if 8 % bits == 0 and skip == 0 and count % share == 0:
-        codes = np.empty(count, np.uint8)
-        for i in range(share):
-            codes[i::share] = (raw >> np.uint8(i * bits)) & np.uint8((1 << bits) - 1)
+        codes = fields(raw, bits)
     else:
         stream = np.unpackbits(raw, bitorder="little")[skip : skip + count * bits].reshape(count, bits)
         codes = np.packbits(stream, axis=1, bitorder="little").reshape(count)
     if not signed:
         return codes
-    half = np.int8(1 << (bits - 1))
-    return (codes.view(np.int8) ^ half) - half
+    half = np.uint8(1 << (bits - 1))
+    codes ^= half
+    codes -= half
+    return codes.view(np.int8)
 
 
 @dataclass(frozen=True)

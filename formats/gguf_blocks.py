@@ -184,11 +184,13 @@ def quantize_q8_0(values: Floats) -> Bytes:
 
 def _nibbles(packed: Bytes) -> NDArray[np.uint8]:
     """Four-bit numbers `[rows, in]` of bytes `[rows, blocks, 16]`: byte i has weight i low and weight i + 16 high."""
-    rows, count, size = packed.shape
-    out = np.empty((rows, count, 2, size), np.uint8)
-    np.bitwise_and(packed, np.uint8(15), out=out[:, :, 0])
-    np.right_shift(packed, np.uint8(4), out=out[:, :, 1])
-    return out.reshape(rows, -1)
+    rows = packed.shape[0]
+    # A block's bytes are moved as one element of 16 bytes: NumPy's loops over so few of them take ten times as long.
+    moved = np.ascontiguousarray(packed.view("V16")).view(np.uint8)
+    out = np.empty((*packed.shape[:2], 2), "V16")
+    out[:, :, :1] = (moved & np.uint8(15)).view("V16")
+    out[:, :, 1:] = (moved >> np.uint8(4)).view("V16")
+    return out.view(np.uint8).reshape(rows, -1)
 
 
 def _join_nibbles(numbers: NDArray[np.uint8], out: Bytes) -> None:
@@ -226,5 +228,4 @@ def _scale_bytes(scales: Halves) -> Bytes:
 
 def halves(blocks: Bytes, start: int = 0) -> Floats:
     """The f16 number at byte `start` of each block of bytes `[rows, blocks, bytes]`, as float32 `[rows, blocks]`."""
-    bits = np.ascontiguousarray(blocks[:, :, start : start + 2]).view("<f2")
-    return bits[:, :, 0].astype(np.float32)
+    return blocks[:, :, start : start + 2].view("<f2")[:, :, 0].astype(np.float32)

@@ -184,9 +184,12 @@ class _Cursor:
     def fail(self, problem: str) -> InputError:
         return InputError(self.path, f"is not a whole GGUF file ({problem})", MENDED)
 
+    def past_end(self) -> InputError:
+        return self.fail("the header ends beyond the end of the file")
+
     def take(self, count: int) -> memoryview:
         if count > len(self.view) - self.position:
-            raise self.fail("the header ends beyond the end of the file")
+            raise self.past_end()
         start, self.position = self.position, self.position + count
         return self.view[start : self.position]
 
@@ -229,10 +232,14 @@ class _Cursor:
     def _strings(self, count: int) -> Strings:
         if count * 8 > len(self.view) - self.position:
             raise self.fail("an array of strings is longer than the file")
-        offsets = []
-        for _ in range(count):
-            offsets.append(self.position)
-            self.take(self.integer(8))
+        offsets, position, length = [], self.position, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                offsets.append(position)
+                position += 8 + length(self.view, position)[0]
+        except (struct.error, OverflowError) as error:  # the position is beyond the end
+            raise self.past_end() from error
+        self.take(position - self.position)
         return Strings(self.view, offsets)
 
 

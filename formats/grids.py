@@ -74,9 +74,9 @@ class GridTensor:
         from gemexport.formats.lattice import encode
 
         assert self.grid is not None
-        values = self._base.rows(start, stop).values
+        values, bits = self._base.rows(start, stop).values, self.grid.bits
         scales = np.asarray(self._scales[start:stop])
-        return Rows(values, encode(values, scales, self.grid.bits), scales)
+        return Rows(values, lambda: encode(values, scales, bits), scales)
 
     def scales(self, start: int, stop: int) -> Floats:
         """Scales of these rows by themselves, without looking at the weights."""

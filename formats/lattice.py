@@ -241,20 +241,22 @@ def search(values: Floats, block: int, dtype: DType) -> tuple[Floats, int]:
 
 
 @jit
-def _encode(values: Floats, scales: Floats, low: int, high: int, codes: Codes) -> None:
-    block = values.shape[1] // scales.shape[1]
-    for row in range(values.shape[0]):
-        for b in range(scales.shape[1]):
-            scale = scales[row, b]
-            inverse = 0.0 if scale == 0 else 1.0 / scale
-            for i in range(b * block, (b + 1) * block):
-                codes[row, i] = np.int8(nearest(min(max(values[row, i] * inverse, low), high)))
+def _encode(values: Floats, scales: Floats, low: float, high: float, codes: Codes) -> None:
+    block = values.size // scales.size
+    for b in range(scales.size):
+        inverse = 0.0 if scales[b] == 0 else 1.0 / scales[b]
+        # Blocks by themselves, and integers as wide as a float, are what lets the loop be vectorised.
+        given, found = values[b * block : (b + 1) * block], codes[b * block : (b + 1) * block]
+        for i in range(block):
+            found[i] = np.int8(np.int32(nearest(min(max(given[i] * inverse, low), high))))
 
 
 def encode(values: Floats, scales: Floats, bits: int) -> Codes:
     """Nearest codes `[rows, in]` of `values` on the grid of `scales` `[rows, in // block]`; 0 where the scale is 0."""
     codes = np.empty(values.shape, dtype=np.int8)
-    _encode(values, np.ascontiguousarray(scales), -(1 << (bits - 1)), (1 << (bits - 1)) - 1, codes)
+    if scales.size:
+        given, factors = np.ascontiguousarray(values).reshape(-1), np.ascontiguousarray(scales).reshape(-1)
+        _encode(given, factors, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1, codes.reshape(-1))
     return codes
 
 

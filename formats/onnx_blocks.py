@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.bitpack import fields
 from gemexport.formats.tensor import Codes, DType, Floats, Grid, Kind, Rows, from_bf16, on_grid
 
 Bytes = NDArray[np.uint8]
@@ -27,7 +28,7 @@ def pack(codes: Codes, bits: int) -> Bytes:
 
 def unpack(packed: Bytes, bits: int) -> Codes:
     """The inverse of `pack`: int8 `[…, n]` in [-2**(bits-1), 2**(bits-1) - 1]."""
-    return (_fields(packed, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
+    return (fields(packed, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
 def pack_signed(codes: Codes, bits: int) -> Bytes:
@@ -41,7 +42,7 @@ def pack_signed(codes: Codes, bits: int) -> Bytes:
 def unpack_signed(packed: Bytes, bits: int) -> Codes:
     """The inverse of `pack_signed`."""
     half = np.uint8(1 << (bits - 1))
-    return ((_fields(packed, bits) ^ half) - half).view(np.int8)
+    return ((fields(packed, bits) ^ half) - half).view(np.int8)
 
 
 def pack_unsigned(codes: Bytes, bits: int) -> Bytes:
@@ -51,25 +52,17 @@ def pack_unsigned(codes: Bytes, bits: int) -> Bytes:
 
 def unpack_unsigned(packed: Bytes, bits: int) -> Bytes:
     """The fields of UINT2, UINT4 and UINT8 tensors, `[…, n]` in [0, 2**bits - 1]."""
-    return _fields(packed, bits)
+    return fields(packed, bits)
 
 
-def _join(fields: Bytes, bits: int) -> Bytes:
+def _join(numbers: Bytes, bits: int) -> Bytes:
     per = 8 // bits
-    if fields.shape[-1] % per:
-        fields = np.pad(fields, [(0, 0)] * (fields.ndim - 1) + [(0, -fields.shape[-1] % per)])
-    packed = fields[..., 0::per].copy()
+    if numbers.shape[-1] % per:
+        numbers = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % per)])
+    packed = numbers[..., 0::per].copy()
     for place in range(1, per):
-        packed |= fields[..., place::per] << np.uint8(place * bits)
+        packed |= numbers[..., place::per] << np.uint8(place * bits)
     return packed
-
-
-def _fields(packed: Bytes, bits: int) -> Bytes:
-    per = 8 // bits
-    fields = np.empty((*packed.shape, per), np.uint8)
-    for place in range(per):
-        fields[..., place] = (packed >> np.uint8(place * bits)) & np.uint8((1 << bits) - 1)
-    return fields.reshape(*packed.shape[:-1], packed.shape[-1] * per)
 
 
 class StoredTensor:

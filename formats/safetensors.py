@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -57,21 +58,35 @@ class Entry:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
 
 
+class MappedFile:
+    """A file that is mapped when its bytes are first asked for, once for all that look at a part of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def bytes(self) -> NDArray[np.uint8]:
+        """All of the file; the pages are the system's to drop."""
+        return np.memmap(self.path, np.uint8, mode="r")
+
+
 class MappedArray:
     """A tensor of a safetensors file as it is stored, mapped: `array` is a NumPy view (bf16 as uint16)."""
 
-    def __init__(self, path: Path, entry: Entry, offset: int) -> None:
-        self.path = path
+    def __init__(self, file: MappedFile, entry: Entry, offset: int) -> None:
+        self.path = file.path
         self.entry = entry
         self.offset = offset
+        self._file = file
 
     @property
     def array(self) -> NDArray[Any]:
-        """A view of the mapped file in the tensor's shape; the pages are the system's to drop."""
+        """A view of the mapped file in the tensor's shape."""
         dtype = np.dtype(NUMPY_DTYPES[self.entry.dtype])
         if self.entry.nbytes == 0:
             return np.empty(self.entry.shape, dtype)
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=self.entry.shape or (1,))
+        stored = self._file.bytes[self.offset : self.offset + self.entry.nbytes]
+        return stored.view(dtype).reshape(self.entry.shape or (1,))
 
 
 class MappedTensor:
@@ -115,7 +130,7 @@ def read_file(path: Path) -> dict[str, MappedArray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    tensors = {}
+    tensors, mapped = {}, MappedFile(path)
     for name, item in header.items():
         if name == "__metadata__":
             continue
@@ -124,7 +139,7 @@ def read_file(path: Path) -> dict[str, MappedArray]:
                 path, f"tensor {name} has the dtype {item['dtype']}, which is not known here", "convert it"
             )
         entry = Entry(name, item["dtype"], tuple(item["shape"]))
-        tensors[name] = MappedArray(path, entry, 8 + length + item["data_offsets"][0])
+        tensors[name] = MappedArray(mapped, entry, 8 + length + item["data_offsets"][0])
     return tensors
 
 

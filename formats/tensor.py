@@ -11,8 +11,9 @@ consecutive weights of a row share a scale and, on some grids, a shift of it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -38,14 +39,33 @@ class Grid:
     levels: tuple[float, ...] = ()  # of a codebook, by code
 
 
-@dataclass(frozen=True)
 class Rows:
-    """A slice of rows `[rows, in]`; codes and scales only of a tensor that has a grid."""
+    """A slice of rows `[rows, in]`: values, and of a tensor that has a grid codes `[rows, in]`, scales and shifts.
 
-    values: Floats  # [rows, in], the tensor's own values
-    codes: Codes | None = None  # [rows, in]; int8 of a symmetric grid, uint8 of the others
-    scales: Floats | None = None  # [rows, in // block]
-    shifts: Floats | None = None  # [rows, in // block]: zero points (integers) or biases, where the grid has them
+    Values and codes may be given as functions, which are called when these are first asked for: who wants codes alone
+    need not wait for values to be computed from them.
+    """
+
+    def __init__(
+        self,
+        values: Floats | Callable[[], Floats],
+        codes: Codes | Callable[[], Codes] | None = None,
+        scales: Floats | None = None,
+        shifts: Floats | None = None,
+    ) -> None:
+        self._values, self._codes = values, codes
+        self.scales = scales  # [rows, in // block]
+        self.shifts = shifts  # [rows, in // block]: zero points (integers) or biases, where the grid has them
+
+    @cached_property
+    def values(self) -> Floats:
+        """The tensor's own values, `[rows, in]`."""
+        return self._values() if callable(self._values) else self._values
+
+    @cached_property
+    def codes(self) -> Codes | None:
+        """`[rows, in]`; int8 of a symmetric grid, uint8 of the others; None without a grid."""
+        return self._codes() if callable(self._codes) else self._codes
 
     def grid(self) -> tuple[Codes, Floats]:
         """Codes and scales of a slice that has them; asking a plain tensor for them is a bug."""
@@ -115,9 +135,16 @@ def evaluate(grid: Grid, codes: Codes, scales: Floats, shifts: Floats | None = N
 
 def on_grid(grid: Grid, codes: Codes, scales: Floats, shifts: Floats | None = None) -> Rows:
     """Rows of a stored grid: codes, scales and shifts as they are, and the float32 values nearest to what they mean."""
-    if grid.kind == "symmetric":  # one product, rounded once: float32 is as good, and faster
-        return Rows(codes * expand(scales, grid.block), codes, scales)
-    return Rows(evaluate(grid, codes, scales, shifts).astype(np.float32), codes, scales, shifts)
+
+    def values() -> Floats:
+        if grid.kind != "symmetric":
+            return evaluate(grid, codes, scales, shifts).astype(np.float32)
+        found = codes.astype(np.float32, order="C")  # one product, rounded once: float32 is as good, and faster
+        blocks = found.reshape(*scales.shape, grid.block)
+        blocks *= scales[..., None]
+        return found
+
+    return Rows(values, codes, scales, shifts)
 
 
 def reblock(scales: Floats, block: int, target: int) -> Floats | None:
@@ -132,7 +159,9 @@ def reblock(scales: Floats, block: int, target: int) -> Floats | None:
 
 def from_bf16(bits: NDArray[np.uint16]) -> Floats:
     """The float32 values of bfloat16 bit patterns."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)  # in place: what is written twice is fetched twice
+    return wide.view(np.float32)
 
 
 def to_bf16(values: Floats) -> NDArray[np.uint16]:

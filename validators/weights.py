@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import gcd
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,12 @@ from numpy.typing import NDArray
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.lattice import edges, jit
 from gemexport.formats.parallel import ordered
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, evaluate, round_to, slices
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, reblock, round_to, slices
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
+SLICE = 4 << 20  # bytes of float32: what is compared side by side
+PIECE = 512  # weights that are evaluated and judged in one go
+_NONE: Floats = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -60,33 +65,106 @@ class WeightsComparison:
 
 
 @jit
-def _compare(source: Floats, stored: NDArray[np.float64], dtype: int) -> tuple[int, float, float, float, float]:
-    """Exact weights, largest error, squared error, largest source weight, squared source weights."""
-    exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
+def _evaluate(
+    codes: Codes | Floats, scales: Floats, zeros: Floats, biases: Floats, start: int, found: NDArray[np.float64]
+) -> None:
+    """Fill `found` with what the codes from `start` on mean: (code - zero) * scale + bias, each by itself exact."""
+    block = codes.size // scales.size
+    first, zero, bias = 0, 0.0, 0.0
+    while first < found.size:
+        b = (start + first) // block
+        last = min((b + 1) * block - start, found.size)
+        if zeros.size > 0:
+            zero = np.float64(zeros[b])
+        if biases.size > 0:
+            bias = np.float64(biases[b])
+        scale = np.float64(scales[b])
+        given, out = codes[start + first : start + last], found[first:last]
+        for i in range(out.size):
+            out[i] = (np.float64(given[i]) - zero) * scale + bias
+        first = last
+
+
+@jit
+def _all_round_to(source: Floats, found: NDArray[np.float64], dtype: int, narrow: Floats) -> tuple[bool, np.uint32]:
+    """Whether every number found rounds to the source's value, and the pattern of the source's largest magnitude.
+
+    `narrow` gets the numbers as float32, whose patterns are then rounded to the source's dtype. Rounding twice goes
+    wrong only where the first one ends at a tie; that, and what is no normal number of f16, is left to `_judge`: True
+    is always right, False is not.
+    """
+    shift = np.uint32(16 if dtype == 0 else (13 if dtype == 1 else 0))  # bits of float32 that the dtype has not
+    dropped = np.uint32((1 << shift) - 1)
+    kept, down, odd = np.uint32(~dropped), np.uint32(dropped >> 1), np.uint32(1 if shift else 0)
+    tie = np.uint32(down + 1)  # with nothing dropped there is none, and no pattern has this
+    wrong, peak = np.uint32(0), np.uint32(0)
+    for i in range(found.size):
+        near = np.float32(found[i])
+        narrow[i] = near
+        bits = near.view(np.uint32)
+        rounded = np.uint32(np.uint32(np.uint32(bits + down) + np.uint32((bits >> shift) & odd)) & kept)
+        same = rounded.view(np.float32) == source[i]
+        once = ((bits & dropped) != tie) | (np.float64(near) == found[i])
+        zero = (source[i] != 0) | (found[i] == 0)
+        wrong |= np.uint32(not (same & once & zero))
+        peak = max(peak, np.uint32(np.float32(source[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+    return wrong == 0, peak
+
+
+@jit
+def _judge(
+    source: Floats, found: NDArray[np.float64], dtype: int, worst: float, error: float
+) -> tuple[int, float, float]:
+    """Exact weights; the largest and the summed squared error, carried on from those of the weights before."""
+    exact = 0
     step = 0x10000 if dtype == 0 else (0x2000 if dtype == 1 else 1)
     patterns = source.view(np.uint32)
-    for row in range(source.shape[0]):
-        for i in range(source.shape[1]):
-            wanted, found = np.float64(source[row, i]), stored[row, i]
-            peak = max(peak, abs(wanted))
-            energy += wanted * wanted
-            if found == wanted:
+    for i in range(found.size):
+        wanted = np.float64(source[i])
+        if found[i] == wanted:
+            exact += 1
+            continue
+        magnitude = patterns[i] & np.uint32(0x7FFFFFFF)
+        if magnitude != 0 and (found[i] > 0) == (wanted > 0):
+            below, above = edges(magnitude, dtype)
+            size = abs(found[i])
+            odd = (magnitude & step) != 0
+            if below <= size <= above and not (odd and size in (below, above)):
                 exact += 1
                 continue
-            magnitude = patterns[row, i] & np.uint32(0x7FFFFFFF)
-            if magnitude != 0 and (found > 0) == (wanted > 0):
-                below, above = edges(magnitude, dtype)
-                size = abs(found)
-                odd = (magnitude & step) != 0
-                if below <= size <= above and not (odd and size in (below, above)):
-                    exact += 1
-                    continue
-            difference = abs(found - wanted)
-            # A NaN must reach the report, and stay there: nothing compares greater than it.
-            if difference > worst or np.isnan(difference):
-                worst = difference
-            error += difference * difference
-    return exact, worst, error, peak, energy
+        difference = abs(found[i] - wanted)
+        # A NaN must reach the report, and stay there: nothing compares greater than it.
+        if difference > worst or np.isnan(difference):
+            worst = difference
+        error += difference * difference
+    return exact, worst, error
+
+
+@jit
+def _compare(
+    source: Floats, codes: Codes | Floats, scales: Floats, zeros: Floats, biases: Floats, dtype: int, values: Floats
+) -> tuple[int, float, float, float, float]:
+    """Exact weights, largest error, squared error, largest source weight, squared source weights; all arrays flat.
+
+    `values` gets the float32 numbers nearest to what is stored. A piece at a time, which stays in the nearest cache;
+    most artefacts are exact, so that is asked first, of a whole piece, in a loop that is vectorised.
+    """
+    exact, worst, error, peak, energy = 0, 0.0, 0.0, np.uint32(0), 0.0
+    buffer = np.empty(PIECE, np.float64)
+    for start in range(0, source.size, PIECE):
+        stop = min(start + PIECE, source.size)
+        wanted, found = source[start:stop], buffer[: stop - start]
+        _evaluate(codes, scales, zeros, biases, start, found)
+        right, top = _all_round_to(wanted, found, dtype, values[start:stop])
+        peak = max(peak, top)
+        for i in range(wanted.size):
+            energy += np.float64(wanted[i]) * np.float64(wanted[i])
+        if right:
+            exact += wanted.size
+        else:
+            count, worst, error = _judge(wanted, found, dtype, worst, error)
+            exact += count
+    return exact, worst, error, np.float64(np.uint32(peak).view(np.float32)), energy
 
 
 def compare(
@@ -121,7 +199,7 @@ def _tensor(
     same_codes = source.grid is not None and stored.grid is not None
     kept: int | None = 0
     for (counted, largest, squared, top, power), same, scales, values in ordered(
-        lambda pair: _slice(pair[0], pair[1], source, stored), _pairs(source, stored), threads
+        lambda bounds: _slice(source, stored, bounds), _bounds(source, stored), threads
     ):
         update(values)
         exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
@@ -147,48 +225,67 @@ def _tensor(
     )
 
 
-def _pairs(source: Tensor, stored: Tensor) -> Iterator[tuple[Rows, Rows]]:
-    """The same slices of rows of both; what is not 2-D is one row."""
+def _bounds(source: Tensor, stored: Tensor) -> Iterator[tuple[int, int] | None]:
+    """The slices of rows to compare; None for the whole of what is not 2-D."""
     if len(source.shape) == 2 and source.shape == stored.shape:
-        for start, stop in slices(source, 4 << 20):
-            yield source.rows(start, stop), stored.rows(start, stop)
+        yield from slices(source, SLICE)
     else:
-        yield Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
+        yield None
 
 
 def _slice(
-    wanted: Rows, found: Rows, source: Tensor, stored: Tensor
+    source: Tensor, stored: Tensor, bounds: tuple[int, int] | None
 ) -> tuple[tuple[int, float, float, float, float], bool, int | None, memoryview]:
-    values = _exact(stored.grid, found)
-    numbers = _compare(np.ascontiguousarray(wanted.values), values, _SOURCE[source.dtype])
-    same, scales = _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored)
-    return numbers, same, scales, np.ascontiguousarray(values, np.float32).data
+    """What `_compare` counts in a slice, whether codes and how many weights' scales are the same, and the values."""
+    if bounds is None:
+        wanted, found = Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
+    else:
+        wanted, found = source.rows(*bounds), stored.rows(*bounds)
+    expected = _flat(wanted.values)
+    values = np.empty(expected.size, np.float32)
+    numbers = _compare(expected, *map(_flat, _stored(stored.grid, found)), _SOURCE[source.dtype], values)
+    return numbers, _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored), values.data
 
 
-def _exact(grid: Grid | None, rows: Rows) -> NDArray[np.float64]:
-    """What stored rows stand for, without rounding, `[rows, in]`."""
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def _stored(grid: Grid | None, rows: Rows) -> tuple[NDArray[Any], Floats, Floats, Floats]:
+    """Rows as `_evaluate` takes them: codes, scales, zero points and biases; empty where there are none.
+
+    What has no grid is its own code on a scale of one.
+    """
     if grid is None or rows.codes is None:
-        return rows.values.astype(np.float64)
-    return evaluate(grid, *rows.grid(), rows.shifts)
+        return rows.values, np.ones(1, np.float32), _NONE, _NONE
+    codes, scales = rows.grid()
+    if grid.kind == "codebook":
+        return np.asarray(grid.levels)[codes], scales, _NONE, _NONE
+    if rows.shifts is None:
+        return codes, scales, _NONE, _NONE
+    return (codes, scales, rows.shifts, _NONE) if grid.kind == "zero-point" else (codes, scales, _NONE, rows.shifts)
 
 
 def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bool:
     """Whether the artefact has the source's codes, on scales and biases that differ only by the artefact's rounding."""
-    if source.grid is None or stored.grid is None or wanted.codes is None or found.codes is None:
+    if source.grid is None or stored.grid is None:
         return False
-    width, dtype = wanted.codes.shape[1], stored.grid.scale_dtype
     pairs = [(wanted.scales, found.scales)]
     if wanted.shifts is not None or found.shifts is not None:
         pairs.append((_biases(source.grid, wanted), _biases(stored.grid, found)))
-    return np.array_equal(wanted.codes, found.codes) and all(
-        ours is not None
-        and theirs is not None
-        and np.array_equal(
-            np.repeat(round_to(ours, dtype), width // ours.shape[1], axis=1),
-            np.repeat(theirs, width // theirs.shape[1], axis=1),
-        )
-        for ours, theirs in pairs
-    )
+    alike = all(_alike(ours, theirs, source.shape[1], stored.grid.scale_dtype) for ours, theirs in pairs)
+    # Last, because the source's codes may have to be found first.
+    return alike and wanted.codes is not None and found.codes is not None and np.array_equal(wanted.codes, found.codes)
+
+
+def _alike(ours: Floats | None, theirs: Floats | None, width: int, dtype: DType) -> bool:
+    """Whether numbers of blocks are for every weight the same, ours rounded to `dtype`; blocks may differ in size."""
+    if ours is None or theirs is None:
+        return False
+    blocks = [width // part.shape[1] for part in (ours, theirs)]
+    common = gcd(*blocks)
+    parts = (reblock(part, block, common) for part, block in zip((round_to(ours, dtype), theirs), blocks, strict=True))
+    return np.array_equal(*parts)
 
 
 def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
