@@ -207,7 +207,14 @@ def coreml(
 @app.command("compressed-tensors")
 def compressed_tensors(
     model: Model, out: Out = None, variant: Annotated[str | None, _variant("w4a16, bf16")] = None,
-    pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="Embeddings as codes too.")] = False,
+    pack_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--pack-embeddings/--no-pack-embeddings",
+            help="Embeddings as codes, or as floats. [default: codes where they were read from codes]",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Adapter = None, compress: Compress = None, compress_python: CompressPython = None,
     calibration: Calibration = None, recipe: RecipeName = "default", memory: Memory = None, tokens: Tokens = 512,
     no_validate: NoValidate = False, fresh: Fresh = False, as_json: Json = False,
@@ -216,7 +223,7 @@ def compressed_tensors(
     common = _common(
         out, adapter, compress, compress_python, calibration, recipe, memory, tokens, no_validate, fresh, as_json
     )
-    _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings or None}, common)
+    _single("compressed-tensors", model, variant, {"pack_embeddings": pack_embeddings}, common)
 
 
 @app.command()
