@@ -58,16 +58,18 @@ def export(
     path: Path,
     *,
     variant: str = VARIANTS[0],
-    pack_embeddings: bool = False,
+    pack_embeddings: bool | None = None,
     progress: Callable[[int], None] = ignore,
 ) -> Export:
     """Write `checkpoint` to the folder `path` for compressed-tensors; the decoder alone, if it came with towers.
 
     `w4a16` packs every linear that has a grid, with the grid's own bits and block; `bf16` packs nothing.
-    `pack_embeddings` packs embeddings and per-layer embeddings as well.
+    Embeddings that were read from codes keep them, but for one that is the head too; those with 16-bit values of their
+    own stay as they are. `pack_embeddings` has all of them as codes, or none.
 
-    Loaders cast scales to the dtype of the model. Scales of a lattice that this would change are stored as f32, and
-    the config asks transformers to unpack while it loads, before it casts; it also has to for packed embeddings.
+    Loaders cast scales to the dtype of the model. Scales that this would change are stored as f32, and the config asks
+    transformers to unpack while it loads, before it casts; or it says float32, where unpacking early would lose static
+    activation scales or one of several schemes.
 
     Static activation scales, those of caches too, are written where transformers computes with them: not where it
     unpacks while it loads. A model whose scales its own dtype does not hold is then to be loaded in float32.
@@ -97,7 +99,7 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     return Container(f"{scheme.format} {scheme.bits} bit{zeros}, {strategy}", "f32")
 
 
-def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[Checkpoint, _Plan]:
+def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) -> tuple[Checkpoint, _Plan]:
     """The tensors as the format holds them, and how."""
     given = rounding.signed(checkpoint.activations or Activations())
     checkpoint = replace(checkpoint, activations=None)  # what is left out of them is known only at the end
@@ -113,33 +115,74 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool) -> tuple[
         else:
             tensors[name] = Plain(tensor)
             plan.notes.append(f"{name} is written without its grid: a scale is none of the format {scheme.format}")
-    kept = {HEAD} & given.linears.keys()  # a head that rounds what it reads is a linear like the others
-    unpacked = () if pack_embeddings else (*EMBEDDINGS, HEAD)
-    left = [name for name in unpacked if name in plan.packed and name not in kept]
-    for name in left:
-        del plan.packed[name]
+    others = _leave_embeddings(checkpoint, tensors, given, plan, pack_embeddings)
     if plan.packed:
         _unify(tensors, plan)
-    # transformers 5.23 expects zero points that are not packed, but for when it unpacks while it loads.
-    shifted = any(not scheme.symmetric for scheme in plan.packed.values())
-    early = shifted or any(name in plan.packed for name in EMBEDDINGS)
-    if given and not early and (_widened(tensors, plan) or not rounding.held(given, plan.model)):
-        plan.notes.append(
-            f"config.json says float32: {plan.model} does not hold the scales, and activations are static"
-        )
-        plan.model = "f32"
-    plan.unpack_early = early or _widened(tensors, plan)
+    others |= _fit_loader(checkpoint, tensors, given, plan)
     if not plan.unpack_early:
         plan.activations = rounding.placed(given, plan.packed, checkpoint.architecture)
         plan.packed = rounding.with_activations(plan.packed, plan.activations)
     plan.notes += left_out(given, plan.activations)
-    others = _keep_one_scheme(tensors, plan) if plan.unpack_early else {}
     plan.plain = {name: _plain_dtype(tensor, plan.model) for name, tensor in tensors.items() if name not in plan.packed}
-    for name in left:
-        reason = "embeddings are packed only when asked (pack_embeddings)"
-        plan.notes.append(f"{name} stays {plan.plain[name]}: {reason}")
     plan.notes += [f"{name} stays {plan.plain[name]}: {reason}" for name, reason in others.items()]
     return replace(checkpoint, tensors=tensors), plan
+
+
+def _leave_embeddings(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], given: Activations, plan: _Plan, asked: bool | None
+) -> dict[str, str]:
+    """Take out of the plan the embeddings, and the head, that stay floats; returns why, by name.
+
+    Where nothing was `asked`, an embedding that was read from codes keeps them, but for one that is the head as well:
+    vLLM has no head for those. What has 16-bit values of its own stays as it is in released files.
+    """
+    left = []
+    for name in (*EMBEDDINGS, HEAD):
+        if name not in plan.packed or asked or (name == HEAD and name in given.linears):
+            continue  # a head that rounds what it reads is a linear like the others
+        grid, tied = tensors[name].grid, name == EMBEDDINGS[0] and checkpoint.architecture.tied
+        coded = tensors[name].dtype == "f32" and grid is not None and grid.lossless
+        if asked is not None or tied or not coded:
+            left.append(name)
+            del plan.packed[name]
+    return dict.fromkeys(left, "embeddings are packed only when asked (pack_embeddings)")
+
+
+def _fit_loader(checkpoint: Checkpoint, tensors: dict[str, Tensor], given: Activations, plan: _Plan) -> dict[str, str]:
+    """Settle how transformers is to unpack the modules, and their schemes after that; returns why some stay floats.
+
+    transformers 5.23 initialises modules after loading them, and an embedding without `weight` stops it there; told to
+    unpack while it loads, it has one. So it reads zero points, and scales wider than the model's dtype. But then it
+    knows one scheme, and rounds no activations. Where there are several or any, embeddings get a byte for each code,
+    which is called `weight`, and wide scales a model in f32.
+    """
+    embeddings = [name for name in EMBEDDINGS if name in plan.packed]
+    shifted = any(not scheme.symmetric for scheme in plan.packed.values())
+    shared = EMBEDDINGS[0] in embeddings and checkpoint.architecture.tied  # a head of bytes would stay one
+    several = len(set(plan.packed.values())) > 1
+    wanted = bool(embeddings) or _widened(tensors, plan)
+    plan.unpack_early = shifted or shared or (wanted and not several and not given)
+    if plan.unpack_early:
+        return _keep_one_scheme(tensors, plan)
+    others = {}
+    for name in embeddings:
+        scheme = plan.packed.pop(name)
+        bytes_ = scheme.in_bytes()
+        if bytes_ is None:
+            others[name] = f"transformers loads no embedding in {scheme.format}"
+        else:
+            plan.packed[name] = bytes_
+    written = [name for name in embeddings if name in plan.packed]
+    if written:
+        plan.notes.append(
+            f"{' and '.join(written)}: a byte for each code, which transformers loads beside "
+            f"{'several schemes' if several else 'static activations'} and vLLM does not (--no-pack-embeddings)"
+        )
+    if _widened(tensors, plan) or not rounding.held(given, plan.model):
+        why = "activations are static" if given else "modules have several schemes"
+        plan.notes.append(f"config.json says float32: {plan.model} does not hold the scales, and {why}")
+        plan.model = "f32"
+    return others
 
 
 def _widened(tensors: dict[str, Tensor], plan: _Plan) -> bool:
@@ -222,12 +265,13 @@ def _config(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
 def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     """`quantization_config`, as compressed_tensors.quantization.QuantizationConfig serialises it.
 
-    The commonest scheme has every Linear for its target, the others the modules that differ, by name.
+    The commonest scheme has every Linear for its target, the others the modules that differ, by name. It comes last:
+    of a module that two targets match, the library warns that the later one found none.
     """
     schemes = plan.packed
     linears = [name for name in schemes if name not in EMBEDDINGS]
     usual = _usual(schemes)
-    ordered = [usual, *sorted(set(schemes.values()) - {usual})]
+    ordered = [*sorted(set(schemes.values()) - {usual}), usual]
     groups = {}
     for i, scheme in enumerate(ordered):
         named = [_module(name) for name, own in schemes.items() if own == scheme]
@@ -242,8 +286,6 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     cached = rounding.cache_scheme(plan.activations)
     return {
         "config_groups": groups,
-        # transformers 5.23 initialises modules after loading them, and an embedding without `weight` stops it
-        # there; told to decompress while it loads, it has one.
         "dequantize": plan.unpack_early,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,

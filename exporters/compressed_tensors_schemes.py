@@ -1,12 +1,13 @@
 """Which scheme of compressed-tensors holds a grid, and the arrays that a module has in each of them.
 
-The formats are those of compressed_tensors.compressors 0.20: integers as dense bits, fp4 and fp6 in bytes, fp8 as is.
+The formats are those of compressed_tensors.compressors 0.20: integers as dense bits or a byte each, fp4 and fp6 in
+bytes, fp8 as is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from gemexport.formats.minifloat import E2M1, E2M3, E4M3, multiple, to_e4m3, to_
 from gemexport.formats.safetensors import DTYPE_NAMES, Entry
 from gemexport.formats.tensor import Floats, Grid, Rows, Tensor, reblock, slices
 
-PACKED, FLOAT = "pack-quantized", "float-quantized"
+PACKED, BYTES, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, MXFP6, NVFP4 = "mxfp4-pack-quantized", "mxfp6-pack-quantized", "nvfp4-pack-quantized"
 MX = {MXFP4: E2M1, MXFP6: E2M3}
 MX_GROUP, NV_GROUP = 32, 16
@@ -60,7 +61,7 @@ class Scheme:
             "num_bits": self.bits,
             "strategy": "tensor_group" if self.format == NVFP4 else strategy,
             "symmetric": self.symmetric,
-            "type": "int" if self.format == PACKED else "float",
+            "type": "int" if self.format in (PACKED, BYTES) else "float",
         }
         if self.format in MX:
             weights["scale_dtype"] = "torch.uint8"
@@ -87,6 +88,12 @@ class Scheme:
             and own.symmetric >= self.symmetric
             and grid.block % group == 0
         )
+
+    def in_bytes(self) -> Scheme | None:
+        """The scheme with a byte for each code, so that modules have a `weight`; None where there is none."""
+        if self.format == PACKED and self.symmetric:
+            return replace(self, format=BYTES)
+        return self if self.format == FLOAT else None
 
     @property
     def byte_scales(self) -> bool:
@@ -129,6 +136,8 @@ def codes(tensor: Tensor, scheme: Scheme) -> tuple[Entry, Callable[[Rows], NDArr
     (out, width), module = tensor.shape, tensor.name.removesuffix(".weight")
     if scheme.format == FLOAT:
         return Entry(tensor.name, "F8_E4M3", (out, width)), lambda rows: rows.grid()[0].view(np.uint8)
+    if scheme.format == BYTES:
+        return Entry(tensor.name, "I8", (out, width)), lambda rows: rows.grid()[0]
     if scheme.format == PACKED:
         entry = Entry(f"{module}.weight_packed", "I32", (out, words(width, scheme.bits)))
         return entry, lambda rows: pack(rows.grid()[0], scheme.bits).view("<i4")

@@ -95,7 +95,8 @@ def _named(target: str, names: tuple[str, ...]) -> bool:
 
 
 def _is_class(target: str) -> bool:
-    return not target.startswith("re:") and "." not in target
+    """Whether a target names a class, as `Linear` does; `lm_head` names a module."""
+    return target[:1].isupper() and "." not in target
 
 
 def quantization(path: Path, config: dict[str, Any]) -> Quantization:

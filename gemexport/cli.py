@@ -132,7 +132,7 @@ def _add_format(target: Target) -> None:
             variants={target.name: tuple(variant.split(","))} if variant else None,
             memory=parse_bytes(memory),
             validate=not given.pop("no_validate"),
-            options={target.name: {name: value for name, value in options.items() if value}},
+            options={target.name: {name: value for name, value in options.items() if value is not None}},
             **given,
         )
         _run(asked, as_json)
@@ -151,11 +151,11 @@ def _add_format(target: Target) -> None:
 
 
 def _option(setting: Setting) -> tuple[Any, Any]:
-    """A setting as typer's annotation and default."""
-    flag = setting.kind is bool
-    name = f"--{setting.name.replace('_', '-')}"
-    kind: Any = bool if flag else setting.kind | None
-    return Annotated[kind, typer.Option(name, metavar=setting.metavar, help=setting.help)], False if flag else None
+    """A setting as typer's annotation and default; a flag has its contrary, for what is neither is the default."""
+    name = setting.name.replace("_", "-")
+    spelt = f"--{name}/--no-{name}" if setting.kind is bool else f"--{name}"
+    option = typer.Option(spelt, metavar=setting.metavar, help=setting.help, show_default=False)
+    return Annotated[setting.kind | None, option], None
 
 
 for _target in TARGETS.values():

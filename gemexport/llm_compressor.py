@@ -19,7 +19,7 @@ def main(path: Path) -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = getattr(torch, task["dtype"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype, local_files_only=True)
@@ -29,6 +29,8 @@ def main(path: Path) -> None:
         columns = {"input_ids": ids, "attention_mask": [[1] * len(sample) for sample in ids]}
         samples = {
             "dataset": Dataset.from_dict(columns),
+            # Else it looks for the processor that Gemma's tokenizer_config.json names, which wants an image processor.
+            "processor": AutoTokenizer.from_pretrained(task["model"], local_files_only=True),
             "num_calibration_samples": len(ids),
             "max_seq_length": max(map(len, ids)),
             "shuffle_calibration_samples": False,

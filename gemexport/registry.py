@@ -155,7 +155,13 @@ TARGETS: dict[str, Target] = {
             "compressed-tensors/{variant}",
             "compressed_tensors", "compressed_tensors", "compressed-tensors", ("compressed_tensors", "transformers"),
             computes_with_scales=True,
-            settings=(Setting("pack_embeddings", "Embeddings as codes too.", bool),),
+            settings=(
+                Setting(
+                    "pack_embeddings",
+                    "Embeddings as codes, or as floats. [default: codes where they were read from codes]",
+                    bool,
+                ),
+            ),
         ),
     )
 }  # fmt: skip

@@ -5,6 +5,8 @@ The model is made of transformers' own quantized layers with E2B's quantization,
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 import torch
 import transformers
 
+import gemexport
 from gemexport import demo_mobile
-from gemexport.exporters import onnx
+from gemexport.exporters import compressed_tensors, onnx
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids import find_grids
@@ -111,12 +114,51 @@ def test_every_format_has_the_codes(
             np.testing.assert_array_equal(found, values, err_msg=name)
             continue
         widths.add(tensor.grid.bits)
-        # Embeddings are no codes in compressed-tensors unless that is asked for, but the same numbers.
-        plain = target == "compressed-tensors" and "embed_tokens" in name
-        assert plain or same_codes(tensor, stored[name]), f"{name} has other codes"
+        assert same_codes(tensor, stored[name]), f"{name} has other codes"
         # GGUF's scales are f16: half a step of 11 bits.
         np.testing.assert_allclose(found, values, rtol=2.0**-11 if target == "gguf" else 0.0, atol=0, err_msg=name)
     assert widths == {2, 4, 8}
+
+
+# As users load it, with nothing of ours: every embedding and linear, and the first next token.
+PROGRAM = """
+import sys, numpy, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", attn_implementation="eager")
+logits = model(torch.tensor([[int(token) for token in sys.argv[3:]]]), use_cache=False).logits[0]
+assert model.dtype == torch.float32
+assert not any(name.startswith("gemexport") for name in sys.modules)
+names = [name for name, value in model.state_dict().items() if value.ndim == 2 and name.endswith(".weight")]
+numpy.savez(sys.argv[2], logits=logits.detach().numpy(), **{name: model.get_parameter(name).detach() for name in names})
+"""
+
+
+def test_compressed_tensors_loads_with_its_codes(mobile: Mobile, expected: list[Floats], tmp_path: Path) -> None:
+    """transformers itself, on a folder whose embeddings are codes too: the source's weights, and its logits."""
+    folder = compressed_tensors.export(mobile.checkpoint, tmp_path / "ct").path
+    tokens = [str(token) for token in mobile.sequences[0]]
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "found.npz"), *tokens]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Could not match" not in done.stderr
+    found = np.load(tmp_path / "found.npz")
+    matrices = {name: tensor for name, tensor in mobile.checkpoint.tensors.items() if len(tensor.shape) == 2}
+    for name, tensor in matrices.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy(), err_msg=name)
+    total = Divergence()
+    total.add(expected[0], found["logits"], mobile.sequences[0])
+    assert total.kld_mean == 0.0
+
+
+def test_compressed_tensors_passes_its_validator(mobile: Mobile, tmp_path: Path) -> None:
+    report = gemexport.export(mobile.checkpoint.path, tmp_path / "out", formats=["compressed-tensors"], tokens=128)
+    artifact = report.artifacts[0]
+    assert artifact.status == "pass", artifact.reason
+    assert artifact.weights is not None
+    assert artifact.weights.exact_fraction == 1.0
+    assert artifact.logits is not None
+    assert artifact.logits.conversion is not None
+    assert artifact.logits.conversion.kld_mean < 1e-9
 
 
 def run(mobile: Mobile, activations: Activations, folder: Path, placed: onnx.Placing) -> list[Floats]:

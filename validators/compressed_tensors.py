@@ -47,7 +47,9 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(path, f"transformers cannot load it ({reason})", remedy) from error
-    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    # compressed-tensors makes a parameter of this buffer of quantized embeddings, which the class then sets itself.
+    unset = [key for key in map(str, report["missing_keys"]) if not key.endswith(".embed_scale")]
+    missing = sorted([*unset, *map(str, report["mismatched_keys"])])
     if missing:
         raise InputError(path, f"transformers finds no {missing[0]} in it", remedy)
     return CompressedTensors(model, tokenizer, threads, "static-activations" if activations(path) else "f32")

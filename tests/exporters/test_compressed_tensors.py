@@ -131,6 +131,58 @@ def test_mixed_schemes_are_said_by_module(gemma3: Checkpoint, tmp_path: Path) ->
     assert ignored == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
 
 
+def _from_codes(like: Tensor, block: int, bits: int) -> ArrayTensor:
+    """A tensor as a reader makes it of codes and scales in f32: what they mean are no 16-bit numbers."""
+    (out, width), stream = like.shape, np.random.default_rng(bits)
+    codes = stream.integers(-(1 << (bits - 1)), 1 << (bits - 1), (out, width)).astype(np.int8)
+    scales = stream.uniform(0.001, 0.1, (out, width // block)).astype(np.float32)
+    grid = Grid(bits, block, "f32", lossless=True)
+    return ArrayTensor(like.name, codes * expand(scales, block), "f32", codes, scales, grid)
+
+
+@pytest.mark.parametrize(
+    ("bits", "asked", "form"),
+    [
+        (4, None, "pack-quantized"),  # the scheme of the linears: one that transformers can unpack while it loads
+        (2, None, "int-quantized"),
+        (2, True, "pack-quantized"),  # one that is the head as well has them unpacked early: wider codes hold these
+        (2, False, None),
+        (4, False, None),
+    ],
+)
+def test_embeddings_that_were_read_from_codes_keep_them(
+    gemma4: Checkpoint, tmp_path: Path, bits: int, asked: bool | None, form: str | None
+) -> None:
+    embedding = _from_codes(gemma4.tensors[PER_LAYER], 32, bits)
+    checkpoint = _with(gemma4, embedding, _from_codes(gemma4.tensors[EMBEDDINGS], 32, 4))
+    export = exporter.export(checkpoint, tmp_path / "out", pack_embeddings=asked)
+    stored = compressed_tensors.tensors(export.path)
+    settings = _config(export.path)["quantization_config"]
+    module = PER_LAYER.removesuffix(".weight")
+    forms = [group["format"] for group in settings["config_groups"].values() if module in group["targets"]]
+    assert forms == ([] if form is None else [form])
+    if form is not None:
+        assert settings["dequantize"] is (form == "pack-quantized")
+        np.testing.assert_array_equal(stored[PER_LAYER].rows(3, 9).codes, embedding.rows(3, 9).codes)
+    assert all(item.exact_fraction == 1.0 for item in compare(checkpoint.tensors, stored).tensors)
+    assert (stored[EMBEDDINGS].grid is not None) is bool(asked), "one that is the head too"
+
+
+def test_several_schemes_with_wide_scales_make_a_model_in_f32(gemma3: Checkpoint, tmp_path: Path) -> None:
+    """Unpacking while loading holds wide scales, and one scheme: in float32 there is no need to."""
+    wide = [_from_codes(gemma3.tensors[name], 32, bits) for name, bits in ((GATE, 4), (UP, 8))]
+    export = exporter.export(_with(gemma3, *wide), tmp_path / "out")
+    written = _config(export.path)
+    assert (written["dtype"], written["quantization_config"]["dequantize"]) == ("float32", False)
+    stored = compressed_tensors.tensors(export.path)
+    for tensor in wide:
+        np.testing.assert_array_equal(stored[tensor.name].rows(0, 9).codes, tensor.rows(0, 9).codes)
+        np.testing.assert_array_equal(stored[tensor.name].rows(0, 9).scales, tensor.rows(0, 9).scales)
+    export = exporter.export(_with(gemma3, wide[0]), tmp_path / "one")
+    written = _config(export.path)
+    assert (written["dtype"], written["quantization_config"]["dequantize"]) == ("bfloat16", True)
+
+
 def test_wider_blocks_join_the_common_one(gemma3: Checkpoint, tmp_path: Path) -> None:
     checkpoint = _with(gemma3, _lattice(gemma3.tensors[GATE], 64, 4))
     export = exporter.export(checkpoint, tmp_path / "out")

@@ -18,6 +18,8 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.compressed_tensors_activations import quantizer
 from gemexport.formats.compressed_tensors_settings import Args
 from gemexport.formats.errors import InputError
+from gemexport.formats.grids import attach, find_grids
+from gemexport.formats.recipe import load_recipe
 from gemexport.formats.safetensors import ShardedWriter, read_folder
 from gemexport.registry import TARGETS
 
@@ -71,14 +73,20 @@ def test_compressed_tensors(mobile: Checkpoint, tmp_path: Path) -> None:
     assert again.activations == found
     assert again.left_out == ()
     packed = compressed_tensors.export(checkpoint, tmp_path / "packed", pack_embeddings=True)
+    assert TARGETS["compressed-tensors"].activations(packed.path) == found, "embeddings as codes cost no activations"
+
+
+def test_what_unpacks_early_rounds_nothing(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """A packed embedding that is the head too has transformers unpack while it loads, into a model of plain linears."""
+    find_grids(open_checkpoint(tiny_gemma3), tmp_path / "grids", load_recipe("lossless"))
+    checkpoint = attach(open_checkpoint(tiny_gemma3), tmp_path / "grids")
+    given = Activations({WEIGHT: LinearActivations(Quantizer(0.25))})
+    packed = compressed_tensors.export(replace(checkpoint, activations=given), tmp_path / "ct", pack_embeddings=True)
     assert TARGETS["compressed-tensors"].activations(packed.path) is None
-    assert any("linears" in note and "left out" in note for note in packed.notes)
+    assert any("1 linears" in note and "left out" in note for note in packed.notes)
 
 
 def test_caches_of_compressed_tensors(tiny_gemma3: Path, tmp_path: Path) -> None:
-    from gemexport.formats.grids import attach, find_grids
-    from gemexport.formats.recipe import load_recipe
-
     find_grids(open_checkpoint(tiny_gemma3), tmp_path / "grids", load_recipe("lossless"))
     checkpoint = attach(open_checkpoint(tiny_gemma3), tmp_path / "grids")
     caches = {

@@ -11,8 +11,11 @@ import pytest
 
 from gemexport.formats import compressed_tensors
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.compressed_tensors_settings import quantization
 from gemexport.formats.errors import InputError
 from gemexport.formats.minifloat import E2M1, E2M3, E4M3
+from gemexport.formats.modules import Module
+from gemexport.formats.safetensors import Entry, MappedArray
 
 torch = pytest.importorskip("torch")
 library = pytest.importorskip("compressed_tensors.compressors")
@@ -111,6 +114,24 @@ def test_what_the_library_packed(
     assert tensor.dtype == "f32"
     assert checkpoint.left_out == ()
     assert "quantization_config" not in checkpoint.config
+
+
+def test_a_target_is_a_module_or_a_class(tmp_path: Path) -> None:
+    """`lm_head` is no class of linears, wherever in the file its group stands: so the library tells them apart."""
+    groups = {
+        "group_0": {"targets": ["lm_head"], "weights": {"num_bits": 2}},
+        "group_1": {"targets": ["Linear"], "weights": {"num_bits": 4}},
+    }
+    found = quantization(tmp_path, {"quantization_config": {"config_groups": groups, "format": PACK}})
+
+    def bits(name: str) -> int:
+        stored = MappedArray(tmp_path, Entry(f"{name}.weight_packed", "I32", (1, 1)), 0)
+        scheme = found.scheme(Module(f"{name}.weight", (1, 1), {"weight_packed": stored}))
+        assert scheme is not None
+        assert scheme.weights is not None
+        return scheme.weights.num_bits
+
+    assert (bits("lm_head"), bits(MODULE)) == (2, 4)
 
 
 @pytest.mark.parametrize(
