@@ -132,7 +132,7 @@ def reblock(scales: Floats, block: int, target: int) -> Floats | None:
 
 def from_bf16(bits: NDArray[np.uint16]) -> Floats:
     """The float32 values of bfloat16 bit patterns."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)
 
 
 def to_bf16(values: Floats) -> NDArray[np.uint16]:

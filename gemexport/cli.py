@@ -16,6 +16,7 @@ from gemexport.formats.errors import InputError
 if TYPE_CHECKING:
     from gemexport.report import Report
     from gemexport.request import Request
+    from gemexport.workers import Workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,25 +99,32 @@ def export_all(
     as_json: Json = False,
 ) -> None:
     """Export MODEL into every format and validate each."""
-    from gemexport.registry import split_formats
-    from gemexport.request import request
+    from gemexport.workers import prepared
 
-    asked = request(
-        model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter, compress, compress_python, calibration, ple_codec,
-        tokens=tokens, validate=not no_validate, fresh=fresh,
-    )  # fmt: skip
-    _run(asked, as_json)
+    with prepared(jobs) as workers:
+        from gemexport.registry import split_formats
+        from gemexport.request import request
+
+        asked = request(
+            model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
+            adapter, compress, compress_python, calibration, ple_codec,
+            tokens=tokens, validate=not no_validate, fresh=fresh,
+        )  # fmt: skip
+        _run(asked, as_json, workers)
 
 
 def _single(name: str, model: Path, variant: str | None, options: dict[str, Any], common: dict[str, Any]) -> None:
     """Export into one format."""
-    from gemexport.request import request
+    from gemexport.workers import prepared
 
-    variants = {name: tuple(variant.split(","))} if variant else None
-    as_json = common.pop("as_json")
-    given = {key: value for key, value in options.items() if value is not None}
-    _run(request(model, formats=[name], variants=variants, options={name: given}, **common), as_json)
+    with prepared() as workers:
+        from gemexport.request import request
+
+        variants = {name: tuple(variant.split(","))} if variant else None
+        as_json = common.pop("as_json")
+        given = {key: value for key, value in options.items() if value is not None}
+        asked = request(model, formats=[name], variants=variants, options={name: given}, **common)
+        _run(asked, as_json, workers)
 
 
 def _common(
@@ -304,22 +312,25 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Make a small Gemma 4 on the spot and run it through the whole DAG."""
-    from gemexport.demo import make
-    from gemexport.request import request
+    from gemexport.workers import prepared
 
-    model = out / "model"
-    if not (model / "config.json").is_file():
-        make(model)
-    _run(request(model, out / "artifacts"), as_json)
+    with prepared() as workers:
+        from gemexport.demo import make
+        from gemexport.request import request
+
+        model = out / "model"
+        if not (model / "config.json").is_file():
+            make(model)
+        _run(request(model, out / "artifacts"), as_json, workers)
 
 
-def _run(asked: Request, as_json: bool) -> None:
+def _run(asked: Request, as_json: bool, workers: Workers) -> None:
     """Run a request, show the table, and leave with its exit status."""
     from gemexport.console import watching
     from gemexport.run import run
 
     with watching(as_json) as events:
-        report = run(asked, events)
+        report = run(asked, events, workers)
     if as_json:
         print(report.to_json(), end="")
     else:
