@@ -19,6 +19,7 @@ from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
+SEARCHED_BITS = 4  # of the codes that are looked for
 SAMPLES, SAMPLED_ROWS = 8, 8  # places in a tensor, and rows at each: a place costs a mapping of the file
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 
@@ -261,25 +262,29 @@ def encode(values: Floats, scales: Floats, bits: int) -> Codes:
 
 
 @reduction
-def _code_range(values: Floats, scales: Floats) -> tuple[float, float]:
-    """The lowest and the highest code: those of the blocks' lowest and highest values."""
+def _fits(values: Floats, scales: Floats, low: float, high: float) -> bool:
+    """Whether every code lies in [low, high], as those of the blocks' lowest and highest values do."""
     block = values.shape[1] // scales.shape[1]
-    lowest, highest = 0.0, 0.0
     for row in range(values.shape[0]):
         for b in range(scales.shape[1]):
-            low = high = values[row, b * block]
+            lowest = highest = values[row, b * block]
             for i in range(b * block, (b + 1) * block):
-                low, high = min(low, values[row, i]), max(high, values[row, i])
+                lowest, highest = min(lowest, values[row, i]), max(highest, values[row, i])
             inverse = 0.0 if scales[row, b] == 0 else 1.0 / scales[row, b]
-            for extreme in (low * inverse, high * inverse):
-                lowest, highest = min(lowest, nearest(extreme)), max(highest, nearest(extreme))
-    return lowest, highest
+            for extreme in (lowest * inverse, highest * inverse):
+                if not low <= nearest(extreme) <= high:
+                    return False
+    return True
 
 
-def code_bits(values: Floats, scales: Floats) -> int:
-    """2, 4 or 8: the narrowest signed width that holds every code of values `[rows, in]` on a grid that they lie on."""
-    low, high = _code_range(values, scales)
-    return next(bits for bits in (2, 4, 8) if low >= -(1 << (bits - 1)) and high < 1 << (bits - 1))
+def code_bits(values: Floats, scales: Floats, most: int = 8) -> int:
+    """2, 4 or 8: the narrowest signed width that holds every code of values `[rows, in]` on a grid that they lie on.
+
+    `most` bits are known to be enough. A width that is too narrow shows within a few blocks.
+    """
+    widths = [bits for bits in (2, 4) if bits < most]
+    fitting = (bits for bits in widths if _fits(values, scales, -(1 << (bits - 1)), (1 << (bits - 1)) - 1))
+    return next(fitting, most)
 
 
 def candidate_blocks(width: int) -> list[int]:
@@ -297,6 +302,14 @@ def likely_block(tensor: Tensor) -> int | None:
         if on == sample.size:
             return block
     return None
+
+
+def load() -> None:
+    """Have the compiled loops in memory: the first call of one takes Numba a quarter of a second."""
+    values, scales = np.zeros((1, 32), np.float32), np.zeros((1, 1), np.float32)
+    search(values, 32, "bf16")
+    encode(values, scales, 4)
+    code_bits(values, scales)
 
 
 @dataclass(frozen=True)
@@ -330,7 +343,7 @@ def _examine(tensor: Tensor, block: int, bounds: tuple[int, int]) -> Found:
     values = tensor.rows(*bounds).values
     scales, on = search(values, block, tensor.dtype)
     whole = on == values.size
-    bits = code_bits(values, scales) if whole else 0
+    bits = code_bits(values, scales, SEARCHED_BITS) if whole else 0
     return Found(tensor, block, scales, values.size, on, bits, "" if whole else fault(values))
 
 

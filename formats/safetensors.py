@@ -8,6 +8,7 @@ that streams, and no reader of bfloat16 for NumPy, so those are here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,13 @@ class MappedArray:
         stored = self._file.bytes[self.offset : self.offset + self.entry.nbytes]
         return stored.view(dtype).reshape(self.entry.shape or (1,))
 
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` as they are stored, read: for a single pass that takes half as long as a mapping."""
+        dtype, (out, *row) = np.dtype(NUMPY_DTYPES[self.entry.dtype]), self.entry.shape
+        width, stop = math.prod(row), min(stop, out)
+        offset = self.offset + start * width * dtype.itemsize
+        return np.fromfile(self.path, dtype, (stop - start) * width, offset=offset).reshape(stop - start, *row)
+
 
 class MappedTensor:
     """A float tensor of a safetensors file, without a grid."""
@@ -100,12 +108,8 @@ class MappedTensor:
         self.shape = stored.entry.shape
         self.dtype: DType = FLOAT_DTYPES[stored.entry.dtype]
 
-    def bits(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` as stored (bf16 as uint16), still mapped."""
-        return self.stored.array[start:stop]
-
     def rows(self, start: int, stop: int) -> Rows:
-        return Rows(self._floats(self.bits(start, stop)))
+        return Rows(self._floats(self.stored.read(start, stop)))
 
     def numpy(self) -> Floats:
         return self._floats(self.stored.array).reshape(self.shape)

@@ -17,7 +17,6 @@ from gemexport.registry import TARGETS, Setting, Target, recognise, split_format
 
 if TYPE_CHECKING:
     from gemexport.report import Report
-    from gemexport.request import Request
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,14 +99,11 @@ def export_all(
     as_json: Json = False,
 ) -> None:
     """Export MODEL into every format and validate each."""
-    from gemexport.request import request
-
-    asked = request(
-        model, out, split_formats(only), split_formats(skip), None, recipe, jobs, parse_bytes(memory),
-        adapter, compress, compress_python, calibration, ple_codec,
-        tokens=tokens, validate=not no_validate, fresh=fresh,
+    _run(
+        as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip), adapter=adapter,
+        compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
+        memory=parse_bytes(memory), tokens=tokens, validate=not no_validate, fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
-    _run(asked, as_json)
 
 
 # What the command of every format takes besides MODEL and its own settings.
@@ -122,20 +118,17 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 def _add_format(target: Target) -> None:
     """The command that exports into one format, with the settings of its exporter as options."""
 
-    def export(model: Path, variant: str | None, as_json: bool, memory: str | None, **given: Any) -> None:
-        from gemexport.request import request
-
+    def export(variant: str | None, as_json: bool, memory: str | None, no_validate: bool, **given: Any) -> None:
         options = {setting.name: given.pop(setting.name) for setting in target.settings}
-        asked = request(
-            model,
+        _run(
+            as_json,
             formats=[target.name],
             variants={target.name: tuple(variant.split(","))} if variant else None,
             memory=parse_bytes(memory),
-            validate=not given.pop("no_validate"),
+            validate=not no_validate,
             options={target.name: {name: value for name, value in options.items() if value is not None}},
             **given,
         )
-        _run(asked, as_json)
 
     known = typer.Option("--variant", help=f"Some of {', '.join(target.known_variants)}.")
     taken: dict[str, tuple[Any, Any]] = {"variant": (Annotated[str | None, known], None)}
@@ -246,25 +239,29 @@ def demo(
 ) -> None:
     """Make a small Gemma 4 on the spot and run it through the whole DAG."""
     from gemexport.demo import make
-    from gemexport.request import request
 
     model = out / "model"
     if not (model / "config.json").is_file():
         make(model)
-    _run(request(model, out / "artifacts"), as_json)
+    _run(as_json, model=model, out=out / "artifacts")
 
 
-def _run(asked: Request, as_json: bool) -> None:
-    """Run a request, show the table, and leave with its exit status."""
-    from gemexport.console import watching
-    from gemexport.run import run
+def _run(as_json: bool, **asked: Any) -> None:
+    """Run a request of these arguments, show the table, and leave with its exit status."""
+    from gemexport.workers import prepared
 
-    with watching(as_json) as events:
-        report = run(asked, events)
+    with prepared(asked.get("jobs")) as workers:  # one imports while this process does
+        from gemexport.console import watching
+        from gemexport.request import request
+        from gemexport.run import run
+
+        made = request(**asked)
+        with watching(as_json) as events:
+            report = run(made, events, workers)
     if as_json:
         print(report.to_json(), end="")
     else:
-        _table(report, asked.out)
+        _table(report, made.out)
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -109,6 +109,13 @@ def model_activations(checkpoint: Checkpoint) -> Activations | None:
     return checkpoint.activations.without_caches() if checkpoint.activations else None
 
 
+def prepare() -> None:
+    """Load what finding grids and exporting take, before there is a model: mostly the compiled loops."""
+    from gemexport.formats import lattice
+
+    lattice.load()
+
+
 def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()

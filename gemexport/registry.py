@@ -158,7 +158,7 @@ TARGETS: dict[str, Target] = {
             settings=(
                 Setting(
                     "pack_embeddings",
-                    "Embeddings as codes, or as floats. [default: codes where they were read from codes]",
+                    "Embeddings as codes, or as floats; default: codes where they were read from codes.",
                     bool,
                 ),
             ),

@@ -22,12 +22,14 @@ from gemexport.request import Request, Step, steps
 from gemexport.scheduler import Events, Node, Scheduler, succeeded
 from gemexport.speed import machine
 from gemexport.worker import Call, Outcome
+from gemexport.workers import Workers
 from gemexport.workspace import claim
 
 
-def run(asked: Request, events: Events | None = None) -> Report:
+def run(asked: Request, events: Events | None = None, workers: Workers | None = None) -> Report:
     """Run a request: write its artefacts, the reports and `SHA256SUMS`.
 
+    `workers` may have a process that is ready already; all of them have ended when this returns.
     Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
     """
     started = time.monotonic()
@@ -37,7 +39,7 @@ def run(asked: Request, events: Events | None = None) -> Report:
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
-        scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events())
+        scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
         outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
         for name in ("compress", "grids"):
             first = outcomes.get(name, Outcome())

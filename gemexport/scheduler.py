@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from gemexport.worker import Call, Outcome, Request
+from gemexport.workers import Worker, Workers, threads_each
 
 
 @dataclass(frozen=True)
@@ -39,20 +36,9 @@ class Events:
 
 
 @dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection[Any, Any]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-@dataclass
 class _Running:
     node: Node
-    worker: _Worker
+    worker: Worker
     log: Path
 
 
@@ -68,7 +54,7 @@ class Scheduler:
     memory: int
     logs: Path
     events: Events = field(default_factory=Events)
-    _idle: list[_Worker] = field(default_factory=list, init=False)
+    workers: Workers = field(default_factory=Workers)  # perhaps with one that is ready
 
     def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
         """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`."""
@@ -90,15 +76,15 @@ class Scheduler:
                     if outcome is not None:
                         del running[ready.fileno()]
                         if item.node.light and succeeded(outcome):
-                            self._idle.append(item.worker)
+                            self.workers.keep(item.worker)
                         else:
                             item.worker.kill()
                         outcomes[item.node.name] = outcome
                         self.events.ended(item.node, outcome)
         finally:
-            for worker in [item.worker for item in running.values()] + self._idle:
-                worker.kill()
-            self._idle.clear()
+            for item in running.values():
+                item.worker.kill()
+            self.workers.dismiss()
         return outcomes
 
     def _drop_hopeless(self, waiting: list[Node], outcomes: dict[str, Outcome]) -> None:
@@ -127,35 +113,11 @@ class Scheduler:
     def _start(self, node: Node) -> _Running:
         log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
-        worker = self._idle.pop() if node.light and self._idle else self._hire(node, log)
+        threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)
+        worker = (self.workers.hire_light if node.light else self.workers.hire)(threads, log)
         worker.connection.send(Request(node.call, log))
         self.events.started(node)
         return _Running(node, worker, log)
-
-    def _hire(self, node: Node, log: Path) -> _Worker:
-        """A new process, with as many threads for its libraries as the node may have."""
-        ours, theirs = socket.socketpair()
-        cores = os.cpu_count() or 1
-        threads = str(cores if node.all_cores else max(1, cores // self.jobs))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
-            "PYTHONUNBUFFERED": "1",
-        }
-        with log.open("ab") as output:
-            # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gemexport.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        theirs.close()
-        return _Worker(process, Connection(ours.detach()))
 
     def _receive(self, item: _Running) -> Outcome | None:
         """One message of a running node; its outcome when that was the last."""

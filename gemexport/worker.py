@@ -1,9 +1,9 @@
-"""A process for nodes of the DAG: `python -m gemexport.worker FD` takes calls from the socket FD and answers there.
+"""A process for nodes of the DAG: `python -m gemexport.worker FD [prepare]` takes calls from the socket FD.
 
 A process of its own means that a runtime that crashes takes nothing else along, that its memory can be told, and that
 what a library prints goes into the node's log. It is a fresh interpreter, not a fork or multiprocessing's spawn, which
 would import the caller's script again. One that served a light node is kept for the next such: starting an interpreter
-and importing takes as long as some exports.
+and importing takes as long as some exports. With `prepare` it imports what such nodes need before it is given one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -23,6 +24,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from gemexport.formats.errors import InputError
+
+PREPARE = "prepare"
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ def main() -> None:
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     requests: SimpleQueue[Request] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    if PREPARE in sys.argv[2:]:
+        # What fails here fails again in the call that needs it, and is told there.
+        with suppress(Exception):
+            import_module("gemexport.nodes").prepare()
     while True:
         request = requests.get()
         with request.log.open("ab") as log:

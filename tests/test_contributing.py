@@ -18,7 +18,7 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids import attach, find_grids
 from gemexport.formats.recipe import load_recipe
 from gemexport.registry import Setting, Target
-from gemexport.request import Request
+from gemexport.request import Request, request
 from gemexport.validators.weights import compare
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def test_the_new_format_passes_what_every_format_is_judged_by(
 def test_it_has_a_command_with_its_settings(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", typer.Typer())
     asked: list[Request] = []
-    monkeypatch.setattr(cli, "_run", lambda request, _: asked.append(request))
+    monkeypatch.setattr(cli, "_run", lambda _, **given: asked.append(request(**given)))
     monkeypatch.setitem(registry.TARGETS, target.name, target)
     settings = (Setting("block", "Weights a scale.", int), Setting("tied", "One table.", bool))
     cli._add_format(replace(target, settings=settings))

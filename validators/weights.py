@@ -243,7 +243,8 @@ def _slice(
         wanted, found = source.rows(*bounds), stored.rows(*bounds)
     expected = _flat(wanted.values)
     values = np.empty(expected.size, np.float32)
-    numbers = _compare(expected, *map(_flat, _stored(stored.grid, found)), _SOURCE[source.dtype], values)
+    codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
+    numbers = _compare(expected, codes, scales, zeros, biases, _SOURCE[source.dtype], values)
     return numbers, _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored), values.data
 
 
@@ -284,8 +285,8 @@ def _alike(ours: Floats | None, theirs: Floats | None, width: int, dtype: DType)
         return False
     blocks = [width // part.shape[1] for part in (ours, theirs)]
     common = gcd(*blocks)
-    parts = (reblock(part, block, common) for part, block in zip((round_to(ours, dtype), theirs), blocks, strict=True))
-    return np.array_equal(*parts)
+    left, right = reblock(round_to(ours, dtype), blocks[0], common), reblock(theirs, blocks[1], common)
+    return left is not None and right is not None and np.array_equal(left, right)
 
 
 def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:

@@ -15,7 +15,7 @@ from gemexport.formats.compressed_tensors_settings import quantization
 from gemexport.formats.errors import InputError
 from gemexport.formats.minifloat import E2M1, E2M3, E4M3
 from gemexport.formats.modules import Module
-from gemexport.formats.safetensors import Entry, MappedArray
+from gemexport.formats.safetensors import Entry, MappedArray, MappedFile
 
 torch = pytest.importorskip("torch")
 library = pytest.importorskip("compressed_tensors.compressors")
@@ -125,7 +125,7 @@ def test_a_target_is_a_module_or_a_class(tmp_path: Path) -> None:
     found = quantization(tmp_path, {"quantization_config": {"config_groups": groups, "format": PACK}})
 
     def bits(name: str) -> int:
-        stored = MappedArray(tmp_path, Entry(f"{name}.weight_packed", "I32", (1, 1)), 0)
+        stored = MappedArray(MappedFile(tmp_path), Entry(f"{name}.weight_packed", "I32", (1, 1)), 0)
         scheme = found.scheme(Module(f"{name}.weight", (1, 1), {"weight_packed": stored}))
         assert scheme is not None
         assert scheme.weights is not None
