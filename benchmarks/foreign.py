@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from environments import PEERS
-from mlx_scales import exact_values
 from peers import fitting, run_theirs
 from rich.console import Console
 from rich.table import Table
 
 from gemexport.diagnosis import diagnose
-from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.measured import TensorReport
 from gemexport.report import ArtifactReport
 
@@ -59,23 +57,19 @@ def quantized(report: ArtifactReport) -> list[TensorReport]:
     return [item for item in found if item.grid and item.source_grid and item.source_grid.lossless]
 
 
-def as_it_runs(model: Path, artifact: Path, report: ArtifactReport, exact: float) -> float:
-    """The share of exact weights after the runtime evaluated them: llama.cpp and transformers round nothing more."""
-    return exact_values(open_checkpoint(model), artifact) if report.format == "mlx" else exact
-
-
-def row(model: Path, artifact: Path, report: ArtifactReport) -> tuple[str, ...]:
+def row(artifact: Path, report: ArtifactReport) -> tuple[str, ...]:
     """One line of the table, in the order of COLUMNS."""
     matrices = quantized(report)
-    exact = sum(item.exact for item in matrices) / max(sum(item.compared for item in matrices), 1)
+    compared = max(sum(item.compared for item in matrices), 1)
+    as_run = sum(item.exact if item.exact_as_run is None else item.exact_as_run for item in matrices)
     wrong = diagnose(matrices)
     tokenizer, chat, logits = report.tokenizer, report.chat, report.logits
     loss = logits.loss if logits else None
     return (
         artifact.name,
         ", ".join(sorted({str(item.grid) for item in matrices})),
-        f"{exact:.2%}",
-        f"{as_it_runs(model, artifact, report, exact):.2%}",
+        f"{sum(item.exact for item in matrices) / compared:.2%}",
+        f"{as_run / compared:.2%}",
         wrong[0] if wrong else "–",
         f"{tokenizer.equal} of {tokenizer.texts}" if tokenizer else "–",
         f"{chat.equal} of {chat.conversations}" if chat else "–",
@@ -111,7 +105,7 @@ def main() -> int:
     for artifact in artifacts:
         report = judged(options.model, artifact, options.tokens)
         reports[str(artifact)] = json.loads(report.to_json())
-        table.add_row(*row(options.model, artifact, report))
+        table.add_row(*row(artifact, report))
     Console(width=200).print(table)
     if options.json:
         options.json.write_text(json.dumps(reports, indent=2) + "\n", "utf-8")

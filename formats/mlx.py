@@ -128,6 +128,7 @@ def _layout(
             lambda start, stop: floats(scales, start, stop),
             lambda start, stop: floats(stored, start, stop),
             "affine",
+            evaluated_in=FLOAT_DTYPES[scales.entry.dtype],
         )
     mode = next((mode for mode in FLOAT_MODES if (mode.bits, mode.group) == (bits, group)), None)
     if mode is None or scales.entry.dtype != "U8":

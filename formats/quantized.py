@@ -24,6 +24,7 @@ from gemexport.formats.tensor import (
     Kind,
     Rows,
     Tensor,
+    expand,
     from_bf16,
     on_grid,
     round_to,
@@ -48,6 +49,7 @@ class Layout:
     shifts: Callable[[int, int], Floats] | None = None  # [rows, in // block]
     kind: Kind = "zero-point"
     levels: tuple[float, ...] = ()  # of a codebook
+    evaluated_in: DType | None = None  # what the format's runtime rounds to at each step; None: it loses nothing
 
 
 class QuantizedTensor:
@@ -98,6 +100,14 @@ class QuantizedTensor:
             assert found is not None
             shifts = found
         return on_grid(grid, codes, scales, shifts)
+
+    def as_it_runs(self, start: int, stop: int) -> Floats | None:
+        """The values that the format's runtime makes of rows `[rows, in]`; None where it rounds nothing on the way."""
+        layout = self._layout
+        if layout.evaluated_in is None or layout.shifts is None:
+            return None
+        scales, shifts = (expand(part(start, stop), layout.block) for part in (layout.scales, layout.shifts))
+        return round_to(round_to(layout.codes(start, stop) * scales, layout.evaluated_in) + shifts, layout.evaluated_in)
 
     def numpy(self) -> Floats:
         """The whole matrix."""

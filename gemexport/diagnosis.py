@@ -22,6 +22,17 @@ def diagnose(tensors: Iterable[TensorReport]) -> tuple[str, ...]:
     return tuple(f"{what}: {percent(found)} of the weights exact" + _where(found) for what, found in most)
 
 
+def rounded_as_run(runtime: str, tensors: Iterable[TensorReport]) -> tuple[str, ...]:
+    """A sentence where the runtime makes other numbers of the weights than the file's."""
+    found = [tensor for tensor in tensors if tensor.exact_as_run is not None]
+    compared, exact = sum(tensor.compared for tensor in found), sum(tensor.exact_as_run or 0 for tensor in found)
+    if exact == compared:
+        return ()
+    return (
+        f"{runtime} rounds weights to the dtype of their scales: {exact / compared:.2%} of them are exact as it runs",
+    )
+
+
 def fault(tensor: TensorReport) -> str:
     """What happened to a tensor whose weights are not all the source's."""
     source, stored = tensor.source_grid, tensor.grid

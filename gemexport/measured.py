@@ -65,6 +65,7 @@ class TensorReport(ReportModel):
     rms_relative_error: float | None = None
     scale_rounded: bool = False
     same_scales: float | None = None
+    exact_as_run: int | None = None
     requantized: bool = False
     codec: str | None = None
     fitted_rms: float | None = None

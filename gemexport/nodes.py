@@ -235,6 +235,7 @@ def _tensor_report(item: TensorComparison) -> TensorReport:
         rms_relative_error=item.rms_relative_error,
         scale_rounded=item.scale_rounded,
         same_scales=item.same_scales,
+        exact_as_run=item.exact_as_run,
         requantized=item.requantized,
         codec=item.codec,
         fitted_rms=item.fitted_rms,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemexport.checksums import artifact_sha256, describe_files
+from gemexport.diagnosis import rounded_as_run
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids import GridIndex
@@ -65,7 +66,8 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
         reason = "logits were not compared: the model does not fit into --memory"
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
-    base["notes"] = (*base.get("notes", ()), *notes(found.tokenizer, found.chat))
+    as_run = rounded_as_run(step.target.title, found.weights.tensors)
+    base["notes"] = (*base.get("notes", ()), *as_run, *notes(found.tokenizer, found.chat))
     return ArtifactReport(
         **base,
         status=status,

@@ -45,6 +45,7 @@ class TensorComparison:
     same_scales: float | None = (
         None  # share of the weights whose block has the source's scale; None: not as many blocks
     )
+    exact_as_run: int | None = None  # weights after the runtime evaluated them; None: it rounds nothing on the way
     codec: str | None = None  # the vector codec that it is in
     fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
 
@@ -198,7 +199,8 @@ def _tensor(
     exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
     same_codes = source.grid is not None and stored.grid is not None
     kept: int | None = 0
-    for (counted, largest, squared, top, power), same, scales, values in ordered(
+    as_run: int | None = 0
+    for (counted, largest, squared, top, power), same, scales, running, values in ordered(
         lambda bounds: _slice(source, stored, bounds), _bounds(source, stored), threads
     ):
         update(values)
@@ -206,6 +208,7 @@ def _tensor(
         peak, energy = max(peak, top), energy + power
         same_codes = same_codes and same
         kept = None if kept is None or scales is None else kept + scales
+        as_run = None if as_run is None or running is None else as_run + running
     return TensorComparison(
         name=source.name,
         shape=source.shape,
@@ -220,6 +223,7 @@ def _tensor(
         scale_rounded=same_codes,
         requantized=getattr(stored, "requantized", False),
         same_scales=None if kept is None else kept / max(_count(source), 1),
+        exact_as_run=as_run,
         codec=str(stored.codec) if isinstance(stored, AdditiveTensor) else None,
         fitted_rms=stored.fitted_rms if isinstance(stored, AdditiveTensor) else None,
     )
@@ -235,8 +239,9 @@ def _bounds(source: Tensor, stored: Tensor) -> Iterator[tuple[int, int] | None]:
 
 def _slice(
     source: Tensor, stored: Tensor, bounds: tuple[int, int] | None
-) -> tuple[tuple[int, float, float, float, float], bool, int | None, memoryview]:
-    """What `_compare` counts in a slice, whether codes and how many weights' scales are the same, and the values."""
+) -> tuple[tuple[int, float, float, float, float], bool, int | None, int | None, memoryview]:
+    """What `_compare` counts in a slice, whether codes and how many weights' scales are the same; how many weights are
+    exact as they run; and the values."""
     if bounds is None:
         wanted, found = Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
     else:
@@ -245,7 +250,8 @@ def _slice(
     values = np.empty(expected.size, np.float32)
     codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
     numbers = _compare(expected, codes, scales, zeros, biases, _SOURCE[source.dtype], values)
-    return numbers, _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored), values.data
+    same, scales_kept = _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored)
+    return numbers, same, scales_kept, _exact_as_run(wanted.values, source.dtype, stored, bounds), values.data
 
 
 def _flat(array: NDArray[Any]) -> NDArray[Any]:
@@ -296,6 +302,13 @@ def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
         return None
     same = np.abs(round_to(ours, stored.grid.scale_dtype)) == np.abs(theirs)
     return int(np.count_nonzero(same)) * stored.grid.block
+
+
+def _exact_as_run(wanted: Floats, dtype: DType, stored: Tensor, bounds: tuple[int, int] | None) -> int | None:
+    """Weights that are the source's after the runtime's own rounding; None where it does not round them."""
+    evaluate = getattr(stored, "as_it_runs", None)
+    values = None if evaluate is None or bounds is None else evaluate(*bounds)
+    return None if values is None else int(np.count_nonzero(round_to(values, dtype) == wanted))
 
 
 def _biases(grid: Grid, rows: Rows) -> Floats | None:

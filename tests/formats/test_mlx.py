@@ -14,6 +14,8 @@ from gemexport.formats import mlx
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import Entry, ShardedWriter, read_folder
+from gemexport.formats.tensor import round_to
+from gemexport.validators.weights import compare
 
 mx = pytest.importorskip("mlx.core")
 
@@ -21,8 +23,10 @@ QUANTIZED = "model.layers.1.mlp.down_proj.weight"
 OTHER = "model.layers.0.mlp.up_proj.weight"
 
 
-def _convert(source: Path, folder: Path, *, prefix: str = "model.", **layouts: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A folder as mlx_lm.convert makes it; returns what mx.dequantize makes of it in f32.
+def _convert(
+    source: Path, folder: Path, *, prefix: str = "model.", dtype: str = "float32", **layouts: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """A folder as mlx_lm.convert makes it of a model in `dtype`; returns what mx.dequantize makes of it in f32.
 
     `layouts` say how QUANTIZED ("first") and OTHER ("second") are quantized.
     """
@@ -31,7 +35,7 @@ def _convert(source: Path, folder: Path, *, prefix: str = "model.", **layouts: d
     chosen = {name: layouts.get(key) for name, key in ((QUANTIZED, "first"), (OTHER, "second"))}
     for name, tensor in checkpoint.tensors.items():
         own, layout = prefix + name.removeprefix("model."), chosen.get(name)
-        values = mx.array(tensor.numpy())
+        values = mx.array(tensor.numpy()).astype(getattr(mx, dtype))
         if layout:
             packed, *beside = mx.quantize(values, **layout)
             module = own.removesuffix(".weight")
@@ -41,7 +45,7 @@ def _convert(source: Path, folder: Path, *, prefix: str = "model.", **layouts: d
             values = mx.dequantize(packed, *beside, dtype=mx.float32, **layout)
         else:
             arrays[own] = values.astype(mx.bfloat16)
-        expected[name] = np.array(values)
+        expected[name] = np.array(values.astype(mx.float32))
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
     modules = {name.removesuffix(".weight"): layout for name, layout in chosen.items() if layout}
     config = {**checkpoint.config, "quantization": {"group_size": 64, "bits": 4, **modules}}
@@ -68,6 +72,21 @@ def test_affine_grids_of_other_tools(tiny_gemma3: Path, tmp_path: Path, bits: in
     # MLX adds and multiplies in float32, and fuses the two where the processor can.
     np.testing.assert_allclose(tensor.numpy(), expected[QUANTIZED], atol=1e-6)
     np.testing.assert_array_equal(tensors["model.norm.weight"].numpy(), expected["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_mlx_makes_of_the_numbers(tiny_gemma3: Path, tmp_path: Path, dtype: str) -> None:
+    """`as_it_runs` is mx.dequantize, bit for bit, and what the validator counts."""
+    _convert(tiny_gemma3, tmp_path / "mlx", first={"group_size": 32, "bits": 4}, dtype=dtype)
+    loaded = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    parts = [loaded[QUANTIZED[:-6] + key] for key in ("weight", "scales", "biases")]
+    expected = np.array(mx.dequantize(*parts, group_size=32, bits=4).astype(mx.float32))
+    tensor = mlx.tensors(tmp_path / "mlx")[QUANTIZED]
+    np.testing.assert_array_equal(tensor.as_it_runs(0, len(expected)), expected)
+    source = open_checkpoint(tiny_gemma3).tensors[QUANTIZED]
+    found = compare({QUANTIZED: source}, {QUANTIZED: tensor}).tensors[0]
+    assert found.exact_as_run == np.count_nonzero(round_to(expected, source.dtype) == source.numpy())
+    assert 0 < found.exact_as_run < found.compared
 
 
 @pytest.mark.parametrize(("mode", "bits", "block"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
