@@ -220,7 +220,8 @@ def _materialise(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     if len(tensor.shape) != 2:
         return whole.copy_(torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32)))
     for start, stop in slices(tensor):
-        values = np.ascontiguousarray(tensor.rows(start, stop).values)
+        # What is mapped cannot be written to, and PyTorch has no tensors like that.
+        values = np.require(tensor.rows(start, stop).values, np.float32, "CW")
         whole[start:stop].copy_(torch.from_numpy(values))
     return whole
 
