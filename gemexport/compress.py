@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from gemexport.exporters.result import ignore
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 METHODS = ("gptq", "awq", "rtn")
 FOLDER, MARK = "compressed", "compressed.json"
 CALIBRATION_TOKENS = 1 << 16  # of a user's text; more of it changes nothing but the time
+PERCENT = 100
 _SCRIPT = Path(__file__).with_name("llm_compressor.py")
 _TORCH: dict[DType, str] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
@@ -70,7 +72,7 @@ def compression(
 
 
 def compress(place: Workplace, asked: Compression, recipe: Recipe, progress: Callable[[int], None]) -> str:
-    """Leave the compressed checkpoint in the work folder and return llm-compressor's version; progress is 1 at the end.
+    """Leave the compressed checkpoint in the work folder and return llm-compressor's version; progress is in percent.
 
     What an earlier run left there is used when it was made from the same checkpoint in the same way. Raises InputError
     for a checkpoint that is compressed already, a text that cannot be read, and when llm-compressor gives up.
@@ -89,19 +91,18 @@ def compress(place: Workplace, asked: Compression, recipe: Recipe, progress: Cal
     try:
         known = json.loads(marker.read_text("utf-8"))
         if known["mark"] == mark and target.is_dir():
-            progress(1)
+            progress(PERCENT)
             return str(known["version"])
     except (OSError, ValueError, KeyError):
         marker.unlink(missing_ok=True)
     scratch = place.work / f"{FOLDER}-scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        version = _run(plain, asked, scheme, samples, scratch, target, place.work / "logs")
+        version = _run(plain, asked, scheme, samples, scratch, target, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     with atomic(marker) as partial:
         partial.write_text(json.dumps({"mark": mark, "version": version}), "utf-8")
-    progress(1)
     return version
 
 
@@ -137,7 +138,7 @@ def _run(
     samples: list[list[int]],
     scratch: Path,
     target: Path,
-    logs: Path,
+    progress: Callable[[int], None],
 ) -> str:
     """Have llm-compressor do it in its interpreter; the result becomes the folder `target`. Returns its version."""
     source, out, task = scratch / "plain", scratch / "out", scratch / "task.json"
@@ -153,21 +154,52 @@ def _run(
         "bits": scheme.bits, "group_size": scheme.group_size, "dtype": _TORCH[dtype], "ignore": ["lm_head", *ignored],
     }  # fmt: skip
     task.write_text(json.dumps(facts), "utf-8")
-    command = [str(asked.python), "-P", str(_SCRIPT), str(task.absolute())]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=scratch
-    )
-    print(done.stdout)  # into the node's log
-    if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if re.match(r"\w[\w.]*(Error|Exception)\b", line)]
-        reason = lines[-1] if lines else f"status {done.returncode}"
-        raise InputError(f"--compress {asked.method}", f"llm-compressor gave up ({reason})", f"see {logs}")
+    _call(asked, task, progress)
     config = json.loads((out / "config.json").read_text("utf-8"))
     with atomic(target) as folder:
         _assemble(plain, read_folder(out), asked.method == "awq", folder)
         settings = {**_config(plain), "quantization_config": config["quantization_config"]}
         write_settings(folder, settings, plain)
     return str(json.loads(task.with_name("done.json").read_text("utf-8"))["version"])
+
+
+def _call(asked: Compression, task: Path, progress: Callable[[int], None]) -> None:
+    """Run the script on a task. What it prints goes into the node's log as it comes, its layers into `progress`.
+
+    Raises InputError with the script's last error. All that it printed is then left in a temporary file: a run that
+    fails takes its new output folder away, and the logs in it.
+    """
+    command = [str(asked.python), "-P", str(_SCRIPT), str(task.absolute())]
+    printed, done = [], 0
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=task.parent
+    ) as process:  # text: bars, which end with a carriage return, are lines too
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            printed.append(line)
+            reached = max(done, _reached(line))
+            progress(reached - done)
+            done = reached
+    if process.returncode:
+        errors = [line.strip() for line in printed if re.match(r"\w[\w.]*(Error|Exception)\b", line)]
+        reason = errors[-1] if errors else f"status {process.returncode}"
+        with NamedTemporaryFile("w", prefix="gemexport-compress-", suffix=".log", delete=False) as log:
+            log.writelines(printed)
+        raise InputError(f"--compress {asked.method}", f"llm-compressor gave up ({reason})", f"see {log.name}")
+    progress(PERCENT - done)
+
+
+def _reached(line: str) -> int:
+    """Percent of the work that a bar of llm-compressor tells of: `(3/19): Calibrating:  25%|`; 0 of other lines.
+
+    It goes through each layer twice: to calibrate it, and then, quantized, to give the next one its input.
+    """
+    found = re.match(r"\((\d+)/(\d+)\): (Calibrating|Propagating): +(\d+)%", line)
+    if found is None:
+        return 0
+    layer, layers, passed, percent = int(found[1]), int(found[2]), found[3] == "Propagating", int(found[4])
+    return int(PERCENT * (layer - 1 + (passed + percent / 100) / 2) / layers)
 
 
 def _assemble(plain: Checkpoint, found: Mapping[str, MappedArray], smoothed: bool, folder: Path) -> None:

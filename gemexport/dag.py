@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemexport.calibration import OWN, ranges_file
+from gemexport.compress import PERCENT
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.vector_codec import Codec
@@ -26,7 +27,8 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     before: tuple[str, ...] = ()
     if asked.compression is not None:
         call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
-        nodes.append(Node("compress", call, (), logits_memory(checkpoint, asked.tokens), 1, all_cores=True))
+        room = logits_memory(checkpoint, asked.tokens)
+        nodes.append(Node("compress", call, (), room, PERCENT, all_cores=True))
         # The codes are ours, not those of a maker who left the rest as it is on purpose.
         before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.nodes:grids", {"place": place, "recipe": recipe})

@@ -12,10 +12,12 @@ import pytest
 
 import gemexport
 from gemexport.cli import main
-from gemexport.compress import compression, write_plain
+from gemexport.compress import compress, compression, write_plain
 from gemexport.formats import gguf, mlx
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
+from gemexport.formats.recipe import load_recipe
+from gemexport.nodes import Workplace
 
 # Stands in for an interpreter with llm-compressor: rounds linears to int8, one scale a row, and spoils the norms a
 # little, as llm-compressor does with those of 1 + w.
@@ -31,6 +33,7 @@ if sys.argv[2] == "-c":
 task = json.loads(Path(sys.argv[-1]).read_text())
 Path({calls!r}).open("a").write(json.dumps(task) + "\\n")
 if task["method"] == "awq":
+    print("what it did before")
     raise ValueError("no mappings for this model")
 entries, arrays = [], {{}}
 for name, stored in read_folder(Path(task["model"])).items():
@@ -104,6 +107,20 @@ def test_codes_reach_the_formats_and_the_rest_stays(
     assert len(calls(stand_in)) == 2
 
 
+def test_bars_of_llm_compressor_are_progress(
+    tiny_gemma3: Path, stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = [f"({layer}/2): {what}: {n:3}%|#| {n}/100" for layer in (1, 2) for what in ("Calibrating", "Propagating")
+            for n in (0, 50, 100)]  # fmt: skip
+    stand_in.write_text(stand_in.read_text().replace("task = ", f"print({chr(13).join(bars)!r})\ntask = ", 1))
+    asked, steps = compression("rtn", stand_in), list[int]()
+    assert asked is not None
+    place = Workplace(tiny_gemma3, tmp_path / "work", 64, compressed=tmp_path / "work" / "compressed" / "model")
+    compress(place, asked, load_recipe("default"), steps.append)
+    assert [sum(steps[: i + 1]) for i, step in enumerate(steps) if step] == [12, 25, 37, 50, 62, 75, 87, 100]
+    assert "Propagating: 100%" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_loss_is_against_the_plain_model(tiny_gemma3: Path, stand_in: Path, tmp_path: Path) -> None:
     report = gemexport.export(
@@ -156,14 +173,14 @@ def test_what_llm_compressor_gives_up_on(
     assert run(*arguments, "awq") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gemexport: ")]
     assert "--compress awq: llm-compressor gave up (ValueError: no mappings for this model)" in line
+    log = Path(line.rpartition("see ")[2])  # the output folder is gone again
+    assert not (tmp_path / "out").exists()
+    assert "what it did before" in log.read_text()
+    log.unlink()
     assert calls(stand_in)[0]["dtype"] == "float32"  # the norms change, and must not be rounded to bf16
 
 
 def test_what_is_compressed_already(golden: Path, tiny_gemma3: Path, stand_in: Path, tmp_path: Path) -> None:
-    from gemexport.compress import compress
-    from gemexport.formats.recipe import load_recipe
-    from gemexport.nodes import Workplace
-
     asked = compression("rtn", stand_in)
     assert asked is not None
     model = tmp_path / "model"
