@@ -19,7 +19,7 @@ from gemexport.formats.recipe import Recipe
 from gemexport.workspace import RANGES
 
 if TYPE_CHECKING:
-    from gemexport.nodes import Workplace
+    from gemexport.workplace import Workplace
 
 CALIBRATION_TOKENS = 65536  # of a text file: what follows is not read
 OWN = frozenset({"calibration", "ranges"})  # options that say where ranges come from: then there is nothing to measure
@@ -40,7 +40,7 @@ def calibrate(
     """
     from gemexport.exporters import onnx
     from gemexport.formats.activation_ranges import read_ranges
-    from gemexport.nodes import opened
+    from gemexport.workplace import opened
 
     checkpoint, _ = opened(place)
     sequences = samples(place, checkpoint, text)

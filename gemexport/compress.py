@@ -31,7 +31,7 @@ from gemexport.formats.safetensors import DTYPE_NAMES, Entry, MappedArray, Shard
 from gemexport.formats.tensor import DType
 
 if TYPE_CHECKING:
-    from gemexport.nodes import Workplace
+    from gemexport.workplace import Workplace
 
 METHODS = ("gptq", "awq", "rtn")
 FOLDER, MARK = "compressed", "compressed.json"

@@ -10,10 +10,10 @@ from gemexport.compress import PERCENT
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.vector_codec import Codec
-from gemexport.nodes import Workplace
 from gemexport.request import Request, Step
 from gemexport.scheduler import Node
 from gemexport.worker import Call
+from gemexport.workplace import Workplace
 
 # Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
 EXPORT_BYTES = 600 << 20
@@ -105,7 +105,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Workplace, wanted:
     for step in wanted:
         needs = (f"export {step.key}", *(("reference",) if affordable else ()))
         call = Call(
-            "gemexport.nodes:validate",
+            "gemexport.validation:validate",
             {"place": place, "target": step.target.name, "path": step.path, "run_logits": affordable},
         )
         total = weights * (1 + len(step.target.arithmetics))

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.tensor import DType, Grid, Kind
+
+if TYPE_CHECKING:
+    from gemexport.validators import divergence
 
 Arithmetic = Literal[
     "f32", "f16", "bf16", "int8-activations", "int8-activations-256", "static-activations", "static-int8",
@@ -169,6 +172,16 @@ class Divergence(ReportModel):
     top1_agreement: float
     perplexity_ratio: float
 
+    @classmethod
+    def of(cls, total: divergence.Divergence) -> Divergence:
+        """The figures of what was added up over positions."""
+        return cls(
+            kld_mean=total.kld_mean,
+            kld_max=total.kld_max,
+            top1_agreement=total.top1_agreement,
+            perplexity_ratio=total.perplexity_ratio,
+        )
+
 
 class GreedyReport(ReportModel):
     """A greedy continuation with the runtime's own cache: its first `equal` ids are the reference's."""
@@ -268,3 +281,17 @@ class NpuReport(ReportModel):
     errors: tuple[str, ...] = ()
     tokens: int = 0
     comparisons: tuple[NpuComparison, ...] = ()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the validator of one artefact measured."""
+
+    weights: WeightsReport
+    tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
+    logits: LogitsReport | None = None
+    more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
+    facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on

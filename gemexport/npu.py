@@ -6,9 +6,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from gemexport.measured import NpuComparison, NpuRefusal, NpuReport
-from gemexport.nodes import Progress, Workplace, figures
+from gemexport.measured import Divergence, NpuComparison, NpuRefusal, NpuReport
 from gemexport.report import Bound
+from gemexport.workplace import Progress, Workplace
 
 
 def compile_npu(place: Workplace, path: Path, context: Path, architecture: str | None, progress: Progress) -> NpuReport:
@@ -41,7 +41,7 @@ def compile_npu(place: Workplace, path: Path, context: Path, architecture: str |
         NpuComparison(
             of=item.of,
             against=item.against,
-            divergence=figures(item.divergence),
+            divergence=Divergence.of(item.divergence),
             max_difference=item.max_difference,
         )
         for item in compared

@@ -9,9 +9,8 @@ from gemexport.diagnosis import rounded_as_run
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids import GridIndex
-from gemexport.measured import Divergence, GridReport, NpuReport
-from gemexport.nodes import Validation
-from gemexport.notes import left_notes
+from gemexport.measured import Divergence, GridReport, NpuReport, Validation
+from gemexport.notes import left_notes, wording_notes
 from gemexport.npu import npu_bounds
 from gemexport.report import (
     ArtifactReport,
@@ -25,7 +24,6 @@ from gemexport.report import (
 from gemexport.request import Request, Step
 from gemexport.scheduler import succeeded
 from gemexport.verdict import bounds
-from gemexport.wording import notes
 from gemexport.worker import Outcome
 
 
@@ -67,7 +65,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)
-    base["notes"] = (*base.get("notes", ()), *as_run, *notes(found.tokenizer, found.chat))
+    base["notes"] = (*base.get("notes", ()), *as_run, *wording_notes(found.tokenizer, found.chat))
     return ArtifactReport(
         **base,
         status=status,

@@ -12,9 +12,9 @@ from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_check
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import Recipe, load_recipe
 from gemexport.formats.vector_codec import Codec, parse_all
-from gemexport.nodes import Workplace
 from gemexport.registry import TARGETS, Target
 from gemexport.scheduler import available_memory
+from gemexport.workplace import Workplace
 
 DEFAULT_TOKENS = 512
 

@@ -8,8 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from gemexport.diagnosis import diagnose
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import DType, Grid
-from gemexport.measured import ChatReport, DepartureReport, Divergence, LogitsReport, TensorReport, TokenizerReport
-from gemexport.nodes import Validation
+from gemexport.measured import (
+    ChatReport,
+    DepartureReport,
+    Divergence,
+    LogitsReport,
+    TensorReport,
+    TokenizerReport,
+    Validation,
+)
 from gemexport.noise import (
     BLOCK_STEPS,
     CODEC_ROOM,

@@ -162,21 +162,15 @@ def _same(ours: Path, theirs: Path) -> bool:
     return filecmp.cmp(ours, theirs, shallow=False)
 
 
-def notes(found: TokenizerReport | None, talked: ChatReport | None) -> tuple[str, ...]:
-    """A sentence where a runtime errs with an artefact that is right."""
-    result = []
-    if found is not None and found.runtime_only:
-        shown = next(item for item in found.differences if item.runtime)
-        result.append(
-            f"{found.name} tokenizes {found.runtime_only} of {found.texts} texts differently from the checkpoint, with "
-            f"tables that give the checkpoint's tokens: {shown.text!r} is {_some(shown.found)} instead of "
-            f"{_some(shown.expected)}"
-        )
-    if talked is not None and talked.runtime_only:
-        which = ", ".join(item.conversation for item in talked.differences if item.runtime)
-        result.append(f"{talked.engine} lays out conversations differently with the checkpoint's own template: {which}")
-    return tuple(result)
+def check_wording(
+    work: Path, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> tuple[TokenizerReport | None, ChatReport | None]:
+    """Tokenizer and chat template of an artefact in its runtime, or read back where there is none.
 
-
-def _some(ids: tuple[int, ...], limit: int = 8) -> str:
-    return f"[{', '.join(map(str, ids[:limit]))}{', …' if len(ids) > limit else ''}]"
+    `work` is the folder for what is unpacked on the way.
+    """
+    artifact = Artifact.of(path, work)
+    if artifact is None:
+        return None, None
+    wording = Wording(checkpoint)
+    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)

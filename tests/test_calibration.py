@@ -12,8 +12,9 @@ from gemexport.dag import graph
 from gemexport.formats.activation_ranges import read_ranges
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import load_recipe
-from gemexport.nodes import Workplace, grids
+from gemexport.nodes import grids
 from gemexport.request import request, steps
+from gemexport.workplace import Workplace
 
 pytest.importorskip("onnxruntime")
 

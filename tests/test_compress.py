@@ -17,7 +17,7 @@ from gemexport.formats import gguf, mlx
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import load_recipe
-from gemexport.nodes import Workplace
+from gemexport.workplace import Workplace
 
 # Stands in for an interpreter with llm-compressor: rounds linears to int8, one scale a row, and spoils the norms a
 # little, as llm-compressor does with those of 1 + w.

@@ -25,11 +25,11 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids import find_grids
 from gemexport.formats.recipe import load_recipe
 from gemexport.formats.tensor import Floats, Tensor
-from gemexport.nodes import Workplace
 from gemexport.registry import TARGETS
 from gemexport.validators.divergence import Divergence
 from gemexport.validators.onnxruntime import load
 from gemexport.validators.reference import quiet, reference
+from gemexport.workplace import Workplace
 
 TOKENS, CONTEXT, PREFILL = 256, 256, 64
 TOP1, KLD = 0.99, 1e-3

@@ -14,8 +14,7 @@ from gemexport.formats import coreml, onnx
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.additive_fit import NAME
 from gemexport.formats.recipe import RECIPES
-from gemexport.measured import TensorReport, WeightsReport
-from gemexport.nodes import Validation
+from gemexport.measured import TensorReport, Validation, WeightsReport
 from gemexport.report import Report, read_report
 from gemexport.request import request, steps
 from gemexport.verdict import bounds

@@ -14,9 +14,9 @@ from gemexport.measured import (
     LogitsReport,
     TensorReport,
     TokenizerReport,
+    Validation,
     WeightsReport,
 )
-from gemexport.nodes import Validation
 from gemexport.registry import TARGETS
 from gemexport.report import verdict
 from gemexport.verdict import bounds

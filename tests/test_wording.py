@@ -13,13 +13,13 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.recipe import RECIPES
-from gemexport.measured import ChatReport, TokenizerReport, WeightsReport
-from gemexport.nodes import Validation
+from gemexport.measured import ChatReport, TokenizerReport, Validation, WeightsReport
+from gemexport.notes import wording_notes
 from gemexport.validators import tokenizer
 from gemexport.validators.prompts import prompts
 from gemexport.validators.runtime import Layout, Runtime
 from gemexport.verdict import bounds
-from gemexport.wording import Artifact, Wording, notes
+from gemexport.wording import Artifact, Wording
 
 CAFE = "Café déjà vu — 123 😊"
 
@@ -68,7 +68,7 @@ def test_a_copy_is_equal_in_everything(tiny_gemma4: Path, tmp_path: Path) -> Non
     assert found.texts == found.equal > 4000
     assert talked.conversations == talked.equal > 10
     assert judged(found, talked) == []
-    assert notes(found, talked) == ()
+    assert wording_notes(found, talked) == ()
 
 
 def test_a_gguf_file_without_a_runtime_is_read_back(tiny_gemma4: Path, file: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_runtimes_own_fault_is_named_and_no_failure(
     found, talked = compared(tiny_gemma4, path, tmp_path, reader(tiny_gemma4, CAFE))
     assert (found.texts - found.equal, found.runtime_only, found.ordinary) == (1, 1, 0)
     assert judged(found, talked) == []
-    assert CAFE in notes(found, talked)[0]
+    assert CAFE in wording_notes(found, talked)[0]
 
 
 def test_an_ordinary_text_fails_whoever_is_at_fault(tiny_gemma4: Path, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def _materialise(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
         return whole.copy_(torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32)))
     for start, stop in slices(tensor):
         # What is mapped cannot be written to, and PyTorch has no tensors like that.
-        values = np.require(tensor.rows(start, stop).values, np.float32, "CW")
+        values = np.require(tensor.rows(start, stop).values, np.float32, ["C", "W"])
         whole[start:stop].copy_(torch.from_numpy(values))
     return whole
 

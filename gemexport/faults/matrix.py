@@ -1,6 +1,7 @@
 """The matrix of faults and formats: every fault put into an artefact of every format, each judged by the validator.
 
-`judge` calls the very steps that a run calls (gemexport.nodes), in this process, with one reference for all cells.
+`judge` calls the very steps that a run calls (gemexport.nodes, gemexport.validation), in this process, with one
+reference for all cells.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from gemexport import demo_mobile, nodes
+from gemexport import demo_mobile, nodes, validation
 from gemexport.faults import weights
 from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import RECIPES
-from gemexport.measured import Divergence
+from gemexport.measured import Divergence, Validation
 from gemexport.registry import TARGETS
 from gemexport.report import verdict
 from gemexport.verdict import bounds
+from gemexport.wording import check_wording
+from gemexport.workplace import Workplace
 
 COLUMNS = (
     ("gguf", "Q4_0"), ("mlx", "4bit"), ("onnx", "int4"), ("onnx", "npu"), ("coreml", "int4"),
@@ -71,7 +74,7 @@ class Bench:
     _mobile: Bench | None = None
 
     def __post_init__(self) -> None:
-        self.place = nodes.Workplace(self.model, self.work, self.tokens)
+        self.place = Workplace(self.model, self.work, self.tokens)
         self.work.mkdir(parents=True, exist_ok=True)
         nodes.grids(self.place, RECIPES["default"], lambda _: None)
         self.checkpoint = self.place.open()
@@ -106,22 +109,22 @@ class Bench:
                 return status, reason
         return self.measure(target, variant, path)[1:]
 
-    def measure(self, target: str, variant: str, path: Path) -> tuple[nodes.Validation | None, str, str]:
+    def measure(self, target: str, variant: str, path: Path) -> tuple[Validation | None, str, str]:
         """What a validation measures, none where the artefact cannot be read, then status and reason."""
         if TARGETS[target].noises or self.checkpoint.activations:
             self._measure_floors()
         try:
-            found = nodes.validate(self.place, target, path, True, lambda _: None)
+            found = validation.validate(self.place, target, path, True, lambda _: None)
         except InputError as error:
             return None, "error", str(error)
         return found, *self._verdict(target, variant, found)
 
-    def _stored(self, target: str, path: Path, wording: bool) -> nodes.Validation:
+    def _stored(self, target: str, path: Path, wording: bool) -> Validation:
         """What shows without running the artefact."""
-        report, _ = nodes.check_weights(self.place, target, path, lambda _: None)
-        facts = nodes.check_facts(self.checkpoint, target, path)
-        words = nodes.check_wording(self.place, self.checkpoint, path, None) if wording else (None, None)
-        return nodes.Validation(report, *words, facts=facts)
+        report, _ = validation.check_weights(self.place, target, path, lambda _: None)
+        facts = validation.check_facts(self.checkpoint, target, path)
+        words = check_wording(self.work, self.checkpoint, path, None) if wording else (None, None)
+        return Validation(report, *words, facts=facts)
 
     def _measure_floors(self) -> None:
         """What PyTorch's other arithmetics differ by, once."""
@@ -130,7 +133,7 @@ class Bench:
             noises |= {"f32-reordered"} if self.checkpoint.activations else set()
             self.floors = nodes.reference(self.place, tuple(sorted(noises)), lambda _: None)
 
-    def _verdict(self, target: str, variant: str, found: nodes.Validation) -> tuple[str, str]:
+    def _verdict(self, target: str, variant: str, found: Validation) -> tuple[str, str]:
         holds = TARGETS[target].holds(variant)
         status, reason = verdict(bounds(found, self.floors, RECIPES["default"], holds))
         return status, str(reason)

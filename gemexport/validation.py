@@ -1,0 +1,88 @@
+"""The validator of one artefact: a step of a run, in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemexport.facts import activation_differences, differences
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.measured import (
+    FactReport,
+    GridReport,
+    TensorReport,
+    Validation,
+    WeightsReport,
+)
+from gemexport.registry import TARGETS
+from gemexport.speed import Stopwatch
+from gemexport.trial import Trial
+from gemexport.validators import weights
+from gemexport.validators.weights import TensorComparison
+from gemexport.wording import check_wording
+from gemexport.workplace import Progress, Workplace
+
+
+def validate(place: Workplace, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
+    """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
+    watch = Stopwatch()
+    with watch.time("weights"):
+        report, digest = check_weights(place, target, path, progress)
+    checkpoint = place.open()
+    facts = check_facts(checkpoint, target, path)
+    if not run_logits or report.missing:
+        with watch.time("tokenizer"):
+            wording = check_wording(place.work, checkpoint, path, None)
+        return Validation(report, *wording, facts=facts, steps=watch.seconds)
+    trial = Trial(place, checkpoint, TARGETS[target], path, digest, watch)
+    try:
+        first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
+    finally:
+        trial.close()
+    tokenizer_report, chat = trial.wording or (None, None)
+    return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
+
+
+def check_weights(place: Workplace, target: str, path: Path, progress: Progress) -> tuple[WeightsReport, str]:
+    """The weights of an artefact against the source's, and the digest of the values read back; in weights."""
+    stored = TARGETS[target].reader().tensors(path)
+    found = weights.compare(place.open().tensors, stored, progress)
+    tensors = tuple(_tensor_report(item) for item in found.tensors)
+    compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)
+    report = WeightsReport(
+        compared=compared,
+        exact=exact,
+        exact_fraction=exact / max(compared, 1),
+        max_relative_error=max((item.max_relative_error for item in tensors), default=0.0),
+        missing=found.missing,
+        unexpected=found.unexpected,
+        tensors=tensors,
+    )
+    return report, found.digest
+
+
+def _tensor_report(item: TensorComparison) -> TensorReport:
+    return TensorReport(
+        name=item.name,
+        shape=item.shape,
+        dtype=item.dtype,
+        source_dtype=item.source_dtype,
+        grid=GridReport.of(item.grid),
+        source_grid=GridReport.of(item.source_grid),
+        compared=item.compared,
+        exact=item.exact,
+        exact_fraction=item.exact_fraction,
+        max_relative_error=item.max_relative_error,
+        rms_relative_error=item.rms_relative_error,
+        scale_rounded=item.scale_rounded,
+        same_scales=item.same_scales,
+        exact_as_run=item.exact_as_run,
+        requantized=item.requantized,
+        codec=item.codec,
+        fitted_rms=item.fitted_rms,
+    )
+
+
+def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
+    """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
+    stated = differences(target, path, checkpoint.architecture)
+    return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
