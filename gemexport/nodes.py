@@ -277,7 +277,7 @@ def check_wording(
     artifact = Artifact.of(path, place.work)
     if artifact is None:
         return None, None
-    wording = Wording(checkpoint)
+    wording = Wording(checkpoint, place.work)
     return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
 
 
