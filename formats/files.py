@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,6 +50,14 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove_quietly(partial)
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have the file `path`, in a folder that there is, to oneself: another process that wants it waits."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_quietly(path: Path) -> None:

@@ -25,6 +25,7 @@ MENDED = "download or export the file again"
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # ggml keeps a terminating zero
 MAX_ENTRIES = 1 << 16  # tensors, and keys: more of them is a lie that would cost a hundred times its size in memory
+_LENGTH = struct.Struct("<Q")  # of a string, before it
 SPLIT = "split."  # keys that tell which part of a model a file is
 
 _NUMPY: dict[GGUFValueType, str] = {
@@ -137,8 +138,8 @@ class Strings(Sequence[str]):
         return map(self._at, self._offsets)
 
     def _at(self, offset: int) -> str:
-        length = int.from_bytes(self._data[offset : offset + 8], "little")
-        return bytes(self._data[offset + 8 : offset + 8 + length]).decode("utf-8", "replace")
+        start = offset + _LENGTH.size
+        return str(self._data[start : start + _LENGTH.unpack_from(self._data, offset)[0]], "utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,11 @@ class _Cursor:
     def _strings(self, count: int) -> Strings:
         if count * 8 > len(self.view) - self.position:
             raise self.fail("an array of strings is longer than the file")
-        offsets, position, length = [], self.position, struct.Struct("<Q").unpack_from
+        offsets, position, length = [], self.position, _LENGTH.unpack_from
         try:
             for _ in range(count):
                 offsets.append(position)
-                position += 8 + length(self.view, position)[0]
+                position += _LENGTH.size + length(self.view, position)[0]
         except (struct.error, OverflowError) as error:  # the position is beyond the end
             raise self.past_end() from error
         self.take(position - self.position)

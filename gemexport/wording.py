@@ -7,20 +7,26 @@ the artefact (docs/bounds.md).
 from __future__ import annotations
 
 import filecmp
+import hashlib
+import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+from gemexport._version import __version__
 from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from gemexport.formats.errors import InputError
+from gemexport.formats.files import atomic, locked
 from gemexport.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.validators import chat, corpus, prompts, tokenizer, vocabulary
 from gemexport.validators.runtime import Runtime
 from gemexport.validators.tokenizer import Difference
 
 SHOWN = 20  # texts in the report, the shortest of each sort first
+KEPT = "reference/wording"  # folder in the work folder of the checkpoint's texts and ids
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -59,12 +65,12 @@ class Artifact:
 
 
 class Wording:
-    """The checkpoint's side, made once for one artefact."""
+    """The checkpoint's side; the ids of its texts are made once a run and kept in the work folder."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, work: Path) -> None:
         self._assets = checkpoint.assets
         self._size = checkpoint.architecture.vocab_size
-        self._expected, self._texts = _expected(self._assets, self._size)
+        self._texts = _expected(self._assets, self._size, work / KEPT)
 
     def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
         """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
@@ -139,21 +145,48 @@ class Wording:
         if artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs):
             return ()
         try:
-            return vocabulary.compare(self._expected, vocabulary.read(artifact.path), self._size)
+            return vocabulary.compare(_vocabulary(self._assets), vocabulary.read(artifact.path), self._size)
         except InputError as error:
             return (error.problem,)
 
 
 @lru_cache(maxsize=1)
-def _expected(assets: Path, size: int) -> tuple[vocabulary.Vocabulary, dict[str, tuple[int, ...]]]:
-    """The checkpoint's tables, and every text with its ids; not those with a token that the model has no row for."""
-    tables = vocabulary.read(assets)
+def _vocabulary(assets: Path) -> vocabulary.Vocabulary:
+    return vocabulary.read(assets)
+
+
+@lru_cache(maxsize=1)
+def _expected(assets: Path, size: int, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every text with the checkpoint's ids; not those with a token that the model has no row for.
+
+    Kept in `folder` under what it is made of, for the validators beside this one: it takes longer than all that they do
+    with it.
+    """
+    path = folder / f"{_mark(assets / FILES[0], size)}.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):  # whoever comes second waits here, and then finds the file
+            if not path.is_file():
+                with atomic(path) as partial:
+                    partial.write_text(json.dumps(_encoded(assets, size)), "ascii")
+    return {text: tuple(ids) for text, ids in json.loads(path.read_bytes()).items()}
+
+
+def _mark(file: Path, size: int) -> str:
+    """A digest of what the texts and their ids follow from."""
+    programs = (unicodedata.unidata_version, version("tokenizers"), __version__, str(size))
+    content = file.read_bytes() if file.is_file() else b""  # that there is none is told by who reads it
+    return hashlib.sha256("\n".join(programs).encode() + content).hexdigest()[:32]
+
+
+def _encoded(assets: Path, size: int) -> dict[str, list[int]]:
+    tables = _vocabulary(assets)
     encode = tokenizer.load(assets / FILES[0])
     listed = (vocabulary.ADDED, vocabulary.SPECIAL)
     added = [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in listed]
     texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(tables.pieces[:size], added)]
-    found = {text: tuple(encode(text)) for text in texts}
-    return tables, {text: ids for text, ids in found.items() if max(ids, default=0) < size}
+    found = {text: encode(text) for text in texts}
+    return {text: ids for text, ids in found.items() if max(ids, default=0) < size}
 
 
 def _same(ours: Path, theirs: Path) -> bool:
@@ -172,5 +205,5 @@ def check_wording(
     artifact = Artifact.of(path, work)
     if artifact is None:
         return None, None
-    wording = Wording(checkpoint)
+    wording = Wording(checkpoint, work)
     return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)

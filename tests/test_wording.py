@@ -52,7 +52,7 @@ def judged(found: TokenizerReport, talked: ChatReport | None) -> list[str]:
 def compared(model: Path, path: Path, scratch: Path, runtime: Runtime | None) -> tuple[TokenizerReport, ChatReport]:
     artifact = Artifact.of(path, scratch)
     assert artifact is not None
-    wording = Wording(open_checkpoint(model))
+    wording = Wording(open_checkpoint(model), scratch)
     talked = wording.chat(artifact, runtime)
     assert talked is not None
     return wording.tokenizer(artifact, runtime), talked

@@ -5,6 +5,7 @@ The same vocabulary gives the same texts under one version of Unicode, Python's 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ _KINDS = frozenset((
     "CHARACTER", "IDEOGRAPH", "HIEROGLYPH", "IDEOGRAM", "LIGATURE", "TONE", "SYMBOL", "CONSONANT", "RADICAL",
     "COMPONENT", "FINAL", "INDEPENDENT", "DEPENDENT", "SUBJOINED",
 ))  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _WHITESPACE = (
     " ", "\t", "\n", "\r", "\r\n", "\v", "\f", "\x85", "\xa0", "\u1680", "\u180e",
     *(chr(code) for code in range(0x2000, 0x2010)), "\u2028", "\u2029", "\u202f", "\u205f", "\u2060", "\u3000",
@@ -239,7 +241,7 @@ def _special(added: Sequence[str]) -> Iterator[str]:
 def _pieces(pieces: Sequence[str], added: Sequence[str]) -> Iterator[str]:
     """Pieces in random order, as they stand, as words, and with added tokens among them."""
     stream = Random("pieces")
-    usable = [piece for piece in pieces if piece and not any(0xD800 <= ord(c) < 0xE000 for c in piece)]
+    usable = [piece for piece in pieces if piece and not _SURROGATE.search(piece)]
     if not usable:
         return
     for number in range(1000):

@@ -268,7 +268,7 @@ def _usable(expected: Vocabulary, size: int) -> list[Merge]:
     """Merges of tokens that have rows, in order; a text with a space in it is no token of Gemma's."""
     known = set(expected.pieces[:size])
     assert expected.merges is not None
-    return [pair for pair in expected.merges if "".join(pair) in known and not any(" " in part for part in pair)]
+    return [(a, b) for a, b in expected.merges if a + b in known and " " not in a and " " not in b]
 
 
 def _order(merges: Iterable[Merge]) -> list[str]:
