@@ -86,6 +86,9 @@ def _start(threads: int, output: int, *arguments: str) -> Worker:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
         "PYTHONUNBUFFERED": "1",
+        # Of glibc: arrays of a slice come and go, and memory that the system gets back it clears before the next.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     }
     # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
     process = subprocess.Popen(
