@@ -15,7 +15,7 @@ import numpy as np
 from gemexport.exporters.result import Export
 from gemexport.facts import activation_differences, differences
 from gemexport.formats.activations import Activations
-from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids import GridIndex, attach, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.formats.tensor import Tensor
@@ -120,7 +120,6 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
     checkpoint.unpack()  # before the exports, which would all do it at once
-    check_tokenizer(checkpoint.assets / "tokenizer.json")
     return find_grids(checkpoint, place.grids, recipe, progress)
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from gemexport.formats.vector_codec import check
 from gemexport.notes import compression_note
 from gemexport.outcomes import artifact_report, model_report
 from gemexport.registry import Target
-from gemexport.render import write_reports
 from gemexport.report import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.scheduler import Events, Node, Scheduler, succeeded
@@ -40,7 +40,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
         scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
-        outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(_load_templates)
+            outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
         for name in ("compress", "grids"):
             first = outcomes.get(name, Outcome())
             if first.error:
@@ -68,8 +70,21 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         seconds=time.monotonic() - started,
         peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
     )
-    write_reports(report, asked.out)
+    _write_reports(report, asked.out)
     return report
+
+
+def _load_templates() -> None:
+    """While the steps run: compiling the templates takes as long as hashing the artefacts."""
+    from gemexport.render import load_templates
+
+    load_templates()
+
+
+def _write_reports(report: Report, out: Path) -> None:
+    from gemexport.render import write_reports
+
+    write_reports(report, out)
 
 
 def validate(
