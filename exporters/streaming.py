@@ -119,7 +119,7 @@ def write_packed(
     with ExitStack() as stack:
         files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in columns]
         dtypes: list[np.dtype[Any]] = []
-        for rows, data in ordered(packed, slices(tensor, 4 << 20)):
+        for rows, data in ordered(packed, slices(tensor, 8 << 20)):
             out.write(name, data)
             made = [column.encode(rows) for column in columns]
             dtypes = [array.dtype for array in made]

@@ -41,9 +41,12 @@ def pack(codes: Codes, bits: int) -> Words:
     if bits == 8:
         return (stored ^ np.uint8(flip)).view("<u4")
     if bits == 4:
-        # A pair of codes becomes a byte without arithmetic.
-        pairs = stored.view("<u2")
-        return (((pairs & 0xF) | ((pairs >> 4) & 0xF0)) ^ (flip * 0x11)).astype(np.uint8).view("<u4")
+        # A pair of codes becomes a byte without arithmetic; the upper byte of the pair falls away.
+        pairs = stored.view("<u2") & 0x0F0F
+        pairs |= pairs >> 4
+        nibbles = pairs.astype(np.uint8)
+        nibbles ^= flip * 0x11
+        return nibbles.view("<u4")
     if bits == 2:
         fours = stored.view("<u4")
         folded = (fours & 0x3) | ((fours >> 6) & 0xC) | ((fours >> 12) & 0x30) | ((fours >> 18) & 0xC0)

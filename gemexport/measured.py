@@ -22,9 +22,12 @@ Arithmetic = Literal[
 
 
 class ReportModel(BaseModel):
-    """Frozen; a misspelt field is an error; NaN and infinity become strings, so that JSON stays JSON."""
+    """Frozen; a misspelt field is an error; NaN and infinity become strings, so that JSON stays JSON.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    Validators are built when they are first used: a process that only exports never does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", defer_build=True)
 
 
 class GridReport(ReportModel):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemexport.exporters.result import Export
-from gemexport.formats.checkpoint import check_tokenizer
 from gemexport.formats.grids import GridIndex, find_grids
 from gemexport.formats.recipe import Recipe
 from gemexport.measured import Divergence
@@ -29,7 +28,6 @@ def grids(place: Workplace, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
     checkpoint.unpack()  # before the exports, which would all do it at once
-    check_tokenizer(checkpoint.assets / "tokenizer.json")
     return find_grids(checkpoint, place.grids, recipe, progress)
 
 

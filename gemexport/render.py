@@ -45,6 +45,12 @@ def write_reports(report: Report, out: Path) -> None:
     write_sums(out, report.artifacts)
 
 
+def load_templates() -> None:
+    """Have the reports' templates compiled, which takes longer than filling them in."""
+    _environment(html=True).get_template("report.html")
+    _environment(html=False).get_template("report.md")
+
+
 def render_html(report: Report) -> str:
     """The report as one self-contained page: its style and script are inside, and it asks no server anything."""
     return _environment(html=True).get_template("report.html").render(report=report)

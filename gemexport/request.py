@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.compress import FOLDER, Compression, compression
-from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
+from gemexport.formats.checkpoint import TOKENIZER, Checkpoint, check_tokenizer, checkpoint_name, open_checkpoint
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import Recipe, load_recipe
 from gemexport.formats.vector_codec import Codec, parse_all
@@ -45,8 +45,11 @@ class Request:
         return Workplace(self.model, work, self.tokens, self.adapter, compressed)
 
     def checkpoint(self) -> Checkpoint:
-        """The model, with its adapter merged in."""
-        return open_checkpoint(self.model, adapter=self.adapter)
+        """The model, with its adapter merged in; its tokenizer is known to be one."""
+        checkpoint = open_checkpoint(self.model, adapter=self.adapter)
+        if checkpoint.path.is_dir():  # of a model in one file it is made when it is wanted
+            check_tokenizer(checkpoint.path / TOKENIZER)
+        return checkpoint
 
 
 def request(

@@ -6,9 +6,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from gemexport.dag import graph, logits_memory, validators
 from gemexport.formats.errors import InputError
@@ -16,7 +18,6 @@ from gemexport.formats.vector_codec import check
 from gemexport.notes import compression_note
 from gemexport.outcomes import artifact_report, model_report
 from gemexport.registry import Target
-from gemexport.render import write_reports
 from gemexport.report import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.scheduler import Events, Node, Scheduler, succeeded
@@ -40,7 +41,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     with _undone_on_error(asked.out):
         work = claim(asked.out, checkpoint, asked.fresh)
         scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
-        outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
+        with ThreadPoolExecutor(1) as beside:
+            renderer = beside.submit(_renderer)
+            outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
         for name in ("compress", "grids"):
             first = outcomes.get(name, Outcome())
             if first.error:
@@ -68,8 +71,16 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         seconds=time.monotonic() - started,
         peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
     )
-    write_reports(report, asked.out)
+    renderer.result().write_reports(report, asked.out)
     return report
+
+
+def _renderer() -> ModuleType:
+    """What writes the reports, its templates compiled, which takes as long as hashing the artefacts."""
+    from gemexport import render
+
+    render.load_templates()
+    return render
 
 
 def validate(

@@ -9,6 +9,7 @@ and importing takes as long as some exports. With `prepare` it imports what such
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import sys
 import threading
@@ -132,9 +133,7 @@ def main() -> None:
     requests: SimpleQueue[Request] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
     if PREPARE in sys.argv[2:]:
-        # What fails here fails again in the call that needs it, and is told there.
-        with suppress(Exception):
-            import_module("gemexport.nodes").prepare()
+        _prepare()
     while True:
         request = requests.get()
         with request.log.open("ab") as log:
@@ -143,6 +142,15 @@ def main() -> None:
         _serve(connection, request.call)
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _prepare() -> None:
+    """Import what the first calls need. What fails here fails again in the call that needs it, and is told there."""
+    # Imports make hundreds of thousands of objects, and no garbage worth a tenth of their time.
+    gc.disable()
+    with suppress(Exception):
+        import_module("gemexport.nodes").prepare()
+    gc.enable()
 
 
 def _serve(connection: Connection[Any, Any], call: Call) -> None:

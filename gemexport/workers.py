@@ -34,7 +34,7 @@ class Workers:
     """Hires processes, and keeps those that may serve once more: starting one takes as long as some exports."""
 
     def __init__(self) -> None:
-        self._idle: list[Worker] = []
+        self.idle: list[Worker] = []
 
     def hire(self, threads: int, log: Path) -> Worker:
         """A new process, with so many threads for its libraries."""
@@ -43,20 +43,20 @@ class Workers:
 
     def hire_light(self, threads: int, log: Path) -> Worker:
         """A process for a light node: one that is idle, else a new one."""
-        return self._idle.pop() if self._idle else self.hire(threads, log)
+        return self.idle.pop() if self.idle else self.hire(threads, log)
 
     def prepare(self, threads: int) -> None:
         """Hire a process for the first light node before there is one: it imports while the caller does."""
-        self._idle.append(_start(threads, subprocess.DEVNULL, PREPARE))
+        self.idle.append(_start(threads, subprocess.DEVNULL, PREPARE))
 
     def keep(self, worker: Worker) -> None:
         """A worker that has served a light node waits for the next."""
-        self._idle.append(worker)
+        self.idle.append(worker)
 
     def dismiss(self) -> None:
         """End all that are idle."""
-        while self._idle:
-            self._idle.pop().kill()
+        while self.idle:
+            self.idle.pop().kill()
 
 
 @contextmanager
@@ -86,6 +86,9 @@ def _start(threads: int, output: int, *arguments: str) -> Worker:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
         "PYTHONUNBUFFERED": "1",
+        # Of glibc: arrays of a slice come and go, and memory that the system gets back it clears before the next.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     }
     # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
     process = subprocess.Popen(

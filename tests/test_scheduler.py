@@ -15,6 +15,7 @@ import pytest
 from gemexport.formats.errors import InputError
 from gemexport.scheduler import Events, Node, Scheduler, succeeded
 from gemexport.worker import Call
+from gemexport.workers import prepared
 
 Progress = Callable[[int], None]
 HERE = f"{__name__}:"
@@ -31,6 +32,10 @@ def stamp(path: Path, progress: Progress) -> None:
     started = time.monotonic()
     time.sleep(0.3)
     path.write_text(f"{started} {time.monotonic()}")
+
+
+def which(progress: Progress) -> int:
+    return os.getpid()
 
 
 def fail(progress: Progress) -> None:
@@ -152,6 +157,23 @@ def test_workers_end_with_the_run_that_started_them(tmp_path: Path) -> None:
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(worker)
+
+
+def test_a_worker_that_is_ready_serves_the_first_light_node(tmp_path: Path) -> None:
+    with prepared(2) as workers:
+        (ready,) = (worker.process for worker in workers.idle)
+        run = Scheduler(2, 1 << 30, tmp_path, workers=workers)
+        nodes = [Node("heavy", call("which")), Node("light", call("which"), needs=("heavy",), light=True)]
+        served = {name: outcome.value for name, outcome in run.run(nodes).items()}
+    assert served["light"] == ready.pid != served["heavy"]
+    assert ready.poll() is not None
+
+
+def test_a_worker_that_got_ready_for_nothing_ends(tmp_path: Path) -> None:
+    with prepared() as workers:
+        (ready,) = (worker.process for worker in workers.idle)
+        assert ready.poll() is None
+    assert ready.poll() is not None
 
 
 def test_peak_memory_is_measured(tmp_path: Path) -> None:

@@ -5,15 +5,13 @@ Artefacts of one run mostly hold the same numbers in different bytes, so one ref
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gemexport.formats.files import atomic
+from gemexport.formats.files import atomic, locked
 from gemexport.formats.tensor import Floats
 from gemexport.validators.runtime import Runtime, TopLogits
 
@@ -36,7 +34,7 @@ class ReferenceStore:
         path = self._path(tokens)
         if not path.is_file():
             # Whoever comes second waits here, and then finds the file.
-            with self._lock():
+            with locked(self._folder / "lock"):
                 if not path.is_file():
                     self._compute(tokens, path)
         mapped: Floats = np.load(path, mmap_mode="r")
@@ -62,12 +60,6 @@ class ReferenceStore:
 
     def _path(self, tokens: Sequence[int]) -> Path:
         return self._folder / f"{_digest(tokens)}.npy"
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with (self._folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def close(self) -> None:
         """Let go of the model."""

@@ -37,6 +37,9 @@ def test_streamed_slices_come_back(
     assert {name: stored.array.tobytes() for name, stored in found.items()} == {
         name: array.tobytes() for name, array in arrays.items()
     }
+    for name, array in arrays.items():
+        for start in range(0, array.shape[0], step):
+            assert np.array_equal(found[name].read(start, start + step), array[start : start + step])
     for file in folder.glob("*.safetensors"):
         assert all(np.array_equal(value, arrays[name]) for name, value in load_file(file).items())
 
