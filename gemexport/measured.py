@@ -178,12 +178,7 @@ class Divergence(ReportModel):
     @classmethod
     def of(cls, total: divergence.Divergence) -> Divergence:
         """The figures of what was added up over positions."""
-        return cls(
-            kld_mean=total.kld_mean,
-            kld_max=total.kld_max,
-            top1_agreement=total.top1_agreement,
-            perplexity_ratio=total.perplexity_ratio,
-        )
+        return cls.model_validate(total, from_attributes=True)
 
 
 class GreedyReport(ReportModel):

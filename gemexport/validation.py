@@ -8,7 +8,6 @@ from gemexport.facts import activation_differences, differences
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.measured import (
     FactReport,
-    GridReport,
     TensorReport,
     Validation,
     WeightsReport,
@@ -17,7 +16,6 @@ from gemexport.registry import TARGETS
 from gemexport.speed import Stopwatch
 from gemexport.trial import Trial
 from gemexport.validators import weights
-from gemexport.validators.weights import TensorComparison
 from gemexport.wording import check_wording
 from gemexport.workplace import Progress, Workplace
 
@@ -46,7 +44,7 @@ def check_weights(place: Workplace, target: str, path: Path, progress: Progress)
     """The weights of an artefact against the source's, and the digest of the values read back; in weights."""
     stored = TARGETS[target].reader().tensors(path)
     found = weights.compare(place.open().tensors, stored, progress)
-    tensors = tuple(_tensor_report(item) for item in found.tensors)
+    tensors = tuple(TensorReport.model_validate(item, from_attributes=True) for item in found.tensors)
     compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)
     report = WeightsReport(
         compared=compared,
@@ -58,28 +56,6 @@ def check_weights(place: Workplace, target: str, path: Path, progress: Progress)
         tensors=tensors,
     )
     return report, found.digest
-
-
-def _tensor_report(item: TensorComparison) -> TensorReport:
-    return TensorReport(
-        name=item.name,
-        shape=item.shape,
-        dtype=item.dtype,
-        source_dtype=item.source_dtype,
-        grid=GridReport.of(item.grid),
-        source_grid=GridReport.of(item.source_grid),
-        compared=item.compared,
-        exact=item.exact,
-        exact_fraction=item.exact_fraction,
-        max_relative_error=item.max_relative_error,
-        rms_relative_error=item.rms_relative_error,
-        scale_rounded=item.scale_rounded,
-        same_scales=item.same_scales,
-        exact_as_run=item.exact_as_run,
-        requantized=item.requantized,
-        codec=item.codec,
-        fitted_rms=item.fitted_rms,
-    )
 
 
 def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
