@@ -18,7 +18,7 @@ from gemexport.exporters.onnx_qdq import DTYPES, QdqGraph, constant_encoding
 from gemexport.formats.architecture import Architecture, Layer
 from gemexport.formats.onnx import DERIVED, EMBEDDING, HEAD, OFFSET, SCALES
 from gemexport.formats.onnx_blocks import pack_signed
-from gemexport.formats.tensor import Grid, Rows, Tensor
+from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
 
 
 class HtpBackend(NpuBackend):
@@ -117,21 +117,11 @@ class HtpBackend(NpuBackend):
         a, b = g.ops("Split", 2, [x, g.constant([half, half], np.int64)], axis=-1)
         return self.add(self.mul(x, cos), self.mul(g.op("Concat", [b, a], axis=-1), sin))
 
-    def _rotation(self, layer: Layer) -> tuple[ir.Value, ir.Value]:
-        """Cosines and signed sines `[1, n, 1, head_dim]` for x·cos + (halves of x swapped)·sin."""
-        key = (layer.rope, layer.head_dim)
-        if key not in self._rotations:
-            g, number = self.graph, len(self._rotations)
-            frequencies = layer.rope.inv_freq(layer.head_dim).astype(np.float32)
-            angles = np.arange(self.context, dtype=np.float32)[:, None] * frequencies
-            here = g.op("Max", [self.positions(), g.constant(0, np.int32)])
-            cosines, sines = np.tile(np.cos(angles), (1, 2)), np.concatenate([-np.sin(angles), np.sin(angles)], axis=1)
-            found = [self._rope_rows(f"/rope_{number}/{kind}", values, here) for kind, values in
-                     (("cos", cosines), ("sin", sines))]  # fmt: skip
-            self._rotations[key] = found[0], found[1]
-        return self._rotations[key]
+    def _rope_tables(self, cosines: Floats, sines: Floats) -> tuple[Floats, Floats]:
+        """Of whole heads, sines with their signs, for x·cos + (halves of x swapped)·sin."""
+        return np.tile(cosines, (1, 2)), np.concatenate([-sines, sines], axis=1)
 
-    def _rope_rows(self, name: str, values: NDArray[np.float32], here: ir.Value) -> ir.Value:
+    def _rope_rows(self, name: str, values: Floats, here: ir.Value) -> ir.Value:
         g = self.graph
         encoding = constant_encoding(np.array([-1, 1], np.float32), g.activations.bits)
         stored = self.weights.plan(

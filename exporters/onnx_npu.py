@@ -21,7 +21,7 @@ from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.architecture import Architecture, Layer, Rope
 from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, ZEROS
 from gemexport.formats.onnx_blocks import pack_signed, pack_unsigned
-from gemexport.formats.tensor import Grid, Rows, Tensor
+from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
 
 MASKED = -30_000.0  # far below any score, and within f16, which NPUs compute in
 TABLES, WEIGHTS = "embeddings.onnx.data", "decoder.onnx.data"
@@ -223,14 +223,21 @@ class NpuBackend(StandardOperations):
             frequencies = layer.rope.inv_freq(layer.head_dim).astype(np.float32)
             angles = np.arange(self.context, dtype=np.float32)[:, None] * frequencies
             here = g.op("Max", [self.positions(), g.constant(0, np.int32)])
-            found = []
-            for kind, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
-                name = f"/rope_{number}/{kind}"
-                stored = self.weights.plan(name, "plain", ir.DataType.FLOAT, values.shape, values, file=WEIGHTS)
-                rows = g.op("Gather", [g.external(name, stored), here], axis=0)
-                found.append(g.op("Unsqueeze", [rows, g.constant([2], np.int64)]))
+            named = zip(("cos", "sin"), self._rope_tables(np.cos(angles), np.sin(angles)), strict=True)
+            found = [self._rope_rows(f"/rope_{number}/{kind}", values, here) for kind, values in named]
             self._rotations[key] = found[0], found[1]
         return self._rotations[key]
+
+    def _rope_tables(self, cosines: Floats, sines: Floats) -> tuple[Floats, Floats]:
+        """Tables `[context, …]` as `rotary` takes them, of those of half a head."""
+        return cosines, sines
+
+    def _rope_rows(self, name: str, values: Floats, here: ir.Value) -> ir.Value:
+        """The rows of a table at the positions `here`."""
+        g = self.graph
+        stored = self.weights.plan(name, "plain", ir.DataType.FLOAT, values.shape, values, file=WEIGHTS)
+        rows = g.op("Gather", [g.external(name, stored), here], axis=0)
+        return g.op("Unsqueeze", [rows, g.constant([2], np.int64)])
 
     def positions(self) -> ir.Value:
         """Positions `[1, n]`, consecutive; below zero where there is padding."""
