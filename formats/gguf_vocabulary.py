@@ -100,7 +100,7 @@ def vocabulary(facts: Metadata, size: int) -> Vocabulary:
     sentencepiece = facts.text(Keys.Tokenizer.MODEL) == SENTENCEPIECE
     texts, known = [], set()
     for index, text in enumerate(facts.texts(Keys.Tokenizer.LIST)):
-        if len(text.encode()) > MAX_TOKEN_BYTES:
+        if 4 * len(text) > MAX_TOKEN_BYTES < len(text.encode()):
             raise InputError(facts.path, f"token {index} has more than {MAX_TOKEN_BYTES} bytes", MENDED)
         if sentencepiece and kinds[index] == USER_DEFINED and len(text) > 1 and not text.strip(" "):
             text = SPACE * len(text)

@@ -65,12 +65,13 @@ class Artifact:
 
 
 class Wording:
-    """The checkpoint's side; the ids of its texts are made once a run and kept in the work folder."""
+    """The checkpoint's side; what takes long of it is made once a run, and kept in the folder `work`."""
 
     def __init__(self, checkpoint: Checkpoint, work: Path) -> None:
         self._assets = checkpoint.assets
         self._size = checkpoint.architecture.vocab_size
-        self._texts = _expected(self._assets, self._size, work / KEPT)
+        # Not those with a token that the model has no row for.
+        self._texts = {t: ids for t, ids in encoded(checkpoint, work).items() if max(ids, default=0) < self._size}
 
     def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
         """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
@@ -155,20 +156,24 @@ def _vocabulary(assets: Path) -> vocabulary.Vocabulary:
     return vocabulary.read(assets)
 
 
-@lru_cache(maxsize=1)
-def _expected(assets: Path, size: int, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every text with the checkpoint's ids; not those with a token that the model has no row for.
+def encoded(checkpoint: Checkpoint, work: Path) -> dict[str, tuple[int, ...]]:
+    """Every text that tokenizers are compared on, the built-in prompts among them, with the checkpoint's ids.
 
-    Kept in `folder` under what it is made of, for the validators beside this one: it takes longer than all that they do
-    with it.
+    Kept in the folder `work` under what they are made of, for the validators beside this one: making them takes longer
+    than all that is done with them.
     """
-    path = folder / f"{_mark(assets / FILES[0], size)}.json"
+    assets, size = checkpoint.assets, checkpoint.architecture.vocab_size
+    return _encoded(work / KEPT / f"{_mark(assets / FILES[0], size)}.json", assets, size)
+
+
+@lru_cache(maxsize=1)
+def _encoded(path: Path, assets: Path, size: int) -> dict[str, tuple[int, ...]]:
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):  # whoever comes second waits here, and then finds the file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / "lock"):  # whoever comes second waits here, and then finds the file
             if not path.is_file():
                 with atomic(path) as partial:
-                    partial.write_text(json.dumps(_encoded(assets, size)), "ascii")
+                    partial.write_text(json.dumps(_encode(assets, size)), "ascii")
     return {text: tuple(ids) for text, ids in json.loads(path.read_bytes()).items()}
 
 
@@ -179,14 +184,13 @@ def _mark(file: Path, size: int) -> str:
     return hashlib.sha256("\n".join(programs).encode() + content).hexdigest()[:32]
 
 
-def _encoded(assets: Path, size: int) -> dict[str, list[int]]:
+def _encode(assets: Path, size: int) -> dict[str, list[int]]:
     tables = _vocabulary(assets)
     encode = tokenizer.load(assets / FILES[0])
     listed = (vocabulary.ADDED, vocabulary.SPECIAL)
     added = [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in listed]
     texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(tables.pieces[:size], added)]
-    found = {text: encode(text) for text in texts}
-    return {text: ids for text, ids in found.items() if max(ids, default=0) < size}
+    return {text: encode(text) for text in texts}
 
 
 def _same(ours: Path, theirs: Path) -> bool:

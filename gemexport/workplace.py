@@ -59,10 +59,11 @@ class Workplace:
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
         """The token sequences that every model is judged on."""
-        from gemexport.validators import prompts, tokenizer
+        from gemexport.validators import prompts
+        from gemexport.wording import encoded
 
-        encode = tokenizer.load(checkpoint.assets / "tokenizer.json")
-        return prompts.sequences([encode(text) for text in prompts.prompts()], checkpoint.architecture, self.tokens)
+        ids = encoded(checkpoint, self.work)
+        return prompts.sequences([ids[text] for text in prompts.prompts()], checkpoint.architecture, self.tokens)
 
     def store(
         self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor], activations: Activations | None

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from gemexport import wording
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.recipe import RECIPES
@@ -52,10 +53,10 @@ def judged(found: TokenizerReport, talked: ChatReport | None) -> list[str]:
 def compared(model: Path, path: Path, scratch: Path, runtime: Runtime | None) -> tuple[TokenizerReport, ChatReport]:
     artifact = Artifact.of(path, scratch)
     assert artifact is not None
-    wording = Wording(open_checkpoint(model), scratch)
-    talked = wording.chat(artifact, runtime)
+    words = Wording(open_checkpoint(model), scratch)
+    talked = words.chat(artifact, runtime)
     assert talked is not None
-    return wording.tokenizer(artifact, runtime), talked
+    return words.tokenizer(artifact, runtime), talked
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,21 @@ def test_what_has_no_tokenizer_is_not_compared(tmp_path: Path) -> None:
     found = Artifact.of(package, tmp_path)
     assert found is not None
     assert found.path == tmp_path
+
+
+def test_the_checkpoints_ids_are_made_once_and_again_for_another_tokenizer(
+    tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_gemma4, folder)
+    first = wording.encoded(open_checkpoint(folder), tmp_path)
+    assert first[CAFE] == tuple(tokenizer.load(folder / "tokenizer.json")(CAFE))
+    wording._encoded.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer, "load", lambda path: pytest.fail("tokenized again"))
+        assert wording.encoded(open_checkpoint(folder), tmp_path) == first
+    path = folder / "tokenizer.json"
+    with path.open("a") as file:
+        file.write("\n")
+    wording.encoded(open_checkpoint(folder), tmp_path)
+    assert len(list((tmp_path / wording.KEPT).glob("*.json"))) == 2

@@ -95,15 +95,20 @@ def _folder(folder: Path) -> Vocabulary:
         pieces, kinds = [""] * count, [NONE] * count
         for text, index in known.items():
             pieces[index] = text
-            kinds[index] = BYTE if _is_byte(text) else NORMAL
+            kinds[index] = BYTE if text[:3] == "<0x" and _is_byte(text) else NORMAL
         for index, item in added.items():
             pieces[index] = item["content"]
             kinds[index] = SPECIAL if item.get("special") else ADDED
-        merges = [_pair(merge) for merge in source["model"].get("merges") or ()]
-    ids = {text: index for index, text in enumerate(pieces) if index in added or len(text) < 16}
-    named = {name: ids.get(content(settings.get(f"{name}_token")) or "") for name in NAMES}
+        merges = [_pair(m) if isinstance(m, str) else (m[0], m[1]) for m in source["model"].get("merges") or ()]
+    placed = {item["content"]: index for index, item in sorted(added.items())}
+
+    def index_of(text: str | None) -> int | None:
+        found = [index for index in (known.get(text or ""), placed.get(text or "")) if index is not None]
+        return max((index for index in found if text and pieces[index] == text), default=None)
+
+    named = {name: index_of(content(settings.get(f"{name}_token"))) for name in NAMES}
     if named["unk"] is None:
-        named["unk"] = ids.get(source["model"].get("unk_token") or "")
+        named["unk"] = index_of(source["model"].get("unk_token"))
     return Vocabulary(
         pieces,
         kinds,
@@ -116,8 +121,8 @@ def _folder(folder: Path) -> Vocabulary:
     )
 
 
-def _pair(merge: Any) -> Merge:
-    first, _, second = merge.partition(" ") if isinstance(merge, str) else (merge[0], None, merge[1])
+def _pair(merge: str) -> Merge:
+    first, _, second = merge.partition(" ")
     return first, second
 
 
