@@ -211,7 +211,7 @@ def compressed_tensors(
         bool | None,
         typer.Option(
             "--pack-embeddings/--no-pack-embeddings",
-            help="Embeddings as codes, or as floats. [default: codes where they were read from codes]",
+            help="Embeddings as codes, or as floats; by default as codes where they were read from codes.",
             show_default=False,
         ),
     ] = None,
