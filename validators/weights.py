@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.lattice import edges, jit
 from gemexport.formats.parallel import ordered
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, reblock, round_to, slices
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to, slices
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 SLICE = 4 << 20  # bytes of float32: what is compared side by side
@@ -243,7 +243,8 @@ def _slice(
         wanted, found = source.rows(*bounds), stored.rows(*bounds)
     expected = _flat(wanted.values)
     values = np.empty(expected.size, np.float32)
-    numbers = _compare(expected, *map(_flat, _stored(stored.grid, found)), _SOURCE[source.dtype], values)
+    codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
+    numbers = _compare(expected, codes, scales, zeros, biases, _SOURCE[source.dtype], values)
     return numbers, _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored), values.data
 
 
@@ -282,10 +283,12 @@ def _alike(ours: Floats | None, theirs: Floats | None, width: int, dtype: DType)
     """Whether numbers of blocks are for every weight the same, ours rounded to `dtype`; blocks may differ in size."""
     if ours is None or theirs is None:
         return False
-    blocks = [width // part.shape[1] for part in (ours, theirs)]
+    blocks = width // ours.shape[1], width // theirs.shape[1]
     common = gcd(*blocks)
-    parts = (reblock(part, block, common) for part, block in zip((round_to(ours, dtype), theirs), blocks, strict=True))
-    return np.array_equal(*parts)
+    return np.array_equal(
+        expand(round_to(ours, dtype), blocks[0] // common),
+        expand(theirs, blocks[1] // common),
+    )
 
 
 def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
