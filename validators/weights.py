@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemexport.formats.additive import AdditiveTensor
 from gemexport.formats.lattice import edges, jit
 from gemexport.formats.parallel import ordered
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, reblock, round_to, slices
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to, slices
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
 SLICE = 4 << 20  # bytes of float32: what is compared side by side
@@ -289,10 +289,12 @@ def _alike(ours: Floats | None, theirs: Floats | None, width: int, dtype: DType)
     """Whether numbers of blocks are for every weight the same, ours rounded to `dtype`; blocks may differ in size."""
     if ours is None or theirs is None:
         return False
-    blocks = [width // part.shape[1] for part in (ours, theirs)]
+    blocks = width // ours.shape[1], width // theirs.shape[1]
     common = gcd(*blocks)
-    left, right = reblock(round_to(ours, dtype), blocks[0], common), reblock(theirs, blocks[1], common)
-    return left is not None and right is not None and np.array_equal(left, right)
+    return np.array_equal(
+        expand(round_to(ours, dtype), blocks[0] // common),
+        expand(theirs, blocks[1] // common),
+    )
 
 
 def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
