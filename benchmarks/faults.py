@@ -52,8 +52,9 @@ def clean(work: Path, models: int, first: int) -> int:
     for name, all_of in sorted(noise.items()):
         mean, most = max(one.kld_mean for one in all_of), max(one.kld_max for one in all_of)
         agreed = min(one.top1_agreement for one in all_of)
+        but_ties = min(one.top1_but_ties for one in all_of if one.top1_but_ties is not None)
         typical = median(one.kld_mean for one in all_of)
-        print(f"| {name} | {len(all_of)} | {typical:.2g} | {mean:.2g} | {most:.2g} | {agreed:.2%} |")
+        print(f"| {name} | {len(all_of)} | {typical:.2g} | {mean:.2g} | {most:.2g} | {agreed:.2%} | {but_ties:.2%} |")
     return sum(count for name, count in done.items() if not name.endswith("pass"))
 
 

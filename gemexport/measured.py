@@ -168,11 +168,15 @@ class ChatReport(ReportModel):
 
 
 class Divergence(ReportModel):
-    """Two models on the same tokens: KL divergence in nats, a share from 0 to 1, a ratio of perplexities."""
+    """Two models on the same tokens: KL divergence in nats, shares from 0 to 1, a ratio of perplexities.
+
+    `top1_but_ties` counts choices between tokens that are all but equally likely as agreement; None if nobody asked.
+    """
 
     kld_mean: float
     kld_max: float
     top1_agreement: float
+    top1_but_ties: float | None = None
     perplexity_ratio: float
 
     @classmethod

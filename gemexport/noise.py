@@ -32,7 +32,7 @@ ROW_STEPS = 0.5 * (1 + 1e-4)
 BLOCK_STEPS = 1.0
 # Choices between tokens whose logits are closer than this are ties that rounding decides. llama.cpp's f16 table of GELU
 # takes it to a mean KL divergence of 8.5e-6 in f32, which is logits that are off by sqrt(2 * 8.5e-6) = 4.1e-3 nats, and
-# there are two of them.
+# there are two of them. Which of such tokens is the likeliest says nothing, alone or in a greedy continuation.
 TIE_NATS = 1e-3
 TIES = {"gguf": 1e-2}
 # Share of the texts that the runtime alone may read differently; with Gemma 3's own tables llama.cpp does 1.0 % so.

@@ -39,6 +39,7 @@ class Trial:
         self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
+        self._tie = TIES.get(target.name, TIE_NATS)
         self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
@@ -66,7 +67,7 @@ class Trial:
         speed.loaded()
         with watch.time("tokenizer"):
             self.wording = self.wording or check_wording(self._place.work, self._checkpoint, self._path, runtime)
-        conversion, loss = Divergence(), Divergence()
+        conversion, loss = Divergence(tie=self._tie), Divergence()
         judged = ((conversion, self._read_back), (loss, self._source))
         now: list[tuple[Divergence, ReferenceStore]] = []
         later: list[tuple[Divergence, ReferenceStore]] = []
@@ -146,8 +147,7 @@ class Trial:
         """How many of the runtime's tokens the reference would have chosen after the same ones before."""
         judged = self._read_back.logits([*prompt, *continuation])[len(prompt) - 1 : -1]
         chosen = judged[np.arange(len(continuation)), continuation]
-        tie = TIES.get(self._target.name, TIE_NATS)
-        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= tie).sum()))
+        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= self._tie).sum()))
 
     def close(self) -> None:
         """Free the references and the scratch files."""

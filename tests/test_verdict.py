@@ -25,8 +25,8 @@ LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)
 ROUNDED = GridReport(bits=4, block=32, scale_dtype="f16", lossless=False)
 
 
-def figures(kld: float = 1e-9, top1: float = 1.0) -> Divergence:
-    return Divergence(kld_mean=kld, kld_max=kld * 10, top1_agreement=top1, perplexity_ratio=1.0)
+def figures(kld: float = 1e-9, top1: float = 1.0, but_ties: float | None = None) -> Divergence:
+    return Divergence(kld_mean=kld, kld_max=kld * 10, top1_agreement=top1, top1_but_ties=but_ties, perplexity_ratio=1.0)
 
 
 def tensor(exact: int = 64, **changes: Any) -> TensorReport:
@@ -73,12 +73,17 @@ def test_an_exact_artefact_passes() -> None:
         (found(tensor(), tokenizer=TokenizerReport(texts=5, equal=4)), "tokenizer.equal"),
         (found(tensor(), logits=logits(kld=1e-4)), "conversion.kld_mean in f32"),
         (found(tensor(), logits=logits(kld=float("nan"))), "conversion.kld_mean in f32"),
-        (found(tensor(), logits=logits(top1=0.99)), "conversion.top1_agreement in f32"),
+        (found(tensor(), logits=logits(top1=0.99)), "conversion.top1_agreement but for ties in f32"),
+        (found(tensor(), logits=logits(top1=0.99, but_ties=0.998)), "conversion.top1_agreement but for ties in f32"),
         (found(tensor(), logits=logits(equal=31)), "greedy.equal in f32"),
     ],
 )
 def test_each_fault_breaks_its_bound(validation: Validation, metric: str) -> None:
     assert broken(validation) == [metric]
+
+
+def test_ties_that_rounding_decides_are_no_disagreement() -> None:
+    assert broken(found(tensor(), logits=logits(top1=0.9985, but_ties=0.9995))) == []
 
 
 def test_what_the_format_cannot_hold_is_no_fault() -> None:

@@ -16,7 +16,9 @@ from gemexport.formats.parallel import ordered
 from gemexport.formats.tensor import Floats
 from gemexport.validators.runtime import Logits, TopLogits
 
-Row = tuple[float, bool, float]  # KL divergence in nats, same top-1, nll_q - nll_p of the next token (NaN: unknown)
+# KL divergence in nats; by how many nats p finds q's choice less likely than its own; nll_q - nll_p of the next token
+# (NaN: unknown).
+Row = tuple[float, float, float]
 
 
 # e^x: n = x / ln 2 rounded, then 2^n times the Taylor series of what is left, which is at most ln 2 / 2. Thirteen terms
@@ -68,13 +70,13 @@ def _total(logits: Floats, top: float) -> float:
 
 def _full(p: Floats, q: Floats, following: int) -> Row:
     """One position, both distributions whole."""
-    p_best, q_best = int(p.argmax()), int(q.argmax())
-    p_top, q_top = float(p[p_best]), float(q[q_best])
+    q_best = int(q.argmax())
+    p_top, q_top = float(p.max()), float(q[q_best])
     weighted, p_sum, q_sum = _whole(p, q, p_top, q_top)
     shift = float(np.log(p_sum / q_sum))
     kld = weighted / p_sum - shift
     excess = float(p[following]) - p_top - (float(q[following]) - q_top) - shift if following >= 0 else np.nan
-    return (kld if np.isfinite(kld) else np.nan), p_best == q_best, excess
+    return (kld if np.isfinite(kld) else np.nan), p_top - float(p[q_best]), excess
 
 
 def _top(p: Floats, ids: NDArray[np.int32], logprobs: Floats, following: int) -> Row:
@@ -82,10 +84,9 @@ def _top(p: Floats, ids: NDArray[np.int32], logprobs: Floats, following: int) ->
 
     Merging tokens into a bucket can only lower the divergence, so this is a lower bound of the whole one.
     """
-    p_best = int(p.argmax())
-    top = float(p[p_best])
+    top = float(p.max())
     kld, best, excess = _buckets(p, top + float(np.log(_total(p, top))), ids, logprobs, following)
-    return kld, p_best == ids[best], excess
+    return kld, top - float(p[ids[best]]), excess
 
 
 @jit
@@ -112,12 +113,17 @@ def _buckets(
 
 @dataclass
 class Divergence:
-    """Sums over positions of the divergence of q from p; figures in nats, shares and ratios are properties."""
+    """Sums over positions of the divergence of q from p; figures in nats, shares and ratios are properties.
 
+    `tie` is a difference in nats, if there is one, below which rounding decides which of two tokens is the likelier.
+    """
+
+    tie: float | None = None
     positions: int = 0
     kld_sum: float = 0.0
     kld_max: float = 0.0
     agreed: int = 0
+    tied: int = 0  # those that agreed, and those whose choices are a tie
     predicted: int = 0
     excess_sum: float = 0.0
     rows: list[float] = field(default_factory=list, repr=False)  # KL divergence of each position
@@ -131,13 +137,14 @@ class Divergence:
                 return _top(p[i], q.ids[i], q.logprobs[i], following[i])
             return _full(p[i], q[i], following[i])
 
-        for kld, same, excess in ordered(one, range(len(tokens))):
+        for kld, gap, excess in ordered(one, range(len(tokens))):
             self.positions += 1
             self.kld_sum += kld
             self.rows.append(kld)
             # A NaN must reach the verdict; max() may drop it.
             self.kld_max = float(np.maximum(self.kld_max, kld))
-            self.agreed += same
+            self.agreed += gap == 0
+            self.tied += gap <= (self.tie or 0)
             if not np.isnan(excess):
                 self.predicted += 1
                 self.excess_sum += excess
@@ -151,6 +158,11 @@ class Divergence:
     def top1_agreement(self) -> float:
         """Share of positions at which both models think the same token likeliest."""
         return self.agreed / max(self.positions, 1)
+
+    @property
+    def top1_but_ties(self) -> float | None:
+        """The same share, ties being agreement: p finds q's choice at most `tie` less likely. None without a tie."""
+        return None if self.tie is None else self.tied / max(self.positions, 1)
 
     @property
     def perplexity_ratio(self) -> float:

@@ -72,6 +72,21 @@ def test_the_top_is_a_lower_bound_that_meets_the_whole() -> None:
     assert everything.kld_mean == pytest.approx(whole.kld_mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("tops", [False, True])
+def test_a_choice_between_tokens_that_are_all_but_as_likely_is_a_tie(tops: bool) -> None:
+    """One position agrees, one chooses a token 2e-3 below the likeliest, one a token 0.5 below it."""
+    p = np.zeros((3, 50), np.float32)
+    p[:, 4], p[:, 9] = 1, (0.25, 0.998, 0.5)
+    q = p.copy()
+    q[1:, 9] = 2
+    for tie, share in ((1e-3, 1 / 3), (1e-2, 2 / 3), (1.0, 1.0)):
+        found = Divergence(tie=tie)
+        found.add(p, top(q, 10) if tops else q, TOKENS[:3])
+        assert found.top1_agreement == 1 / 3
+        assert found.top1_but_ties == share
+    assert Divergence().top1_but_ties is None
+
+
 def test_nan_reaches_the_figures() -> None:
     damaged = logits(1)
     damaged[2, 7] = np.nan
