@@ -108,11 +108,11 @@ def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
     result += _vectors([item for item in report.tensors if len(item.shape) != 2 or _narrowed(item, plain)])
     result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
-    errors = [item.rms_relative_error or 0.0 for item in report.tensors if item.requantized and item.fitted_rms is None]
-    if errors:
-        worst = max(errors, key=lambda error: (math.isnan(error), error))
+    anew = [item for item in report.tensors if _quantized_anew(item, holds, plain)]
+    if anew:
+        worst, limit, name = _farthest((item.rms_relative_error or 0.0, REQUANTIZED_RMS, item.name) for item in anew)
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
-        result.append(Bound.at_most("weights.rms_relative_error", worst, REQUANTIZED_RMS, origin))
+        result.append(Bound.at_most("weights.rms_relative_error", worst, limit, origin, name))
     if moved:
         error, limit, name = _farthest((item.max_relative_error, _step_limit(item), item.name) for item in moved)
         origin = "steps of the wider codes that the format has instead: half of one, and of blocks what clipping adds"
@@ -182,6 +182,13 @@ def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
     return item.grid is None and len(item.shape) == 2
 
 
+def _quantized_anew(item: TensorReport, holds: Holds, plain: DType | None) -> bool:
+    """Whether codes were fitted to a tensor's values: as somebody asked, or since a plain one has no others."""
+    if item.fitted_rms is not None or _widened(item):
+        return False
+    return item.requantized or not (len(item.shape) != 2 or _narrowed(item, plain) or _must_be_exact(item, holds))
+
+
 def _widened(item: TensorReport) -> bool:
     """Whether codes became wider ones with fewer scales, as in a format that knows one scale a row and no blocks."""
     source, stored = item.source_grid, item.grid
@@ -209,7 +216,7 @@ def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureRepo
     origin = "two right implementations in f32 are closer than that"
     where = None if departs is None else str(departs)
     agreement = conversion.top1_agreement if conversion.top1_but_ties is None else conversion.top1_but_ties
-    share = min(F32_TOP1, 1 - 1 / max(report.tokens, 1))  # of fewer than a thousand, all but one
+    share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))  # of fewer than a thousand, all but one
     result = [
         Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin, where),
         Bound.at_least("conversion.top1_agreement but for ties in f32", agreement, share, origin),

@@ -104,6 +104,25 @@ def test_what_was_quantized_anew_need_not_be_exact_but_must_be_near() -> None:
     assert broken(found(tensor(exact=3), near)) == ["weights.exact_fraction"]
 
 
+@pytest.mark.parametrize("source", [None, ROUNDED])
+def test_codes_of_a_plain_matrix_are_near_its_values(source: GridReport | None) -> None:
+    """No code of its own says what they should be, but another matrix is 1.4 times its size away."""
+    near, far, lost = (
+        tensor(exact=3, grid=ROUNDED, source_grid=source, rms_relative_error=error)
+        for error in (0.1, 1.41, float("nan"))
+    )
+    assert broken(found(near)) == []
+    assert broken(found(near, far)) == ["weights.rms_relative_error"]
+    assert broken(found(lost, near)) == ["weights.rms_relative_error"]
+
+
+def test_of_fewer_than_a_thousand_positions_all_but_one_agree() -> None:
+    for tokens in range(2, 1000):
+        one, two = ((tokens - missed) / tokens for missed in (1, 2))
+        assert broken(found(tensor(), logits=logits(tokens=tokens, top1=one))) == [], tokens
+        assert broken(found(tensor(), logits=logits(tokens=tokens, top1=two))) != [], tokens
+
+
 def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
     validation = found(tensor(), logits=logits("int8-activations", kld=0.005, top1=0.9))
     assert broken(validation, bf16=figures(0.001), **{"int8-activations": figures(0.003)}) == []
