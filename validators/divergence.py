@@ -106,8 +106,9 @@ def _buckets(
             best = i
     p_rest, q_rest = 1 - p_seen, 1 - q_seen
     # Log-probabilities come in float32, good to some 1e-6 of the sum: a rest below that is not known, on either side.
-    if ids.size < p.size and p_rest > 1e-5 and q_rest > 1e-5:
-        kld += p_rest * np.log(p_rest / q_rest)
+    # Where only q's is not, it is at most that, and what p has there still counts.
+    if ids.size < p.size and p_rest > 1e-5:
+        kld += p_rest * np.log(p_rest / max(q_rest, 1e-5))
     return kld, best, excess
 
 

@@ -72,6 +72,15 @@ def test_the_top_is_a_lower_bound_that_meets_the_whole() -> None:
     assert everything.kld_mean == pytest.approx(whole.kld_mean, rel=1e-6)
 
 
+def test_what_the_top_leaves_out_counts_where_q_has_nothing_there() -> None:
+    """p gives three quarters to six tokens that q thinks impossible: far apart, and never nearer than equal models."""
+    p = np.zeros((1, 8), np.float32)
+    q = TopLogits(np.array([[0, 1]], np.int32), np.log(np.array([[0.5, 0.5]], np.float32)))
+    found = Divergence()
+    found.add(p, q, [0])
+    assert found.kld_mean > 5
+
+
 @pytest.mark.parametrize("tops", [False, True])
 def test_a_choice_between_tokens_that_are_all_but_as_likely_is_a_tie(tops: bool) -> None:
     """One position agrees, one chooses a token 2e-3 below the likeliest, one a token 0.5 below it."""
