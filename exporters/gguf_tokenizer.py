@@ -7,7 +7,6 @@ list of merges). The first gives the same tokens only if the merges are those of
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 from gguf.constants import Keys, TokenType
 from numpy.typing import NDArray
 
+from gemexport.exporters.streaming import read_settings
 from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
 from gemexport.formats.errors import InputError
 from gemexport.formats.gguf_config import EOS_IDS
@@ -49,12 +49,12 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         problem = "is not BPE with bytes as fallback, which is what a Gemma decoder has"
         raise InputError(path, problem, "use the tokenizer.json that came with the model")
-    settings = _read_json(checkpoint.assets / "tokenizer_config.json")
+    settings = read_settings(checkpoint.assets / "tokenizer_config.json")
     with uncollected():
         vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
         merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
         values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
-    generation = _read_json(checkpoint.assets / "generation_config.json")
+    generation = read_settings(checkpoint.assets / "generation_config.json")
     values |= _special(checkpoint, source, settings, generation, vocabulary)
     values |= sampling(generation)
     values |= _chat_template(checkpoint.assets, settings)
@@ -275,15 +275,6 @@ def _foreign(source: Mapping[str, Any]) -> list[str]:
 def _content(token: Any) -> str | None:
     """The text of a special token in tokenizer_config.json: a string, or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "save the tokenizer again") from error
 
 
 def _some(items: Iterable[str], limit: int = 5) -> str:

@@ -27,6 +27,7 @@ from gemexport.exporters.onnx_npu import NpuBackend, add_decoder, lookup
 from gemexport.exporters.onnx_quantized import PRECISIONS, measured, write_quantized
 from gemexport.exporters.onnx_runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.exporters.streaming import read_settings
 from gemexport.formats.activation_ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.checkpoint import Checkpoint
@@ -154,7 +155,8 @@ def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progre
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", a.vocab_size])
     weights.write(folder, progress)
     graph.save(folder / "model.onnx", PRODUCER)
-    text = json.dumps(genai_config(a, "model.onnx"), indent=2, sort_keys=True)
+    generation = read_settings(checkpoint.assets / "generation_config.json")
+    text = json.dumps(genai_config(a, "model.onnx", generation), indent=2, sort_keys=True)
     (folder / "genai_config.json").write_text(f"{text}\n", "utf-8")
 
 

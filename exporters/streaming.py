@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
 from gemexport.formats.parallel import ordered
 from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
@@ -26,6 +27,16 @@ def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoi
     (folder / "config.json").write_text(text + "\n", "utf-8")
     for file in checkpoint.tokenizer_files():
         shutil.copyfile(file, folder / file.name)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object beside the weights, empty where there is no such file; InputError for one that is broken."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", "save the tokenizer again") from error
 
 
 def rounding_note(rounded: Mapping[str, int], dtype: DType) -> list[str]:

@@ -214,9 +214,12 @@ def text_config(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     kind = str(config.get("model_type"))
     if kind in WRAPPERS and isinstance(config.get("text_config"), dict):
         inner = {"model_type": WRAPPERS[kind], **config["text_config"]}
-        for key in ("eos_token_id", "tie_word_embeddings"):
-            if key in config:
-                inner.setdefault(key, config[key])
+        if "tie_word_embeddings" in config:
+            inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
+        if (
+            config.get("eos_token_id") is not None
+        ):  # with the end of a turn, where the decoder's own part has <eos> alone
+            inner["eos_token_id"] = config["eos_token_id"]
         return inner
     if kind in SUPPORTED:
         return config

@@ -42,6 +42,8 @@ class Artifact:
         """The tokenizer of the artefact at `path`, in it or beside it; None where there is none."""
         if path.is_file():
             return cls(path, scratch) if is_gguf(path) else None
+        if (path / vocabulary.GENAI).is_file():
+            return cls(path, scratch)  # onnxruntime-genai does not run it without one
         places = (path, path.parent) if path.suffix == ".mlpackage" else (path,)
         return next((cls(place, scratch) for place in places if (place / FILES[0]).is_file()), None)
 
@@ -57,7 +59,8 @@ class Artifact:
 
     def encode(self) -> Callable[[str], list[int]] | None:
         """Hugging Face's tokenizers with the artefact's tables."""
-        return tokenizer.load(self.folder / FILES[0]) if self.folder else None
+        file = self.folder / FILES[0] if self.folder else None
+        return tokenizer.load(file) if file is not None and file.is_file() else None
 
     def template(self) -> chat.Template | None:
         """The artefact's chat template."""
@@ -143,9 +146,10 @@ class Wording:
     def _tables(self, artifact: Artifact) -> tuple[str, ...]:
         """What differs between the files, in sentences; nothing is read of files that are copies."""
         pairs = [(self._assets / name, artifact.path / name) for name in FILES]
-        if artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs):
-            return ()
+        copied = artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs)
         try:
+            if copied and not vocabulary.ends_differ(self._assets, artifact.path):
+                return ()
             return vocabulary.compare(_vocabulary(self._assets), vocabulary.read(artifact.path), self._size)
         except InputError as error:
             return (error.problem,)

@@ -119,6 +119,44 @@ def test_the_artefacts_fault_is_a_failure_that_names_the_text(tiny_gemma4: Path,
     assert not any(difference.runtime for difference in talked.differences)
 
 
+def driven(model: Path, folder: Path, ends: object) -> Path:
+    """The model's folder as onnxruntime-genai has it."""
+    shutil.copytree(model, folder)
+    (folder / "genai_config.json").write_text(json.dumps({"model": {"eos_token_id": ends}}))
+    return folder
+
+
+def test_where_an_answer_ends_is_told_by_the_file_that_the_program_reads(tiny_gemma4: Path, tmp_path: Path) -> None:
+    """onnxruntime-genai does not read generation_config.json, a copy here; nor may an answer end at a plain word."""
+    eos, turn = open_checkpoint(tiny_gemma4).architecture.eos_token_ids
+    for number, (ends, said) in enumerate(
+        (([eos, turn], ()), (eos, ("does not end at",)), ([eos, turn, 300], ("ends at 300",)), (None, ()))
+    ):
+        found, _ = compared(tiny_gemma4, driven(tiny_gemma4, tmp_path / str(number), ends), tmp_path, None)
+        assert len(found.vocabulary) == len(said)
+        assert all(text in sentence for text, sentence in zip(said, found.vocabulary, strict=True))
+
+
+def test_config_json_says_where_an_answer_ends_where_nothing_else_does(tiny_gemma4: Path, tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(tiny_gemma4, model)
+    (model / "generation_config.json").unlink()
+    shutil.copytree(model, other)
+    assert compared(model, other, tmp_path, None)[0].vocabulary == ()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    (sentence,) = compared(model, other, tmp_path, None)[0].vocabulary
+    assert "does not end at" in sentence
+
+
+def test_onnxruntime_genai_wants_a_tokenizer(tiny_gemma4: Path, tmp_path: Path) -> None:
+    folder = driven(tiny_gemma4, tmp_path / "onnx", [1])
+    (folder / "tokenizer.json").unlink()
+    found, talked = compared(tiny_gemma4, folder, tmp_path, None)
+    assert found.equal == 0
+    assert judged(found, talked)
+
+
 def test_what_has_no_tokenizer_is_not_compared(tmp_path: Path) -> None:
     package = tmp_path / "m.mlpackage"
     package.mkdir()

@@ -23,6 +23,7 @@ NAMES = ("bos", "eos", "unk", "pad")
 # llama.cpp ends an answer at these whatever the file says (src/llama-vocab.cpp).
 ENDS = ("<eos>", "<end_of_turn>", "<turn|>")
 FLAGS = {"add_bos": "add_bos_token", "add_eos": "add_eos_token", "prefix": "add_space_prefix"}
+GENERATION, GENAI = "generation_config.json", "genai_config.json"
 LARGEST = 1 << 24  # of a vocabulary: a list is made of that length
 Merge = tuple[str, str]
 
@@ -44,9 +45,13 @@ class Vocabulary:
     prefix: bool = False  # whether a space is put before a text
     visible: frozenset[str] = frozenset()  # special tokens that the format wants typed as added ones
 
+    def kind(self, index: int) -> str:
+        """What a token is."""
+        return self.kinds[index] if 0 <= index < len(self.kinds) else NONE
+
     def token(self, index: int) -> str:
         """A token and what it is, for a sentence."""
-        if index >= len(self.pieces) or not self.pieces[index]:
+        if not 0 <= index < len(self.pieces) or not self.pieces[index]:
             return NONE
         return f"{self.pieces[index]!r}, {self.kinds[index]}"
 
@@ -84,7 +89,7 @@ def content(token: Any) -> str | None:
 
 def _folder(folder: Path) -> Vocabulary:
     source = read_tokenizer(folder / "tokenizer.json")
-    settings, generation = settings_of(folder), settings_of(folder, "generation_config.json")
+    settings, generation = settings_of(folder), settings_of(folder, GENERATION)
     with uncollected():
         known: dict[str, int] = dict(source["model"]["vocab"])
         added = {int(item["id"]): item for item in source.get("added_tokens") or ()}
@@ -130,9 +135,20 @@ def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
+def ends_differ(expected: Path, found: Path) -> bool:
+    """Whether two folders say by themselves that an answer ends elsewhere; not where `found` says nothing of it."""
+    ours, theirs = (_stops(folder, settings_of(folder, GENERATION), None) for folder in (expected, found))
+    return bool(theirs) and ours != theirs
+
+
 def _stops(folder: Path, generation: Mapping[str, Any], eos: int | None) -> frozenset[int]:
-    """Where an answer ends: generation_config.json says it, or else config.json, or else the tokenizer's EOS."""
-    listed = generation.get("eos_token_id")
+    """Where an answer ends, as the program reads it that runs the folder.
+
+    onnxruntime-genai knows its own file alone; else generation_config.json says it, or else config.json, or else the
+    tokenizer's EOS.
+    """
+    model = settings_of(folder, GENAI).get("model")
+    listed = model.get("eos_token_id") if isinstance(model, dict) else generation.get("eos_token_id")
     if listed is None:
         config = settings_of(folder, "config.json")
         listed = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
@@ -323,6 +339,10 @@ def _settings(expected: Vocabulary, found: Vocabulary) -> Iterator[str]:
         yield f"an answer does not end at {', '.join(f'{stop} ({expected.token(stop)})' for stop in lost)}"
     elif lost:
         yield "the artefact does not say where an answer ends"
+    # An end that the checkpoint has not may be a better one, but not where it is a piece of ordinary text.
+    early = sorted(stop for stop in found.stops - expected.stops if expected.kind(stop) in (NORMAL, BYTE))
+    if early:
+        yield f"an answer ends at {', '.join(f'{stop} ({expected.token(stop)})' for stop in early)}"
     for flag, what in (
         ("add_bos", "BOS is put before a text"),
         ("add_eos", "EOS is put behind a text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,21 @@ def test_the_configuration_counts_the_layers_that_have_a_cache(checkpoint: Check
     names = config["decoder"]["inputs"]
     assert {names["past_key_names"] % index for index in range(len(owners))} <= inputs
     assert (path / "tokenizer.json").read_bytes() == (checkpoint.path / "tokenizer.json").read_bytes()
+
+
+def test_answers_end_and_tokens_are_chosen_as_generation_config_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Chat models may name the end of a turn in generation_config.json alone, which onnxruntime-genai does not read."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.path, folder)
+    settings = {"do_sample": True, "eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "cache_implementation": "x"}
+    found = []
+    for said in (settings, {"top_k": 64}):
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        path = export(open_checkpoint(folder), tmp_path / str(len(found))).path
+        found.append(json.loads((path / "genai_config.json").read_text("utf-8")))
+    assert [said["model"]["eos_token_id"] for said in found] == [[1, 106], list(checkpoint.architecture.eos_token_ids)]
+    kept = [{key: said["search"].get(key) for key in ("do_sample", "top_k", "top_p")} for said in found]
+    assert kept == [{"do_sample": True, "top_k": 64, "top_p": 0.95}, {"do_sample": False, "top_k": None, "top_p": None}]
 
 
 def test_a_file_in_the_way_is_the_users_to_mend(checkpoint: Checkpoint, tmp_path: Path) -> None:
