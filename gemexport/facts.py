@@ -15,6 +15,7 @@ from typing import Any
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.architecture import Architecture, architecture
 from gemexport.measured import FactReport
+from gemexport.validators.vocabulary import GENAI, settings_of
 
 # One name for each fact of the decoder; `{type}` is the layers' attention type, `{swa}` GGUF's ending for sliding ones.
 GGUF_KEYS = {
@@ -51,6 +52,11 @@ CONFIG_KEYS = {
     "max_positions": "max_position_embeddings",
     "per_layer.dim": "hidden_size_per_layer_input",
     "tied": "tie_word_embeddings",
+}
+# What every program that reads genai_config.json feeds and fetches by name; "%d" is a layer's number.
+GENAI_NAMES = {
+    "inputs": ("input_ids", "past_key_names", "past_value_names"),
+    "outputs": ("logits", "present_key_names", "present_value_names"),
 }
 # Told by the tokenizer, or following from others.
 NOT_COMPARED = frozenset(("bos_token_id", "eos_token_ids", "pad_token_id", "index"))
@@ -128,12 +134,12 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
-    """The sizes in genai_config.json, where there is one."""
-    file = path / "genai_config.json"
-    if not file.is_file():
+    """The sizes and names in genai_config.json, where there is one."""
+    said = settings_of(path, GENAI).get("model")
+    decoder = said.get("decoder") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(decoder, dict):
         return
-    said = json.loads(file.read_text("utf-8")).get("model", {})
-    decoder = said.get("decoder", {})
+    yield from _genai_names(path, decoder)
     facts = {
         "vocab_size": (said.get("vocab_size"), model.vocab_size),
         "decoder.hidden_size": (decoder.get("hidden_size"), model.hidden_size),
@@ -146,6 +152,24 @@ def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
     for name, (found, expected) in facts.items():
         if found is not None and found not in (expected, len(model.layers)):
             yield FactReport(name=f"genai_config.json: {name}", found=str(found), expected=str(expected))
+
+
+def _genai_names(path: Path, decoder: dict[str, Any]) -> Iterator[FactReport]:
+    """The graph that genai_config.json names, and what it calls the graph's inputs and outputs."""
+    from gemexport.formats.onnx import read_model
+
+    name = decoder.get("filename")
+    if not isinstance(name, str) or not (path / name).is_file():
+        yield FactReport(name=f"{GENAI}: decoder.filename", found=str(name), expected="a graph in the folder")
+        return
+    graph = read_model(path / name).graph
+    for side, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        known, given = {value.name for value in values}, decoder.get(side)
+        for key in GENAI_NAMES[side]:
+            called = given.get(key) if isinstance(given, dict) else None
+            if isinstance(called, str) and called.replace("%d", "0") not in known:
+                name = f"{GENAI}: decoder.{side}.{key}"
+                yield FactReport(name=name, found=called, expected=f"one of the graph's {side}")
 
 
 def _decoders(model: Architecture, stored: Architecture, keys: dict[str, str]) -> Iterator[FactReport]:

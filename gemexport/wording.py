@@ -148,7 +148,7 @@ class Wording:
         pairs = [(self._assets / name, artifact.path / name) for name in FILES]
         copied = artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs)
         try:
-            if copied and not vocabulary.ends_differ(self._assets, artifact.path):
+            if copied and not vocabulary.settings_differ(self._assets, artifact.path):
                 return ()
             return vocabulary.compare(_vocabulary(self._assets), vocabulary.read(artifact.path), self._size)
         except InputError as error:

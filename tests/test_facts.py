@@ -12,6 +12,7 @@ from gemexport.exporters import mlx
 from gemexport.facts import activation_differences, differences
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,26 @@ def test_a_fact_is_named_with_its_layers_and_both_values(folder: Path, checkpoin
         "final_logit_softcapping is None, the checkpoint says 30",
         "rope_theta of full_attention is 10000 in layers 2, 4, 7, the checkpoint says 1000000",
     ]
+
+
+def test_onnxruntime_genai_is_told_of_the_graph_that_is_there(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of another graph, input or output it raises an error, or starts each token with an empty cache."""
+    export = pytest.importorskip("gemexport.exporters.onnx").export
+    folder = export(checkpoint, tmp_path / "onnx").path
+    assert differences("onnx", folder, checkpoint.architecture) == ()
+    said = json.loads((folder / "genai_config.json").read_text())
+    for wrong, fact in (
+        ({"filename": "other.onnx"}, "decoder.filename"),
+        ({"inputs": {"past_key_names": "past.%d.k"}}, "decoder.inputs.past_key_names"),
+        ({"outputs": {"logits": "scores"}}, "decoder.outputs.logits"),
+    ):
+        decoder = {**said["model"]["decoder"], **wrong}
+        (folder / "genai_config.json").write_text(json.dumps({"model": {**said["model"], "decoder": decoder}}))
+        found = differences("onnx", folder, checkpoint.architecture)
+        assert [item.name for item in found] == [f"genai_config.json: {fact}"]
+    (folder / "genai_config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        differences("onnx", folder, checkpoint.architecture)
 
 
 def test_the_last_bit_of_f32_is_no_difference(folder: Path, checkpoint: Checkpoint) -> None:

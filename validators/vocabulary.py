@@ -6,6 +6,7 @@ Texts can only sample a tokenizer. Its tables can be compared whole, and what is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -24,6 +25,7 @@ NAMES = ("bos", "eos", "unk", "pad")
 ENDS = ("<eos>", "<end_of_turn>", "<turn|>")
 FLAGS = {"add_bos": "add_bos_token", "add_eos": "add_eos_token", "prefix": "add_space_prefix"}
 GENERATION, GENAI = "generation_config.json", "genai_config.json"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LARGEST = 1 << 24  # of a vocabulary: a list is made of that length
 Merge = tuple[str, str]
 
@@ -44,6 +46,7 @@ class Vocabulary:
     keys: str = ""  # what the names of flags begin with where they are stored
     prefix: bool = False  # whether a space is put before a text
     visible: frozenset[str] = frozenset()  # special tokens that the format wants typed as added ones
+    sampling: Mapping[str, float] = field(default_factory=dict)  # of SAMPLING, what is given
 
     def kind(self, index: int) -> str:
         """What a token is."""
@@ -123,6 +126,7 @@ def _folder(folder: Path) -> Vocabulary:
         _stops(folder, generation, named["eos"]),
         *_around(source, settings, named),
         prefix=_prefixed(source),
+        sampling=_sampling(folder, generation),
     )
 
 
@@ -135,10 +139,30 @@ def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
-def ends_differ(expected: Path, found: Path) -> bool:
-    """Whether two folders say by themselves that an answer ends elsewhere; not where `found` says nothing of it."""
+def settings_differ(expected: Path, found: Path) -> bool:
+    """Whether two folders say otherwise where an answer ends or how tokens are chosen; not where `found` says nothing.
+
+    Of folders whose generation_config.json are copies: other files may say it too.
+    """
     ours, theirs = (_stops(folder, settings_of(folder, GENERATION), None) for folder in (expected, found))
-    return bool(theirs) and ours != theirs
+    lines = _other_sampling(*(_sampling(folder, settings_of(folder, GENERATION)) for folder in (expected, found)))
+    return (bool(theirs) and ours != theirs) or any(lines)
+
+
+def _sampling(folder: Path, generation: Mapping[str, Any]) -> dict[str, float]:
+    """How tokens are chosen, as the program reads it that runs the folder; nothing where the likeliest always is."""
+    search = settings_of(folder, GENAI).get("search")
+    given = search if isinstance(search, dict) else generation
+    if given.get("do_sample") is False:
+        return {}
+    return {name: value for name in SAMPLING if isinstance(value := given.get(name), (int, float))}
+
+
+def _other_sampling(expected: Mapping[str, float], found: Mapping[str, float]) -> Iterator[str]:
+    """What is given on both sides, otherwise; GGUF keeps f32."""
+    for name in expected:
+        if name in found and not math.isclose(expected[name], found[name], rel_tol=1e-6):
+            yield f"{name} is {expected[name]:g} in the checkpoint, {found[name]:g} in the artefact"
 
 
 def _stops(folder: Path, generation: Mapping[str, Any], eos: int | None) -> frozenset[int]:
@@ -225,6 +249,7 @@ def _gguf(path: Path) -> Vocabulary:
         keys="tokenizer.ggml.",
         prefix=facts.flag(key.ADD_PREFIX, scored),
         visible=stored.VISIBLE,
+        sampling={name: facts.number(key) for key, name in stored.SAMPLING.items() if facts.has(key)},
     )
 
 
@@ -343,6 +368,7 @@ def _settings(expected: Vocabulary, found: Vocabulary) -> Iterator[str]:
     early = sorted(stop for stop in found.stops - expected.stops if expected.kind(stop) in (NORMAL, BYTE))
     if early:
         yield f"an answer ends at {', '.join(f'{stop} ({expected.token(stop)})' for stop in early)}"
+    yield from _other_sampling(expected.sampling, found.sampling)
     for flag, what in (
         ("add_bos", "BOS is put before a text"),
         ("add_eos", "EOS is put behind a text"),

@@ -15,7 +15,7 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
-from gemexport.validators.vocabulary import compare, read
+from gemexport.validators.vocabulary import compare, read, settings_differ
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -136,6 +136,22 @@ def test_ends_and_ids_are_compared(model: Path) -> None:
     assert "BOS is 2" in compare(own, replace(own, ids={**own.ids, "bos": 7}), size)[0]
     assert "EOS is put behind" in compare(own, replace(own, add_eos=True), size)[0]
     assert "not set" in compare(own, replace(own, ids={**own.ids, "bos": None}), size)[0]
+
+
+def test_how_tokens_are_chosen_is_compared_where_both_say_it(model: Path, file: Path, tmp_path: Path) -> None:
+    own = read(model)
+    size = len(own.pieces)
+    assert own.sampling == read(file).sampling == {"top_k": 64, "top_p": pytest.approx(0.95)}
+    assert compare(own, replace(own, sampling={"temperature": 1.0}), size) == ()
+    wrong = "top_k is 64 in the checkpoint, 1 in the artefact"
+    assert compare(own, replace(own, sampling={"top_k": 1}), size) == (wrong,)
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "genai_config.json").write_text(json.dumps({"search": {"do_sample": True, "top_k": 1}}))
+    assert settings_differ(model, other)
+    assert compare(own, read(other), size) == (wrong,)
+    (other / "genai_config.json").write_text(json.dumps({"search": {"do_sample": False, "top_k": 1}}))
+    assert not settings_differ(model, other)
 
 
 def test_a_byte_that_is_text_is_named(model: Path, file: Path) -> None:
