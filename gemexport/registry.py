@@ -137,6 +137,7 @@ TARGETS: dict[str, Target] = {
             "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
+            variant_noises=(("bf16", ()), ("int8-activations", ())),  # somebody else's compute in f16, or round to int8
             computes_with_scales=True,
             settings=(
                 Setting("ranges", "The activations.json of an earlier npu-a8 or npu-a16.", Path, "FILE"),

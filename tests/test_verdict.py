@@ -18,7 +18,7 @@ from gemexport.measured import (
     WeightsReport,
 )
 from gemexport.registry import TARGETS
-from gemexport.report import verdict
+from gemexport.report import Bound, verdict
 from gemexport.verdict import bounds
 
 LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)
@@ -142,6 +142,20 @@ def test_noises_are_measured_for_who_needs_them() -> None:
     assert "int8-activations-256" in target.noises_of("Q6_K")
     assert "int8-activations-256" in target.noises_of("somebody-elses"), "its types are not known yet"
     assert TARGETS["mlx"].noises_of("4bit") == ()
+    assert TARGETS["onnx"].noises_of("int4") == ()
+    foreign = TARGETS["onnx"].noises_of("somebody-elses")
+    assert {"bf16", "int8-activations"} <= set(foreign), "its activations may be f16, or rounded by accuracy_level 4"
+
+
+@pytest.mark.parametrize("arithmetic", ["static-int8", "static-int16"])
+def test_what_has_no_yardstick_is_at_least_a_number(arithmetic: str) -> None:
+    assert broken(found(tensor(), logits=logits(arithmetic, kld=1.4))) == []
+    metric = f"conversion.kld_mean in {arithmetic}"
+    assert broken(found(tensor(), logits=logits(arithmetic, kld=float("nan")))) == [metric]
+    (bound,) = (
+        item for item in bounds(found(logits=logits(arithmetic)), {}, RECIPES["default"]) if item.metric == metric
+    )
+    assert Bound.model_validate_json(bound.model_dump_json()) == bound
 
 
 @pytest.mark.parametrize(("block", "steps"), [(32, 0.5), (16, 1.0)])
