@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.coreml_package import Package
+from gemexport.formats.coreml_package import Package, typed
 from gemexport.formats.errors import InputError
 
 SLIDING_WINDOW = "co.huggingface.exporters.sliding_window"
 MASKED = -65504.0  # the lowest float16: beyond it, a mask added to a score would be infinite
 LOGITS = "logits"
+_KINDS = {65552: "fp16", 65568: "fp32", 131104: "int32"}
+_BROKEN = "export it again"
 _REMEDY = "give a language model with token ids, additive masks and a state, as docs/coreml.md describes it"
 
 
@@ -47,8 +49,38 @@ def mask(count: int, past: int, window: int | None) -> NDArray[np.float16]:
     return np.where(seen, np.float16(0), np.float16(MASKED))[None, None]
 
 
+def check_description(package: Package) -> None:
+    """Raise InputError where the model's description is not of its program: Core ML refuses such a package.
+
+    The evaluator reads the program alone. Descriptions say element types by numbers (ArrayFeatureType of Core ML's
+    FeatureTypes.proto); the operations CoreML5 of iOS 15 came with version 6 of the specification, and so on.
+    """
+    description, function = package.model.description, package.function
+    given = {item.name: typed(item.type) for item in function.inputs}
+    made = {output.name: typed(output.type) for operation in package.operations for output in operation.outputs}
+    told = [*((given, item) for item in (*description.input, *description.state))]
+    told += [({name: made.get(name) for name in package.outputs}, item) for item in description.output]
+    for known, feature in told:
+        kind, own = feature.type.WhichOneof("Type"), known.get(feature.name)
+        if own is None:
+            raise InputError(package.path, f"describes {feature.name}, which its program does not have", _BROKEN)
+        array = feature.type.stateType.arrayType if kind == "stateType" else feature.type.multiArrayType
+        stored = _KINDS.get(array.dataType)
+        if kind in ("stateType", "multiArrayType") and stored is not None and stored != own.kind:
+            problem = f"describes {feature.name} as {stored}, its program has it as {own.kind}"
+            raise InputError(package.path, problem, _BROKEN)
+        if kind == "stateType" and tuple(array.shape) != own.shape:
+            problem = f"describes the state {feature.name} as {list(array.shape)}, its program as {list(own.shape)}"
+            raise InputError(package.path, problem, _BROKEN)
+    operations = function.opset.removeprefix("CoreML")
+    if operations.isdigit() and package.model.specificationVersion <= int(operations):
+        problem = f"says version {package.model.specificationVersion}, which has no operations of {function.opset}"
+        raise InputError(package.path, problem, _BROKEN)
+
+
 def feeds(package: Package) -> Feeds:
-    """How to feed `package`; InputError when it is no language model of the kind that is known here."""
+    """How to feed `package`; InputError when it is no language model of the kind that is known here, or broken."""
+    check_description(package)
     ids, masks, context = None, {}, 0
     for feature in package.model.description.input:
         array = feature.type.multiArrayType

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,34 @@ def test_a_package_that_is_no_language_model(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="is no language model"):
         coreml.load(save(program, tmp_path / "a.mlpackage"), threads=1, context=8)
+
+
+def test_a_description_of_another_program_is_refused(model: Path, tmp_path: Path) -> None:
+    """The evaluator would run the program; Core ML does not load the package."""
+
+    def version(spec: Any) -> None:
+        spec.specificationVersion = 7
+
+    def name(spec: Any) -> None:
+        spec.description.input[0].name = "other"
+
+    def kind(spec: Any) -> None:
+        spec.description.output[0].type.multiArrayType.dataType = ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32
+
+    def state(spec: Any) -> None:
+        spec.description.state[0].type.stateType.arrayType.shape[-1] += 1
+
+    file = Path("Data/com.apple.CoreML/model.mlmodel")
+    for number, (change, said) in enumerate(
+        ((version, "says version 7"), (name, "describes other"), (kind, "as int32"), (state, "describes the state"))
+    ):
+        path = tmp_path / f"{number}.mlpackage"
+        shutil.copytree(model, path)
+        spec = ct.proto.Model_pb2.Model.FromString((path / file).read_bytes())
+        change(spec)
+        (path / file).write_bytes(spec.SerializeToString())
+        with pytest.raises(InputError, match=said):
+            coreml.load(path, threads=1, context=8)
 
 
 def test_ranges_name_the_largest_values(model: Path) -> None:
