@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import onnx_ir as ir
@@ -84,7 +85,7 @@ def export(
         shutil.copyfile(SCRIPT, partial / "generate.py")
         for file in checkpoint.tokenizer_files():
             shutil.copyfile(file, partial / file.name)
-    run = f"python {path / 'generate.py'} 'The capital of France is'"
+    run = f"python {quote(str(path / 'generate.py'))} 'The capital of France is'"
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 
 
