@@ -305,6 +305,14 @@ def test_parts_are_one_model(gemma4: Path, tmp_path: Path) -> None:
             assert np.array_equal(found.tensors[name].numpy(), tensor.numpy())
 
 
+def test_a_file_that_gguf_split_merged_is_read(gemma3: Path, tmp_path: Path) -> None:
+    """It has the keys of the first part, with 0 for the count of parts."""
+    changes = {"split__count": uint32(0), "split__no": uint32(0), "split__tensors__count": int32(7)}
+    merged = open_checkpoint(rewritten(gemma3, tmp_path / "merged.gguf", **changes))
+    assert merged.architecture == open_checkpoint(gemma3).architecture
+    assert merged.files == (tmp_path / "merged.gguf",)
+
+
 def test_parts_that_do_not_belong_together_are_refused(gemma4: Path, gemma3: Path, tmp_path: Path) -> None:
     parts = split(gemma4, tmp_path, 3)
     whole = parts[1].read_bytes()
