@@ -214,9 +214,8 @@ def text_config(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     kind = str(config.get("model_type"))
     if kind in WRAPPERS and isinstance(config.get("text_config"), dict):
         inner = {"model_type": WRAPPERS[kind], **config["text_config"]}
-        for key in ("eos_token_id", "tie_word_embeddings"):
-            if key in config:
-                inner.setdefault(key, config[key])
+        # The whole model's say decides in transformers; released configs name the end of a turn there.
+        inner |= {key: config[key] for key in ("eos_token_id", "tie_word_embeddings") if config.get(key) is not None}
         return inner
     if kind in SUPPORTED:
         return config
