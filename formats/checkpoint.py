@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
     "awq": "gemexport.formats.awq",
@@ -207,10 +209,38 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
 def _plain(folder: Path, decoder: Architecture) -> Source:
     """Tensors that are stored as floats."""
     stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
+    check_head(folder, decoder, stored)
     tensors: dict[str, Tensor] = {}
     for name, shape in decoder.tensor_shapes().items():
         tensors[name] = plain_tensor(folder, name, shape, stored.pop(name, None))
     return Source(tensors, left_out=tuple(sorted(stored)))
+
+
+def check_head(folder: Path, decoder: Architecture, stored: Mapping[str, MappedArray]) -> None:
+    """Raise InputError for a head of its own where config.json says that it is the embedding table.
+
+    A head that was saved with the model all the same is a copy, byte for byte; one that was trained, or quantized in
+    another way, is not, and transformers and mlx-lm would compute with it. `stored` is by canonical name.
+    """
+    for name, array in stored.items() if decoder.tied else ():
+        head, _, key = name.rpartition(".")
+        if head == HEAD and len(array.entry.shape) == 2:
+            table = stored.get(f"{EMBEDDING}.{key}")
+            if table is None or not _same_bytes(array, table):
+                problem = "says that the head is tied to the embedding, but the model has a head of its own"
+                raise InputError(folder / "config.json", problem, "set tie_word_embeddings to false")
+
+
+def _same_bytes(one: MappedArray, other: MappedArray) -> bool:
+    """Whether two matrices are stored alike."""
+    if (one.entry.dtype, one.entry.shape) != (other.entry.dtype, other.entry.shape):
+        return False
+    rows = one.entry.shape[0]
+    step = max(1, COMPARED_BYTES * rows // max(one.entry.nbytes, 1))
+    return all(
+        one.read(start, start + step).tobytes() == other.read(start, start + step).tobytes()
+        for start in range(0, rows, step)
+    )
 
 
 def plain_tensor(folder: Path, name: str, shape: tuple[int, ...], array: MappedArray | None) -> Tensor:

@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
 from gemexport.formats.architecture import Architecture, architecture
 from gemexport.formats.bitpack import signed, unpack
-from gemexport.formats.checkpoint import Source, canonical_name
+from gemexport.formats.checkpoint import HEAD, Source, canonical_name
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16, on_grid
 
 EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")
-HEAD = "lm_head"
 SAVE_AGAIN, OWN_CONFIG = "save or download the model again", "use the config.json that came with the model"
 # A converted module of transformers: at the start up to a border, by a pattern with that border, or at the end.
 _BORDER = r"(?:(?<=\.)|(?=\.|$))"

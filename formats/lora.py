@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from gemexport.formats.checkpoint import Checkpoint, canonical_name
+from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_name
 from gemexport.formats.errors import InputError
 from gemexport.formats.lattice import jit
 from gemexport.formats.modules import settings
@@ -28,7 +28,6 @@ from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTenso
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, slices
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # The factors of a linear, and of an embedding, whose rows are the columns of its A.
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?$")
 _BASE = re.compile(r"^(?:base_model\.model\.)?(.+)\.base_layer\.weight$")
