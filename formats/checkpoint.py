@@ -45,12 +45,16 @@ READERS: dict[str, str] = {
     "gptq": "gemexport.formats.gptq",
     "mlx": "gemexport.formats.mlx",
 }
-# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
+# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before,
+# and either without a head (AutoModel).
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
     (re.compile(r"^language_model\.model\.(.+)$"), r"model.\1"),
     (re.compile(r"^language_model\.(lm_head\..+)$"), r"\1"),
-    (re.compile(r"^((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"), r"model.\1"),
+    (
+        re.compile(r"^(?:language_model\.)?((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"),
+        r"model.\1",
+    ),
 )
 
 
@@ -269,6 +273,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
     if not isinstance(config, dict):
         raise InputError(path, "is not a JSON object", "download or save the file again")
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and isinstance(inner.get("quantization_config"), dict):
+        # transformers and mlx-lm look there as well.
+        settings = inner.pop("quantization_config")
+        config["quantization_config"] = config.get("quantization_config") or settings
     return config
 
 

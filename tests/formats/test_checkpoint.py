@@ -13,7 +13,7 @@ import pytest
 
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import Entry, ShardedWriter, read_folder
+from gemexport.formats.safetensors import INDEX_NAME, Entry, ShardedWriter, read_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Arrays = dict[str, tuple[str, np.ndarray]]
@@ -65,3 +65,38 @@ def test_a_head_of_its_own_is_not_passed_over(quantization: dict[str, int] | Non
         open_checkpoint(model)
     edit(model, tie_word_embeddings=False)
     assert HEAD in open_checkpoint(model).tensors
+
+
+def test_a_model_without_a_head_is_read_under_its_own_names(model: Path) -> None:
+    """What AutoModel saves of a multimodal model: its decoder is `language_model`, without anything before it."""
+    expected = {name: tensor.numpy().copy() for name, tensor in open_checkpoint(model).tensors.items()}
+
+    def rename(arrays: Arrays) -> None:
+        for name in [*arrays]:
+            arrays[name.replace("model.", "language_model.", 1)] = arrays.pop(name)
+
+    rewrite(model, rename)
+    found = open_checkpoint(model)
+    assert found.left_out == ()
+    assert all(np.array_equal(found.tensors[name].numpy(), values) for name, values in expected.items())
+
+
+def test_an_index_of_shards_that_are_gone_is_passed_over_for_a_whole_file(model: Path) -> None:
+    stale = {"weight_map": {EMBEDDING: "model-00001-of-00002.safetensors"}}
+    (model / INDEX_NAME).write_text(json.dumps(stale))
+    assert open_checkpoint(model).left_out == ()
+
+
+def test_quantization_settings_of_the_decoder_alone_are_found(golden: Path, tmp_path: Path) -> None:
+    """Some tools leave them in text_config."""
+    folder = Path(shutil.copytree(golden / "awq", tmp_path / "model"))
+    (folder / "tokenizer.json").write_text("{}")
+    expected = open_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    inner = {**config, "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": inner}))
+    found = open_checkpoint(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert found.tensors[name].grid == expected.tensors[name].grid is not None
+    assert "quantization_config" not in found.text_config
