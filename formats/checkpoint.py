@@ -269,7 +269,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(folder, "there is no config.json", remedy) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
     if not isinstance(config, dict):
         raise InputError(path, "is not a JSON object", "download or save the file again")

@@ -170,7 +170,7 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             index, "is not an index of shards (no weight_map)", "download or save the file again"
         ) from error

@@ -100,3 +100,10 @@ def test_quantization_settings_of_the_decoder_alone_are_found(golden: Path, tmp_
     name = "model.layers.0.mlp.up_proj.weight"
     assert found.tensors[name].grid == expected.tensors[name].grid is not None
     assert "quantization_config" not in found.text_config
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
+def test_json_that_is_nested_too_deep_is_named(name: str, model: Path) -> None:
+    (model / name).write_text("[" * 100_000)
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        open_checkpoint(model)
