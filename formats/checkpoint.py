@@ -226,7 +226,9 @@ def check_head(folder: Path, decoder: Architecture, stored: Mapping[str, MappedA
     A head that was saved with the model all the same is a copy, byte for byte; one that was trained, or quantized in
     another way, is not, and transformers and mlx-lm would compute with it. `stored` is by canonical name.
     """
-    for name, array in stored.items() if decoder.tied else ():
+    if not decoder.tied:
+        return
+    for name, array in stored.items():
         head, _, key = name.rpartition(".")
         if head == HEAD and len(array.entry.shape) == 2:
             table = stored.get(f"{EMBEDDING}.{key}")

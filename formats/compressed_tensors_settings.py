@@ -85,9 +85,8 @@ class Quantization(BaseModel):
         groups = [group for group in self.config_groups.values() if isinstance(group, Scheme)]
         targets = [(target, group) for group in groups for target in group.targets]
         named = [pair for pair in targets if _named(pair[0], names)]
-        # In the library's order (compressed_tensors.utils.match.match_targets).
-        for _, group in sorted(named, key=lambda pair: (pair[0].startswith("re:"), pair[0])):
-            return group
+        if named:  # the first in the library's order (compressed_tensors.utils.match.match_targets)
+            return min(named, key=lambda pair: (pair[0].startswith("re:"), pair[0]))[1]
         for target, group in targets:
             if _is_class(target) and target.endswith(EMBEDDING) == embedding:
                 return group
