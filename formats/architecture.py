@@ -214,12 +214,8 @@ def text_config(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     kind = str(config.get("model_type"))
     if kind in WRAPPERS and isinstance(config.get("text_config"), dict):
         inner = {"model_type": WRAPPERS[kind], **config["text_config"]}
-        if "tie_word_embeddings" in config:
-            inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-        if (
-            config.get("eos_token_id") is not None
-        ):  # with the end of a turn, where the decoder's own part has <eos> alone
-            inner["eos_token_id"] = config["eos_token_id"]
+        # The whole model's say decides in transformers; released configs name the end of a turn there.
+        inner |= {key: config[key] for key in ("eos_token_id", "tie_word_embeddings") if config.get(key) is not None}
         return inner
     if kind in SUPPORTED:
         return config

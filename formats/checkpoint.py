@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
     "awq": "gemexport.formats.awq",
@@ -43,12 +45,16 @@ READERS: dict[str, str] = {
     "gptq": "gemexport.formats.gptq",
     "mlx": "gemexport.formats.mlx",
 }
-# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before.
+# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before,
+# and either without a head (AutoModel).
 _SPELLINGS = (
     (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
     (re.compile(r"^language_model\.model\.(.+)$"), r"model.\1"),
     (re.compile(r"^language_model\.(lm_head\..+)$"), r"\1"),
-    (re.compile(r"^((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"), r"model.\1"),
+    (
+        re.compile(r"^(?:language_model\.)?((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"),
+        r"model.\1",
+    ),
 )
 
 
@@ -207,10 +213,40 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
 def _plain(folder: Path, decoder: Architecture) -> Source:
     """Tensors that are stored as floats."""
     stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
+    check_head(folder, decoder, stored)
     tensors: dict[str, Tensor] = {}
     for name, shape in decoder.tensor_shapes().items():
         tensors[name] = plain_tensor(folder, name, shape, stored.pop(name, None))
     return Source(tensors, left_out=tuple(sorted(stored)))
+
+
+def check_head(folder: Path, decoder: Architecture, stored: Mapping[str, MappedArray]) -> None:
+    """Raise InputError for a head of its own where config.json says that it is the embedding table.
+
+    A head that was saved with the model all the same is a copy, byte for byte; one that was trained, or quantized in
+    another way, is not, and transformers and mlx-lm would compute with it. `stored` is by canonical name.
+    """
+    if not decoder.tied:
+        return
+    for name, array in stored.items():
+        head, _, key = name.rpartition(".")
+        if head == HEAD and len(array.entry.shape) == 2:
+            table = stored.get(f"{EMBEDDING}.{key}")
+            if table is None or not _same_bytes(array, table):
+                problem = "says that the head is tied to the embedding, but the model has a head of its own"
+                raise InputError(folder / "config.json", problem, "set tie_word_embeddings to false")
+
+
+def _same_bytes(one: MappedArray, other: MappedArray) -> bool:
+    """Whether two matrices are stored alike."""
+    if (one.entry.dtype, one.entry.shape) != (other.entry.dtype, other.entry.shape):
+        return False
+    rows = one.entry.shape[0]
+    step = max(1, COMPARED_BYTES * rows // max(one.entry.nbytes, 1))
+    return all(
+        one.read(start, start + step).tobytes() == other.read(start, start + step).tobytes()
+        for start in range(0, rows, step)
+    )
 
 
 def plain_tensor(folder: Path, name: str, shape: tuple[int, ...], array: MappedArray | None) -> Tensor:
@@ -235,10 +271,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(folder, "there is no config.json", remedy) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
     if not isinstance(config, dict):
         raise InputError(path, "is not a JSON object", "download or save the file again")
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and isinstance(inner.get("quantization_config"), dict):
+        # transformers and mlx-lm look there as well.
+        settings = inner.pop("quantization_config")
+        config["quantization_config"] = config.get("quantization_config") or settings
     return config
 
 

@@ -75,15 +75,20 @@ class Quantization(BaseModel):
     sparsity_config: dict[str, Any] | None = None
 
     def scheme(self, module: Module) -> Scheme | None:
-        """The scheme of a module: of a group that names it, else of one for its class."""
-        names = (module.stored_name, module.stem)
+        """The scheme of a module: of a group that names it, of one with a pattern for it, else of one for its class.
+
+        Targets call it as the program did that had the model loaded; a multimodal one is saved under other names.
+        """
+        inner = module.stem.removeprefix("model.")
+        names = (module.stored_name, module.stem, f"model.language_model.{inner}", f"language_model.model.{inner}")
         embedding = "embed_tokens" in module.stem
         groups = [group for group in self.config_groups.values() if isinstance(group, Scheme)]
-        for group in groups:
-            if any(_named(target, names) for target in group.targets):
-                return group
-        for group in groups:
-            if any(_is_class(target) and target.endswith(EMBEDDING) == embedding for target in group.targets):
+        targets = [(target, group) for group in groups for target in group.targets]
+        named = [pair for pair in targets if _named(pair[0], names)]
+        if named:  # the first in the library's order (compressed_tensors.utils.match.match_targets)
+            return min(named, key=lambda pair: (pair[0].startswith("re:"), pair[0]))[1]
+        for target, group in targets:
+            if _is_class(target) and target.endswith(EMBEDDING) == embedding:
                 return group
         return None
 

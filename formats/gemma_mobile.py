@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
 from gemexport.formats.architecture import Architecture, architecture
 from gemexport.formats.bitpack import signed, unpack
-from gemexport.formats.checkpoint import Source, canonical_name
+from gemexport.formats.checkpoint import HEAD, Source, canonical_name, check_head
 from gemexport.formats.errors import InputError
 from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16, on_grid
 
 EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")
-HEAD = "lm_head"
 SAVE_AGAIN, OWN_CONFIG = "save or download the model again", "use the config.json that came with the model"
 # A converted module of transformers: at the start up to a border, by a pattern with that border, or at the end.
 _BORDER = r"(?:(?<=\.)|(?=\.|$))"
@@ -127,9 +126,7 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
     decoder = architecture(config, path)
     widths = Widths(config, path, decoder.tied)
     files = _Files(folder)
-    if decoder.tied and f"{HEAD}.weight" in files.arrays:
-        problem = "says that the head is tied to the embedding, but the model has a head of its own"
-        raise InputError(path, problem, "set tie_word_embeddings to false")
+    check_head(folder, decoder, files.arrays)
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearActivations] = {}
     for name, shape in decoder.tensor_shapes().items():

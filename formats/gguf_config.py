@@ -26,6 +26,8 @@ NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves
 GEMMA3_PATTERN = 6  # llama.cpp's default for Gemma 3: every sixth layer sees everything
 GEMMA4_SOFTCAP = 30.0  # llama.cpp's default for Gemma 4; 0 stands for none
 SLIDING_THETA = 10_000.0
+# Ollama's converter has names of its own for the bases of Gemma 3's sliding and full layers (convert_gemma3.go).
+OLLAMA_LOCAL, OLLAMA_GLOBAL = "{arch}.rope.local.freq_base", "{arch}.rope.global.freq_base"
 SLIDING, FULL = "sliding_attention", "full_attention"
 HEAD_KEYS = (Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH, Keys.Rope.DIMENSION_COUNT)
 SLIDING_HEAD_KEYS = (Keys.Attention.KEY_LENGTH_SWA, Keys.Attention.VALUE_LENGTH_SWA, Keys.Rope.DIMENSION_COUNT_SWA)
@@ -112,9 +114,9 @@ def _gemma3(facts: Metadata, config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": _head_dim(facts, config, *HEAD_KEYS),
         "intermediate_size": facts.count(Keys.LLM.FEED_FORWARD_LENGTH),
         "num_key_value_heads": facts.count(Keys.Attention.HEAD_COUNT_KV, config["num_attention_heads"]),
-        "rope_local_base_freq": facts.positive(Keys.Rope.FREQ_BASE_SWA, SLIDING_THETA),
+        "rope_local_base_freq": facts.positive(Keys.Rope.FREQ_BASE_SWA, facts.positive(OLLAMA_LOCAL, SLIDING_THETA)),
         "rope_scaling": {"factor": factor, "rope_type": "linear"} if scaled else None,
-        "rope_theta": facts.positive(Keys.Rope.FREQ_BASE, SLIDING_THETA),
+        "rope_theta": facts.positive(Keys.Rope.FREQ_BASE, facts.positive(OLLAMA_GLOBAL, SLIDING_THETA)),
         "use_bidirectional_attention": False,
     }
 

@@ -44,9 +44,10 @@ def read_parts(path: Path) -> Parts:
     path = Path(path)
     given = read(path)
     count = given.metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or count < 0:
         raise InputError(path, f"says that it is one of {count} parts", MENDED)
-    containers = [given] if count == 1 else _siblings(given, count)
+    # gguf-split writes 0 into the file that it merges parts into (tools/gguf-split/gguf-split.cpp).
+    containers = [given] if count < 2 else _siblings(given, count)
     stored: dict[str, tuple[Container, Description]] = {}
     for container in containers:
         for name, description in container.tensors.items():

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from gemexport.formats.checkpoint import Checkpoint, canonical_name
+from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_name
 from gemexport.formats.errors import InputError
 from gemexport.formats.lattice import jit
 from gemexport.formats.modules import settings
@@ -28,10 +28,10 @@ from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTenso
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, slices
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # The factors of a linear, and of an embedding, whose rows are the columns of its A.
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?$")
-_BASE = re.compile(r"^(?:base_model\.model\.)?(.+)\.base_layer\.weight$")
+# Weights of the base that peft saves beside them: of the layer under a factor, and of embeddings when asked for them.
+_BASE = re.compile(r"^(?:base_model\.model\.)?(?:(.+)\.base_layer|((?:.+\.)?(?:embed_tokens|lm_head)))\.weight$")
 _TOWER = re.compile(r"vision|audio|projector")
 _MERGE = "merge it with peft (merge_and_unload) and give the merged checkpoint"
 _SAVE = "save the adapter again"
@@ -178,7 +178,7 @@ def open_adapter(folder: Path) -> Adapter:
                 raise InputError(path, f"the factor {name} is there twice", _SAVE)
             found[key] = array
         elif copy is not None:
-            copies[_canonical(copy[1])] = array
+            copies[_canonical(copy[1] or copy[2])] = array
         else:
             raise InputError(path, f"the tensor {name} is no factor of a LoRA", _MERGE)
     modules = {_canonical(name): _factors(path, name, found, config) for name, found in pairs.items()}
@@ -294,7 +294,8 @@ def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Fact
 def _check_copies(base: Checkpoint, adapter: Adapter) -> None:
     """Raise InputError unless weights that the adapter brings along are the base's own."""
     for module, stored in adapter.copies.items():
-        tensor, copy = base.tensors.get(f"{module}.weight"), MappedTensor(stored)
+        source = EMBEDDING if module == HEAD and base.architecture.tied else module
+        tensor, copy = base.tensors.get(f"{source}.weight"), MappedTensor(stored)
         same = tensor is not None and tensor.shape == copy.shape
         if tensor is not None and same:
             same = all(np.array_equal(tensor.rows(*part).values, copy.rows(*part).values) for part in slices(copy))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from gemexport.formats.architecture import architecture
 from gemexport.formats.bitpack import Unsigned
-from gemexport.formats.checkpoint import Source, canonical_name, plain_tensor
+from gemexport.formats.checkpoint import Source, canonical_name, check_head, plain_tensor
 from gemexport.formats.errors import InputError
 from gemexport.formats.minifloat import is_nan_e4m3
 from gemexport.formats.quantized import Layout
@@ -61,15 +61,18 @@ def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], T
     """The decoder's tensors in `folder`; `read` makes one of a quantized module, and gives None for a plain one.
 
     Raises InputError for a tensor that is missing or has not the shape that `config` says, for a linear with a bias,
-    which a Gemma does not have, and whatever `read` raises.
+    which a Gemma does not have, for a head of its own that `config` does not know of, and whatever `read` raises.
     """
+    stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
+    decoder = architecture(config, folder / "config.json")
+    check_head(folder, decoder, stored)
     modules: dict[str, dict[str, MappedArray]] = {}
-    for name, array in read_folder(folder).items():
-        module, _, key = canonical_name(name).rpartition(".")
+    for name, array in stored.items():
+        module, _, key = name.rpartition(".")
         modules.setdefault(module, {})[key] = array
     tensors: dict[str, Tensor] = {}
     used: dict[str, set[str]] = {}
-    for name, shape in architecture(config, folder / "config.json").tensor_shapes().items():
+    for name, shape in decoder.tensor_shapes().items():
         stem, _, key = name.rpartition(".")
         arrays = modules.get(stem, {})
         tensor = read(Module(name, shape, arrays)) if arrays and len(shape) == 2 else None

@@ -158,9 +158,8 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
 
     Raises InputError for a missing shard, one outside the folder, or a tensor that is not in the shard it should be in.
     """
-    index = folder / INDEX_NAME
+    index, single = folder / INDEX_NAME, folder / "model.safetensors"
     if not index.is_file():
-        single = folder / "model.safetensors"
         if not single.is_file():
             raise InputError(
                 folder,
@@ -171,10 +170,12 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             index, "is not an index of shards (no weight_map)", "download or save the file again"
         ) from error
+    if single.is_file() and single.name not in names:
+        return read_file(single)  # the index is of shards that were here before; transformers takes the file, too
     found: dict[str, MappedArray] = {}
     for name in names:
         shard = folder / str(name)

@@ -62,6 +62,17 @@ def test_gemma3_with_the_spelling_of_its_release() -> None:
     assert decoder.parameters() == 999_885_952
 
 
+def test_what_the_whole_model_says_of_head_and_stops_decides() -> None:
+    inner = gemma4(eos_token_id=1, tie_word_embeddings=True)
+    whole = {"model_type": "gemma4", "text_config": inner, "eos_token_id": [1, 106], "tie_word_embeddings": False}
+    decoder = architecture(whole, "config.json")
+    assert decoder.eos_token_ids == (1, 106)
+    assert not decoder.tied
+    silent = architecture({**whole, "eos_token_id": None, "tie_word_embeddings": None}, "config.json")
+    assert silent.eos_token_ids == (1,)
+    assert silent.tied
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

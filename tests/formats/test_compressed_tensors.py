@@ -134,6 +134,25 @@ def test_a_target_is_a_module_or_a_class(tmp_path: Path) -> None:
     assert (bits("lm_head"), bits(MODULE)) == (2, 4)
 
 
+def test_targets_of_a_multimodal_model_name_its_modules_as_loaded(tmp_path: Path) -> None:
+    """llm-compressor calls them model.language_model…, which Gemma 3 saves as language_model.model…; names go first."""
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 2}},
+        "group_1": {"targets": [r"re:model\.language_model\.layers\.\d+\.mlp.*"], "weights": {"num_bits": 3}},
+        "group_2": {"targets": [MODULE.replace("model.", "model.language_model.")], "weights": {"num_bits": 4}},
+    }
+    found = quantization(tmp_path, {"quantization_config": {"config_groups": groups, "format": PACK}})
+
+    def bits(name: str) -> int | None:
+        stored = MappedArray(MappedFile(tmp_path), Entry(f"language_model.{name}.weight_packed", "I32", (1, 1)), 0)
+        scheme = found.scheme(Module(f"{name}.weight", (1, 1), {"weight_packed": stored}))
+        return scheme.weights.num_bits if scheme and scheme.weights else None
+
+    assert bits(MODULE) == 4
+    assert bits(MODULE.replace("down", "up")) == 3
+    assert bits("model.layers.1.self_attn.q_proj") == 2
+
+
 @pytest.mark.parametrize(
     ("form", "arguments", "levels"),
     [

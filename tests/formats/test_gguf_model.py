@@ -232,6 +232,15 @@ def test_what_llama_cpps_converter_writes_is_read(gemma3: Path, tiny_gemma3: Pat
         assert ours.encode(text).ids == theirs.encode(text).ids
 
 
+def test_what_ollamas_converter_calls_the_bases_of_rope_is_read(gemma3: Path, tmp_path: Path) -> None:
+    changes = {
+        "gemma3__rope__freq_base": None, "gemma3__rope__freq_base_swa": None,
+        "gemma3__rope__global__freq_base": float32(5e5), "gemma3__rope__local__freq_base": float32(2e4),
+    }  # fmt: skip
+    found = open_checkpoint(rewritten(gemma3, tmp_path / "ollama.gguf", **changes)).architecture
+    assert {(layer.sliding, layer.rope.theta) for layer in found.layers} == {(True, 2e4), (False, 5e5)}
+
+
 def test_the_end_of_a_turn_is_known_by_its_text_in_a_chat_model(gemma3: Path, tmp_path: Path) -> None:
     tokens = list(read(gemma3).metadata["tokenizer.ggml.tokens"])
     turn_end = tokens.index("<end_of_turn>")
@@ -303,6 +312,14 @@ def test_parts_are_one_model(gemma4: Path, tmp_path: Path) -> None:
         assert found.architecture == whole.architecture
         for name, tensor in whole.tensors.items():
             assert np.array_equal(found.tensors[name].numpy(), tensor.numpy())
+
+
+def test_a_file_that_gguf_split_merged_is_read(gemma3: Path, tmp_path: Path) -> None:
+    """It has the keys of the first part, with 0 for the count of parts."""
+    changes = {"split__count": uint32(0), "split__no": uint32(0), "split__tensors__count": int32(7)}
+    merged = open_checkpoint(rewritten(gemma3, tmp_path / "merged.gguf", **changes))
+    assert merged.architecture == open_checkpoint(gemma3).architecture
+    assert merged.files == (tmp_path / "merged.gguf",)
 
 
 def test_parts_that_do_not_belong_together_are_refused(gemma4: Path, gemma3: Path, tmp_path: Path) -> None:

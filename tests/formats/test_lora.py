@@ -171,7 +171,11 @@ def test_adapters_that_are_refused(
         (lambda arrays: arrays.update({FACTOR: arrays[FACTOR][:, :8].copy()}), r"make \[64, 8\], the base has"),
         (lambda arrays: arrays.update({FACTOR: arrays[FACTOR][0]}), "is no matrix of floats"),
         (lambda arrays: arrays.update({FACTOR: arrays[FACTOR].astype(np.int32)}), "is no matrix of floats"),
-        (lambda arrays: arrays.update({"base_model.model.lm_head.weight": arrays[FACTOR]}), "is no factor of a LoRA"),
+        (lambda arrays: arrays.update({f"base_model.model.{QUERY}.bias": arrays[FACTOR]}), "is no factor of a LoRA"),
+        (
+            lambda arrays: arrays.update({"base_model.model.lm_head.weight": arrays[FACTOR]}),
+            "brings lm_head.weight along, and it is not the base's",
+        ),
         (lambda arrays: arrays.clear(), "holds no factors"),
         (
             lambda arrays: arrays.update({name.replace("layers.0", "layers.9"): arrays[name] for name in [*arrays]}),
@@ -194,6 +198,16 @@ def test_weights_that_are_refused(
     _rewrite(folder, change)
     with pytest.raises(InputError, match=message):
         open_checkpoint(tiny_gemma3, adapter=folder)
+
+
+def test_embeddings_that_were_saved_beside_the_factors(golden: Path, tiny_gemma3: Path, tmp_path: Path) -> None:
+    """peft's save_embedding_layers: the table as it is in the base, a second time for the head that is tied to it."""
+    table = open_checkpoint(tiny_gemma3).tensors["model.embed_tokens.weight"].numpy()
+    names = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+    folder = _adapter(golden, tmp_path)
+    expected = len(open_checkpoint(tiny_gemma3, adapter=folder).bases)
+    _rewrite(folder, lambda arrays: arrays.update(dict.fromkeys(names, table)))
+    assert len(open_checkpoint(tiny_gemma3, adapter=folder).bases) == expected
 
 
 def test_folders_that_are_no_adapters(golden: Path, tiny_gemma3: Path, tmp_path: Path) -> None:
