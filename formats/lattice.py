@@ -1,9 +1,10 @@
 """Finds the integer grid that a tensor's values lie on: the codes and scales that a QAT checkpoint lost on its way.
 
-A QAT release in bf16 holds `w = bf16(s * q)`: q a signed 4-bit code, s one scale for each block of consecutive
-weights. Rounding hides s, but not much: each weight confines its block's scale to the interval that rounds to it, and
-a block lies on a grid exactly when, for some code k of its largest weight, those intervals have a number in common.
-No scale is guessed; whichever rule made them, the intersection is where they are.
+A QAT release in bf16 holds `w = bf16(s * q)`: q a code from -8 to 7, s one scale for each block of consecutive
+weights, of either sign (llama.cpp's own rule gives a block's largest weight the code -8, whatever its sign). Rounding
+hides s, but not much: each weight confines its block's scale to the interval that rounds to it, and a block lies on a
+grid exactly when, for some code k of its largest weight, those intervals have a number in common. No scale is guessed;
+whichever rule made them, the intersection is where they are.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ def _differs(
         even = (product >> np.uint32(16)) & np.uint32(1)
         rounded = np.uint32(np.uint32(product + np.uint32(0x7FFF)) + even) & np.uint32(0xFFFF0000)
         wrong |= np.uint32(rounded ^ (bits[i] & np.uint32(0x7FFFFFFF)))
-        wrong |= np.uint32(code > np.float32(7.0) + np.float32(bits[i] >> np.uint32(31)))
     return wrong
 
 
@@ -115,7 +115,7 @@ def _bf16_scale(bits: NDArray[np.uint32], magnitudes: NDArray[np.float32], k: in
 
 @jit
 def _prepare(bits: NDArray[np.uint32], row: int, source: int, block: NDArray[np.float64]) -> None:
-    """Fill `block` `[4, n]` with |w| of a row, its lower and upper edge, and the largest code of its sign.
+    """Fill `block` `[3, n]` with |w| of a row, its lower and upper edge.
 
     A tie rounds to the even pattern, so an odd one does not own its edges: they move in by the least float64, which no
     product of a code and a float32 scale can fall between. A zero has the code 0 on any scale: it excludes nothing.
@@ -128,7 +128,6 @@ def _prepare(bits: NDArray[np.uint32], row: int, source: int, block: NDArray[np.
         block[0, i] = _float(magnitude)
         block[1, i] = below * (1 + inward) if magnitude else 0.0
         block[2, i] = above * (1 - inward) if magnitude else np.inf
-        block[3, i] = 7 + (bits[row, i] >> np.uint32(31))
 
 
 @jit
@@ -145,7 +144,7 @@ def _interval(block: NDArray[np.float64], k: int, peak: float) -> tuple[float, f
         code = max(nearest(block[0, i] * inverse), 1.0)
         low = max(low, block[1, i] / code)
         high = min(high, block[2, i] / code)
-        if low > high or code > block[3, i]:
+        if low > high:
             return 1.0, 0.0
     return low, high
 
@@ -192,13 +191,27 @@ def _scale(block: NDArray[np.float64], k: int, peak: float) -> tuple[float, int]
 
 
 @jit
+def _direction(bits: NDArray[np.uint32], magnitudes: NDArray[np.float32], scale: float) -> float:
+    """The sign of `scale` on which all weights that are 8 times as large have the code -8; 0 when there is none."""
+    inverse = 1 / scale
+    positive, negative = False, False
+    for i in range(magnitudes.size):
+        if nearest(magnitudes[i] * inverse) == 8:
+            below = bits[i] >> np.uint32(31) == 1
+            positive, negative = positive or not below, negative or below
+    if positive and negative:
+        return 0.0
+    return -1.0 if positive else 1.0
+
+
+@jit
 def _search(blocks: NDArray[np.uint32], source: int, scales: Floats) -> int:
     """Fill `scales` `[n]` for blocks `[n, size]` of float32 patterns; returns the weights on the lattice.
 
-    A block of zeros has the scale 0, one off the lattice -1. The coarsest grid wins: k ascends.
+    A block of zeros has the scale 0, one off the lattice NaN. The coarsest grid wins: k ascends.
     """
     on = 0
-    block, magnitudes = np.empty((4, blocks.shape[1])), np.empty(blocks.shape[1], np.float32)
+    block, magnitudes = np.empty((3, blocks.shape[1])), np.empty(blocks.shape[1], np.float32)
     # Half a step of the dtype on the weight's side and on the largest one's, and room for float32's own rounding. Close
     # to the subnormal numbers, where steps are wider than that, every k goes through the sieve.
     tolerance = np.float32(2.0**-6.9 if source == 0 else (2.0**-9.9 if source == 1 else 2.0**-20))
@@ -207,32 +220,36 @@ def _search(blocks: NDArray[np.uint32], source: int, scales: Floats) -> int:
         for i in range(blocks.shape[1]):
             magnitudes[i] = np.uint32(blocks[row, i] & np.uint32(0x7FFFFFFF)).view(np.float32)
         peak = _peak(magnitudes)
-        found, rank, prepared = (0.0 if peak == 0 else -1.0), 3, False
+        found, rank, prepared = (0.0 if peak == 0 else np.nan), 3, False
         for k in range(1, 9 if peak > 0 else 0):
+            scale, other = -1.0, 3
             if peak > smallest:
                 if not _near(magnitudes, np.float32(k) / peak, tolerance):
                     continue
                 # What QAT releases are, first: the rest finds every other scale, but takes four times as long.
-                scale = _bf16_scale(blocks[row], magnitudes, k, peak) if source == 0 else -1.0
-                if scale > 0:
-                    found = scale
-                    break
-            if not prepared:
-                _prepare(blocks, row, source, block)
-                prepared = True
-            scale, other = _scale(block, k, np.float64(peak))
-            if other < rank:
+                if source == 0:
+                    scale = _bf16_scale(blocks[row], magnitudes, k, peak)
+            if scale > 0:
+                other = 0
+            else:
+                if not prepared:
+                    _prepare(blocks, row, source, block)
+                    prepared = True
+                scale, other = _scale(block, k, np.float64(peak))
+            if k == 8 and other < rank:
+                scale *= _direction(blocks[row], magnitudes, scale)
+            if other < rank and scale != 0:
                 found, rank = scale, other
             if rank == 0:
                 break
         scales[row] = found
-        if found >= 0:
+        if not np.isnan(found):
             on += blocks.shape[1]
     return on
 
 
 def search(values: Floats, block: int, dtype: DType) -> tuple[Floats, int]:
-    """Scales `[rows, in // block]` of values `[rows, in]`, -1 for a block off the lattice, and the weights on it.
+    """Scales `[rows, in // block]` of values `[rows, in]`, NaN for a block off the lattice, and the weights on it.
 
     `dtype` is the source's, to which the products were rounded; a block of zeros has the scale 0.
     """

@@ -22,9 +22,15 @@ def _largest(blocks: Floats) -> Floats:
     return np.asarray(np.abs(blocks).max(axis=-1), np.float32)
 
 
+def _farthest(blocks: Floats) -> Floats:
+    """The weight of largest magnitude, with its sign."""
+    place = np.abs(blocks).argmax(axis=-1)
+    return np.asarray(np.take_along_axis(blocks, place[..., None], axis=-1)[..., 0], np.float32)
+
+
 def _round_codes(blocks: Floats, scales: Floats) -> Floats:
     """The nearest codes of `[rows, blocks, block]` weights; zero where the scale is zero."""
-    safe = np.where(scales > 0, scales, np.float32(1))[..., None]
+    safe = np.where(scales != 0, scales, np.float32(1))[..., None]
     return np.asarray(np.clip(np.rint(blocks / safe), LOWEST, HIGHEST), np.float32)
 
 
@@ -43,6 +49,7 @@ _BF16_RULES: dict[str, Callable[[Floats], Floats]] = {
     "max/7": lambda blocks: _largest(blocks) / np.float32(7),
     "max/8": lambda blocks: _largest(blocks) / np.float32(8),
     "max/7.5": lambda blocks: _largest(blocks) / np.float32(7.5),
+    "max/-8": lambda blocks: _farthest(blocks) / np.float32(-8),
     "least-squares": _least_squares,
     "row": lambda blocks: _largest(blocks) / np.float32(7.5),
 }
@@ -50,10 +57,11 @@ RULES = (*_BF16_RULES, "f16")
 
 
 def quantize(weights: Floats, rule: str = "max/7.5") -> tuple[Codes, Floats]:
-    """Codes `[out, in]` in -8…7 and positive scales `[out, in // block]` for weights `[out, in]`.
+    """Codes `[out, in]` in -8…7 and scales `[out, in // block]` for weights `[out, in]`.
 
-    The rules: `max/k` takes a block's largest magnitude over k; `least-squares` fits the scale; `f16` is max/7.5 with
-    scales rounded to float16 instead of bfloat16; `row` is max/7.5 with one scale a row. Blocks are 32 weights.
+    The rules: `max/k` takes a block's largest magnitude over k, `max/-8` its largest weight with its sign, as
+    llama.cpp's Q4_0 does, which makes half of the scales negative; `least-squares` fits the scale; `f16` is max/7.5
+    with scales rounded to float16 instead of bfloat16; `row` is max/7.5 with one scale a row. Blocks are 32 weights.
     Raises ValueError for a rule that is not one of RULES, or a row that blocks do not fill.
     """
     if rule not in RULES:
@@ -67,7 +75,7 @@ def quantize(weights: Floats, rule: str = "max/7.5") -> tuple[Codes, Floats]:
         scales = round_to(_BF16_RULES["max/7.5"](blocks), "f16")
     else:
         scales = round_to(_BF16_RULES[rule](blocks), "bf16")
-    codes = _round_codes(blocks, scales) * (scales > 0)[..., None]
+    codes = _round_codes(blocks, scales) * (scales != 0)[..., None]
     return codes.astype(np.int8).reshape(out, width), scales
 
 

@@ -144,7 +144,10 @@ def test_grids_are_what_their_rule_says(rule: str) -> None:
     assert codes.min() >= -8
     assert codes.max() <= 7
     blocks = np.abs(weights.reshape(16, -1, block)).max(-1)
-    if rule.startswith("max/"):
+    if rule == "max/-8":
+        assert (codes.reshape(16, -1, block).min(-1)[blocks > 0] == -8).all(), "of either sign, the largest one is -8"
+        np.testing.assert_allclose(abs(scales), blocks / 8, rtol=2**-8)
+    elif rule.startswith("max/"):
         np.testing.assert_allclose(scales, blocks / float(rule.removeprefix("max/")), rtol=2**-8)
     exact = codes * expand(scales, block)
     np.testing.assert_allclose(from_bf16(qat.on_grid(weights, rule)), exact, rtol=2**-8)
@@ -152,9 +155,13 @@ def test_grids_are_what_their_rule_says(rule: str) -> None:
     assert np.array_equal(held, scales) if rule == "f16" else not held.any()
 
 
-def test_least_squares_is_the_closest_rule() -> None:
+def test_least_squares_is_the_closest_rule_of_positive_scales() -> None:
     weights = np.random.default_rng(5).standard_normal((64, 64), dtype=np.float32)
-    errors = {rule: float(np.square(from_bf16(qat.on_grid(weights, rule)) - weights).sum()) for rule in qat.RULES}
+    errors = {
+        rule: float(np.square(from_bf16(qat.on_grid(weights, rule)) - weights).sum())
+        for rule in qat.RULES
+        if rule != "max/-8"
+    }
     assert min(errors, key=lambda rule: errors[rule]) == "least-squares"
 
 

@@ -59,7 +59,7 @@ def check_description(package: Package) -> None:
     given = {item.name: typed(item.type) for item in function.inputs}
     made = {output.name: typed(output.type) for operation in package.operations for output in operation.outputs}
     told = [*((given, item) for item in (*description.input, *description.state))]
-    told += [({name: made.get(name) for name in package.outputs}, item) for item in description.output]
+    told += [({name: made[name] for name in package.outputs if name in made}, item) for item in description.output]
     for known, feature in told:
         kind, own = feature.type.WhichOneof("Type"), known.get(feature.name)
         if own is None:
