@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +75,7 @@ def export(
         folder.mkdir()
         write_package(folder, program, _metadata(checkpoint, variant), sources.write)
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    run = f'python -P -m gemexport.validators.coreml {path} "The capital of France is"'
+    run = f'python -P -m gemexport.validators.coreml {quote(str(path))} "The capital of France is"'
     return Export(Path(path), variant, run, notes + sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
 
 

@@ -14,7 +14,7 @@ import typer
 
 from gemexport._version import __version__
 from gemexport.formats.errors import InputError
-from gemexport.registry import TARGETS, Setting, Target, recognise, split_formats
+from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
 
 if TYPE_CHECKING:
     from gemexport.report import Report
@@ -124,7 +124,7 @@ def _add_format(target: Target) -> None:
         _run(
             as_json,
             formats=[target.name],
-            variants={target.name: tuple(variant.split(","))} if variant else None,
+            variants={target.name: split(variant)} if variant else None,
             memory=parse_bytes(memory),
             validate=not no_validate,
             options={target.name: {name: value for name, value in options.items() if value is not None}},
@@ -222,7 +222,7 @@ def plan(
     formats = split_formats(only)
     if variant is not None and len(formats) != 1:
         raise InputError("--variant", "is of one format", "name it with --only")
-    variants = {formats[0]: tuple(variant.split(","))} if variant else None
+    variants = {formats[0]: split(variant)} if variant else None
     asked = request(
         model, out, formats, split_formats(skip), variants, recipe, jobs,
         parse_bytes(memory), adapter, compress, compress_python, calibration, ple_codec,
@@ -271,7 +271,7 @@ def _table(report: Report, out: Path) -> None:
 
     from gemexport.render import print_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     print_table(report, console, out)
     for note in report.model.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
