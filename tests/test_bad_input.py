@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -198,6 +199,16 @@ def test_brackets_in_a_path_are_shown(tiny_gemma4: Path, tmp_path: Path, capsys:
     assert "model [x] [y]-gemexport" in capsys.readouterr().out
     main_ends_well("inspect", model)
     assert "model [x] [y]" in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_letters(tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback, and the exit status of a failed verdict, was what a path with an umlaut gave."""
+    model = Path(shutil.copytree(tiny_gemma4, tmp_path / "Mödell"))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    main_ends_well("plan", model, "--only", "gguf")
+    terminal.flush()
+    assert b"M\\xf6dell-gemexport" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def main_ends_well(*arguments: str | Path) -> None:
