@@ -304,6 +304,9 @@ def parse_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+_INTERRUPTED = 130  # 128 and the number of the signal, as shells say it
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an InputError becomes one line and exit status 2."""
     # Until a step runs, the time goes into imports: they make many objects, and no garbage worth looking for.
@@ -315,9 +318,11 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != _INTERRUPTED:  # which typer makes of a Ctrl-C
+            raise
         print("gemexport: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

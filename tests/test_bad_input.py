@@ -151,6 +151,8 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
         (["gguf", "MODEL", "--variant", ","], "gguf: no variant is named"),
         (["validate", "MODEL", "nothing.gguf"], "nothing.gguf: there is no such file"),
         (["validate", "MODEL", "."], "is no artefact of a format that is known"),
+        (["validate", "MODEL", "MODEL", "--qnn-arch", "81"], "--qnn-arch 81: is for --qnn-context"),
+        (["validate", "MODEL", "MODEL", "--qnn-context", "q"], "which the NPU's compiler does not take"),
         (["inspect", "nothing"], "nothing: there is no such file"),
     ],
 )
@@ -204,11 +206,25 @@ def test_brackets_in_a_path_are_shown(tiny_gemma4: Path, tmp_path: Path, capsys:
 def test_a_terminal_that_lacks_letters(tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A traceback, and the exit status of a failed verdict, was what a path with an umlaut gave."""
     model = Path(shutil.copytree(tiny_gemma4, tmp_path / "Mödell"))
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    shown = io.BytesIO()
+    terminal = io.TextIOWrapper(shown, encoding="ascii")
     monkeypatch.setattr("sys.stdout", terminal)
     main_ends_well("plan", model, "--only", "gguf")
     terminal.flush()
-    assert b"M\\xf6dell-gemexport" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"M\\xf6dell-gemexport" in shown.getvalue()
+
+
+def test_an_interrupted_run_says_so(
+    tiny_gemma4: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemexport.describe.print_plan", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(tiny_gemma4)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "gemexport: interrupted\n"
 
 
 def main_ends_well(*arguments: str | Path) -> None:
