@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
@@ -32,6 +32,7 @@ from gemexport.exporters.streaming import read_settings
 from gemexport.formats.activation_ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.errors import InputError
 from gemexport.formats.files import atomic
 from gemexport.formats.tensor import Grid
 
@@ -60,9 +61,11 @@ def export(
     its prompt graph takes at once. `activations` says which of the checkpoint's static scales `npu` computes with: all,
     those of linears with caches in floating point, or none. `npu-a8` and `npu-a16` measure activations on the token
     sequences `calibration`, or take the `ranges` of a JSON file that an earlier export wrote. Raises InputError when
-    the folder cannot be written or the disk is full.
+    the folder cannot be written or the disk is full, and for a `range_method` that does not exist.
     """
     path = Path(path)
+    if range_method not in get_args(Method):
+        raise InputError(path, f"there is no range method {range_method}", f"use one of {', '.join(get_args(Method))}")
     context = min(context, checkpoint.architecture.max_positions)
     rounding = placed(checkpoint.activations, activations) if variant == "npu" else Activations()
     if variant in ("f32", *PRECISIONS):

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from inspect import Parameter, Signature
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 
 from gemexport._version import __version__
 from gemexport.formats.errors import InputError
-from gemexport.registry import TARGETS, Setting, Target, recognise, split_formats
+from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
 
 if TYPE_CHECKING:
     from gemexport.report import Report
@@ -28,14 +29,19 @@ app = typer.Typer(
     "at fault.",
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint in Hugging Face layout.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint: a folder in Hugging Face layout, an MLX folder or a .gguf file."
+    ),
+]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output folder; default: NAME-gemexport.")]
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="A built-in recipe or a TOML or JSON file (docs/recipes.md).")
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Steps that run side by side; default: one a core.")]
 Memory = Annotated[
-    str | None, typer.Option(help="What they may take together, such as 8GB; default: most of what is free.")
+    str | None, typer.Option(help="What the steps may take together, such as 8GB; default: most of what is free.")
 ]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens that logits are compared on.")]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
@@ -124,7 +130,7 @@ def _add_format(target: Target) -> None:
         _run(
             as_json,
             formats=[target.name],
-            variants={target.name: tuple(variant.split(","))} if variant else None,
+            variants={target.name: split(variant)} if variant else None,
             memory=parse_bytes(memory),
             validate=not no_validate,
             options={target.name: {name: value for name, value in options.items() if value is not None}},
@@ -185,7 +191,7 @@ def validate(
             artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
         )
     if as_json:
-        print(report.to_json(), end="")
+        _print_json(report.to_json())
     else:
         from gemexport.describe import print_verdict
 
@@ -222,7 +228,7 @@ def plan(
     formats = split_formats(only)
     if variant is not None and len(formats) != 1:
         raise InputError("--variant", "is of one format", "name it with --only")
-    variants = {formats[0]: tuple(variant.split(","))} if variant else None
+    variants = {formats[0]: split(variant)} if variant else None
     asked = request(
         model, out, formats, split_formats(skip), variants, recipe, jobs,
         parse_bytes(memory), adapter, compress, compress_python, calibration, ple_codec,
@@ -233,7 +239,7 @@ def plan(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder for the model and its artefacts.")] = Path(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and its artefacts.")] = Path(
         "gemexport-demo"
     ),
     as_json: Json = False,
@@ -260,7 +266,7 @@ def _run(as_json: bool, **asked: Any) -> None:
         with watching(as_json) as events:
             report = run(made, events, workers)
     if as_json:
-        print(report.to_json(), end="")
+        _print_json(report.to_json())
     else:
         _table(report, made.out)
     raise typer.Exit(0 if report.ok else 1)
@@ -271,11 +277,18 @@ def _table(report: Report, out: Path) -> None:
 
     from gemexport.render import print_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     print_table(report, console, out)
     for note in report.model.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     console.print(f"\n{out / 'report.html'} has the details", style="dim", soft_wrap=True)
+
+
+def _print_json(text: str) -> None:
+    """Print JSON, which is UTF-8 whatever the terminal's encoding is."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(text, end="")
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -291,18 +304,25 @@ def parse_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+_INTERRUPTED = 130  # 128 and the number of the signal, as shells say it
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an InputError becomes one line and exit status 2."""
     # Until a step runs, the time goes into imports: they make many objects, and no garbage worth looking for.
     gc.set_threshold(100_000)
+    if isinstance(sys.stdout, TextIOWrapper):  # a path that the terminal's encoding lacks is shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != _INTERRUPTED:  # which typer makes of a Ctrl-C
+            raise
         print("gemexport: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

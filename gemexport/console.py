@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from gemexport.scheduler import Events, Node, succeeded
@@ -59,7 +60,8 @@ class _Bars:
         if succeeded(outcome):
             self._progress.update(task, completed=max(node.total, 1))
         else:
-            self._progress.update(task, description=f"[red]{node.name}: {outcome.error or outcome.failure}")
+            reason = escape(str(outcome.error or outcome.failure))
+            self._progress.update(task, description=f"[red]{node.name}: {reason}")
         self._progress.stop_task(task)
 
 

@@ -40,7 +40,7 @@ def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None
         return
     for key, value in facts.items():
         if key != "grids":
-            console.print(f"[bold]{key:<14}[/bold]{value}", soft_wrap=True)
+            console.print(f"[bold]{key:<14}[/bold]{escape(str(value))}", soft_wrap=True)
     table = Table("grid", "tensors", "weights", box=None, pad_edge=False, header_style="bold")
     for row in facts["grids"]:
         table.add_row(row["grid"], str(row["tensors"]), quantity(row["weights"]))
@@ -157,7 +157,8 @@ def print_plan(asked: Request, as_json: bool) -> None:
         written = expected.get(node.name)
         table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
     console.print(table)
-    console.print(f"\n{asked.jobs} at a time, within {size(asked.memory)}; artefacts go to {asked.out}", soft_wrap=True)
+    limits = f"{asked.jobs} at a time, within {size(asked.memory)}"
+    console.print(f"\n{limits}; artefacts go to {escape(str(asked.out))}", soft_wrap=True)
     without = [step.key for step in wanted if step.target.missing()]
     if without:
         console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
@@ -177,7 +178,7 @@ def print_verdict(report: ArtifactReport) -> None:
     """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
     console = Console(highlight=False)
     style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
-    console.print(f"[{style}]{report.status}[/]  {report.format} {report.path}", soft_wrap=True)
+    console.print(f"[{style}]{report.status}[/]  {report.format} {escape(str(report.path))}", soft_wrap=True)
     if report.reason:
         console.print(escape(report.reason), style=style, soft_wrap=True)
     if report.weights:
@@ -210,12 +211,14 @@ def _print_npu(npu: NpuReport, console: Console) -> None:
     """Print what the NPU's compiler and emulator said."""
     console.print(f"npu         HTP v{npu.architecture}, {npu.compiler}, {npu.seconds:.0f} s", soft_wrap=True)
     if npu.context:
-        console.print(f"            {size(npu.context_bytes)} of context binaries in {npu.context}", soft_wrap=True)
+        console.print(
+            f"            {size(npu.context_bytes)} of context binaries in {escape(npu.context)}", soft_wrap=True
+        )
     for refusal in npu.refused:
         where = f"{refusal.graph} {refusal.node} ({refusal.operator})"
-        console.print(f"  refused {where}: {refusal.reason}", soft_wrap=True)
+        console.print(f"  refused {escape(f'{where}: {refusal.reason}')}", soft_wrap=True)
     for error in npu.errors:
-        console.print(f"  {error}", soft_wrap=True)
+        console.print(f"  {escape(error)}", soft_wrap=True)
     for compared in npu.comparisons:
         figures = compared.divergence
         console.print(

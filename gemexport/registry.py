@@ -176,11 +176,18 @@ def target(name: str) -> Target:
         raise InputError(name, "is not a format", f"use some of {', '.join(TARGETS)}") from None
 
 
+def split(text: str) -> tuple[str, ...]:
+    """What a comma-separated option names, each once, in the order that it was given in."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def split_formats(text: str | None) -> list[str]:
     """Names out of a comma-separated option, checked, in the registry's order."""
     if not text:
         return []
-    asked = [target(part.strip()).name for part in text.split(",") if part.strip()]
+    asked = [target(part).name for part in split(text)]
+    if not asked:
+        raise InputError(text, "names no format", f"use some of {', '.join(TARGETS)}")
     return [name for name in TARGETS if name in asked]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from gemexport.formats.checkpoint import TOKENIZER, Checkpoint, check_tokenizer,
 from gemexport.formats.errors import InputError
 from gemexport.formats.recipe import Recipe, load_recipe
 from gemexport.formats.vector_codec import Codec, parse_all
-from gemexport.registry import TARGETS, Target
+from gemexport.registry import TARGETS, Target, target
 from gemexport.scheduler import available_memory
 from gemexport.workplace import Workplace
 
@@ -70,13 +71,14 @@ def request(
 ) -> Request:
     """A request with what was not said filled in; InputError for what cannot be done."""
     path = Path(model)
-    chosen = {name: TARGETS[name].variants for name in formats or TARGETS if name not in (skip or [])}
+    chosen = {name: target(name).variants for name in formats or TARGETS if name not in (skip or [])}
     for name, asked in (variants or {}).items():
-        unknown = [variant for variant in asked if variant not in TARGETS[name].known_variants]
-        if unknown:
-            known = ", ".join(TARGETS[name].known_variants)
-            raise InputError(name, f"there is no variant {unknown[0]}", f"use some of {known}")
-        chosen[name] = asked
+        chosen[name] = _checked(target(name), asked)
+    if not chosen:
+        raise InputError(f"--skip {','.join(skip or [])}", "leaves no format to write", "skip fewer")
+    _check_numbers(jobs=(jobs, 1), memory=(memory, 1), tokens=(settings.get("tokens"), 2))
+    if calibration is not None and not Path(calibration).is_file():
+        raise InputError(calibration, "there is no such file", "give a text file in UTF-8")
     merged = None if adapter is None else Path(adapter)
     names = [checkpoint_name(path), *([] if merged is None else [merged.resolve().name])]
     return Request(
@@ -93,6 +95,22 @@ def request(
         calibration=None if calibration is None else Path(calibration),
         **settings,
     )
+
+
+def _checked(chosen: Target, asked: Sequence[str]) -> tuple[str, ...]:
+    """The variants asked for, each once; InputError for one that the format does not have, and for none."""
+    unknown = [variant for variant in asked if variant not in chosen.known_variants]
+    if unknown or not asked:
+        problem = f"there is no variant {unknown[0]}" if unknown else "no variant is named"
+        raise InputError(chosen.name, problem, f"use some of {', '.join(chosen.known_variants)}")
+    return tuple(dict.fromkeys(asked))
+
+
+def _check_numbers(**given: tuple[int | None, int]) -> None:
+    """InputError for an option that is below its least value; None is an option that was not given."""
+    for name, (value, least) in given.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}", "is too small", f"give {least} or more, or leave it out")
 
 
 @dataclass(frozen=True)

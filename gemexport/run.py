@@ -96,6 +96,12 @@ def validate(
 
     With `qnn_context` it is also judged by the NPU's compiler, which writes there.
     """
+    if qnn_arch is not None and qnn_context is None:
+        raise InputError(f"--qnn-arch {qnn_arch}", "is for --qnn-context", "name the folder for the context binaries")
+    if qnn_context is not None and not target.calibrated:
+        raise InputError(
+            artifact, f"is {target.title}, which the NPU's compiler does not take", "leave out --qnn-context"
+        )
     checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)

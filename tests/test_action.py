@@ -215,6 +215,17 @@ def test_export_step_stops_at_a_request_at_fault(tmp_path: Path) -> None:
     assert "use fail, error or never" in done.stdout
 
 
+def test_export_step_takes_no_earlier_run_for_this_one(tmp_path: Path) -> None:
+    """A traceback ends with 1, as a verdict does: the folder of a runner that is kept had last week's report in it."""
+    runner = Runner(tmp_path / "home", inputs={"model": "m", "output": "out"})
+    stand_in(runner, 0, "pass")
+    assert runner.run(step("Export")).returncode == 0
+    (runner.home / "temp" / "gemexport" / "bin" / "gemexport").write_text("#!/bin/sh\nexit 1\n")
+    runner.outputs.clear()
+    assert runner.run(step("Export")).returncode != 0
+    assert runner.outputs["export"] == {}
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shell_steps_satisfy_shellcheck(tmp_path: Path) -> None:
     for item in STEPS:

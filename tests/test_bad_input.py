@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import gemexport
 from gemexport import demo
 from gemexport.cli import main
 from gemexport.formats.safetensors import INDEX_NAME
+from gemexport.registry import split
+from gemexport.request import request
 
 
 @pytest.fixture
@@ -137,9 +142,17 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
         (["all", "MODEL", "--only", "gguf,tflite"], "tflite: is not a format"),
         (["all", "MODEL", "--memory", "lots"], "--memory lots: is not a size"),
         (["all", "MODEL", "--recipe", "magic"], "magic: is neither a recipe nor a file"),
+        (["all", "MODEL", "--memory", "0"], "--memory 0: is too small"),
+        (["all", "MODEL", "--only", ","], ",: names no format"),
+        (["all", "MODEL", "--only", "gguf", "--skip", "gguf"], "--skip gguf: leaves no format to write"),
+        (["all", "MODEL", "--calibration", "nothing.txt"], "nothing.txt: there is no such file"),
+        (["onnx", "MODEL", "--no-validate", "--range-method", "max"], "there is no range method max"),
         (["gguf", "MODEL", "--variant", "Q9"], "gguf: there is no variant Q9"),
+        (["gguf", "MODEL", "--variant", ","], "gguf: no variant is named"),
         (["validate", "MODEL", "nothing.gguf"], "nothing.gguf: there is no such file"),
         (["validate", "MODEL", "."], "is no artefact of a format that is known"),
+        (["validate", "MODEL", "MODEL", "--qnn-arch", "81"], "--qnn-arch 81: is for --qnn-context"),
+        (["validate", "MODEL", "MODEL", "--qnn-context", "q"], "which the NPU's compiler does not take"),
         (["inspect", "nothing"], "nothing: there is no such file"),
     ],
 )
@@ -155,6 +168,69 @@ def test_impossible_request(
     given = [str(tiny_gemma4) if argument == "MODEL" else argument for argument in arguments]
     assert problem in complaint(capsys, *given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"formats": ["tflite"]},
+        {"variants": {"tflite": ("x",)}},
+        {"jobs": 0},
+        {"jobs": -1},
+        {"memory": 0},
+        {"tokens": 1},
+    ],
+)
+def test_impossible_request_from_python(asked: dict[str, Any], tiny_gemma4: Path, tmp_path: Path) -> None:
+    with pytest.raises(gemexport.InputError, match=r"is not a format|is too small"):
+        gemexport.export(tiny_gemma4, tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_variants_are_told_apart_by_commas_and_made_once(tiny_gemma4: Path) -> None:
+    variants = split(" Q4_0, Q8_0,Q4_0,")
+    assert variants == ("Q4_0", "Q8_0")
+    asked = request(tiny_gemma4, formats=["gguf"], variants={"gguf": ("Q4_0", "Q8_0", "Q4_0")})
+    assert asked.variants == {"gguf": variants}
+
+
+def test_brackets_in_a_path_are_shown(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes [x] for markup: the folder that was named was not the one that was written."""
+    model = Path(shutil.copytree(tiny_gemma4, tmp_path / "model [x] [y]"))
+    main_ends_well("plan", model, "--only", "gguf")
+    assert "model [x] [y]-gemexport" in capsys.readouterr().out
+    main_ends_well("inspect", model)
+    assert "model [x] [y]" in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_letters(tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback, and the exit status of a failed verdict, was what a path with an umlaut gave."""
+    model = Path(shutil.copytree(tiny_gemma4, tmp_path / "Mödell"))
+    shown = io.BytesIO()
+    terminal = io.TextIOWrapper(shown, encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    main_ends_well("plan", model, "--only", "gguf")
+    terminal.flush()
+    assert b"M\\xf6dell-gemexport" in shown.getvalue()
+
+
+def test_an_interrupted_run_says_so(
+    tiny_gemma4: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemexport.describe.print_plan", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(tiny_gemma4)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "gemexport: interrupted\n"
+
+
+def main_ends_well(*arguments: str | Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    assert ended.value.code == 0
 
 
 def test_output_of_another_model(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
