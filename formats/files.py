@@ -53,10 +53,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Have the file `path`, in a folder that there is, to oneself: another process that wants it waits."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Have the file `path`, in a folder that there is, to oneself: another process that wants it waits.
+
+    BlockingIOError for one that does not want to `wait`.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -38,40 +38,41 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     for codec in filter(None, asked.ple_codecs):
         check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
-    with _undone_on_error(asked.out):
-        work = claim(asked.out, checkpoint, asked.fresh)
-        scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
-        with ThreadPoolExecutor(1) as beside:
-            renderer = beside.submit(_renderer)
-            outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
-        for name in ("compress", "grids"):
-            first = outcomes.get(name, Outcome())
-            if first.error:
-                raise first.error
-            if not succeeded(first):
-                raise RuntimeError(f"the step {name} failed: {first.failure}; see {work / 'logs'}")
-        source, notes = checkpoint, []
-        if asked.compression is not None:
-            checkpoint = asked.place(work, source.name).checkpoint()
-            notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
-        artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
-        errors = [outcome.error for outcome in outcomes.values() if outcome.error]
-        if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
-            raise errors[0]
-    for scratch in ("reference", "logits"):
-        shutil.rmtree(work / scratch, ignore_errors=True)
-    report = Report(
-        model=model_report(asked, source, checkpoint, outcomes["grids"], notes),
-        recipe=asked.recipe.name,
-        versions=package_versions(),
-        artifacts=tuple(artifacts),
-        machine=machine(),
-        jobs=asked.jobs,
-        reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
-    )
-    renderer.result().write_reports(report, asked.out)
+    with ExitStack() as held:
+        with _undone_on_error(asked.out):
+            work = held.enter_context(claim(asked.out, checkpoint, asked.fresh))
+            scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
+            with ThreadPoolExecutor(1) as beside:
+                renderer = beside.submit(_renderer)
+                outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
+            for name in ("compress", "grids"):
+                first = outcomes.get(name, Outcome())
+                if first.error:
+                    raise first.error
+                if not succeeded(first):
+                    raise RuntimeError(f"the step {name} failed: {first.failure}; see {work / 'logs'}")
+            source, notes = checkpoint, []
+            if asked.compression is not None:
+                checkpoint = asked.place(work, source.name).checkpoint()
+                notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
+            artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
+            errors = [outcome.error for outcome in outcomes.values() if outcome.error]
+            if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
+                raise errors[0]
+        for scratch in ("reference", "logits"):
+            shutil.rmtree(work / scratch, ignore_errors=True)
+        report = Report(
+            model=model_report(asked, source, checkpoint, outcomes["grids"], notes),
+            recipe=asked.recipe.name,
+            versions=package_versions(),
+            artifacts=tuple(artifacts),
+            machine=machine(),
+            jobs=asked.jobs,
+            reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
+        )
+        renderer.result().write_reports(report, asked.out)
     return report
 
 

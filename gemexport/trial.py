@@ -40,7 +40,7 @@ class Trial:
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
         self._tie = TIES.get(target.name, TIE_NATS)
-        self._scratch = place.work / "logits" / f"{target.name}-{path.stem}"
+        self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
         self._sequences = place.sequences(checkpoint)
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.errors import InputError
-from gemexport.formats.files import PARTIAL, atomic, explained, remove
+from gemexport.formats.files import PARTIAL, atomic, explained, locked, remove
 
 WORK = ".gemexport"
 OWNER = "model.json"
+LOCK = "lock"  # held by the run that writes
 RANGES = "ranges"
 VECTORS = "ple-codec"  # folder in it of the vector codec's fit
 SOURCE = "source"  # folder in it of what is unpacked from a model in one file
@@ -42,10 +45,12 @@ def identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
-    """Make `out` this model's and return the folder for intermediate files in it.
+@contextmanager
+def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
+    """Make `out` this model's, and this process's until the block ends; yields the folder for intermediate files in it.
 
-    Raises InputError, having written nothing, when the folder cannot be written or holds another model's artefacts.
+    Raises InputError, having written nothing, when the folder cannot be written, holds another model's artefacts, or
+    is another run's.
     """
     owner = Owner(name=checkpoint.name, identity=identity(checkpoint))
     work = out / WORK
@@ -62,18 +67,23 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Path:
         raise InputError(out, "is not empty and not an output folder of gemexport", "choose another folder with -o")
     elif out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose another folder with -o")
-    if fresh:
-        remove(work / "grids")
-        remove(work / VECTORS)
-        remove(work / RANGES)
-        remove(work / SOURCE)
-        remove(work / "compressed")
     _make(work)
-    for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
-        remove(left)
-    with atomic(marker) as partial:
-        partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
-    return work
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(work / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                out, "another run is writing there", "wait for its end, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise explained(error, work / LOCK) from error
+        for name in ("grids", VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
+            remove(work / name)
+        for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
+            remove(left)
+        with atomic(marker) as partial:
+            partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
+        yield work
 
 
 def _make(folder: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
+from gemexport.formats.files import locked
 from gemexport.formats.safetensors import INDEX_NAME
 from gemexport.registry import split
 from gemexport.request import request
@@ -231,6 +232,19 @@ def main_ends_well(*arguments: str | Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*map(str, arguments)])
     assert ended.value.code == 0
+
+
+def test_output_of_another_run(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs into one folder would remove what the other one writes."""
+    out = tmp_path / "out"
+    main_ends_well("gguf", tiny_gemma4, "-o", out, "--no-validate")
+    before = {path: path.stat().st_mtime_ns for path in (out / "gguf").iterdir()}
+    capsys.readouterr()
+    with locked(out / ".gemexport" / "lock"):
+        assert f"{out}: another run is writing there" in complaint(capsys, "mlx", tiny_gemma4, "-o", out, "--fresh")
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "gguf").iterdir()}
+    assert not (out / "mlx").exists()
+    main_ends_well("mlx", tiny_gemma4, "-o", out, "--no-validate")
 
 
 def test_output_of_another_model(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
