@@ -190,15 +190,16 @@ def _scale(block: NDArray[np.float64], k: int, peak: float) -> tuple[float, int]
     return -1.0, 3
 
 
-@jit
+@reduction
 def _direction(bits: NDArray[np.uint32], magnitudes: NDArray[np.float32], scale: float) -> float:
     """The sign of `scale` on which all weights that are 8 times as large have the code -8; 0 when there is none."""
     inverse = 1 / scale
-    positive, negative = False, False
+    positive, negative = np.uint32(0), np.uint32(0)
     for i in range(magnitudes.size):
-        if nearest(magnitudes[i] * inverse) == 8:
-            below = bits[i] >> np.uint32(31) == 1
-            positive, negative = positive or not below, negative or below
+        eight = np.uint32(magnitudes[i] * inverse >= 7.5)
+        below = bits[i] >> np.uint32(31)
+        positive |= np.uint32(eight & (below ^ np.uint32(1)))
+        negative |= np.uint32(eight & below)
     if positive and negative:
         return 0.0
     return -1.0 if positive else 1.0
