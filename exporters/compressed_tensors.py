@@ -6,7 +6,7 @@ numbers back, bit for bit.
 
 from __future__ import annotations
 
-import re
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -84,10 +84,8 @@ def export(
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, _config(checkpoint, plan), checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
-    call = f"pipeline('text-generation', {str(path)!r})('The capital of France is')[0]['generated_text']"
-    plain = re.fullmatch(r"[^\"$`\\']*", str(path))  # a shell leaves it as it is between double quotes
-    program = f"from transformers import pipeline; print({call})"
-    run = f'python -c "{program}"' if plain else f"python -c {quote(program)}"
+    call = f'pipeline("text-generation", {json.dumps(str(path))})("The capital of France is")[0]["generated_text"]'
+    run = f"python -c {quote(f'from transformers import pipeline; print({call})')}"
     return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, plan.model)], files)
 
 

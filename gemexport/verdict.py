@@ -217,7 +217,8 @@ def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureRepo
     origin = "two right implementations in f32 are closer than that"
     where = None if departs is None else str(departs)
     agreement = conversion.top1_agreement if conversion.top1_but_ties is None else conversion.top1_but_ties
-    share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))  # of fewer than a thousand, all but one
+    # Of fewer than a thousand all but one: llama.cpp moves a position in 80 of a right artefact by more than a tie.
+    share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))
     result = [
         Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin, where),
         Bound.at_least("conversion.top1_agreement but for ties in f32", agreement, share, origin),

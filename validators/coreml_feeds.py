@@ -18,7 +18,6 @@ from gemexport.formats.errors import InputError
 SLIDING_WINDOW = "co.huggingface.exporters.sliding_window"
 MASKED = -65504.0  # the lowest float16: beyond it, a mask added to a score would be infinite
 LOGITS = "logits"
-_KINDS = {65552: "fp16", 65568: "fp32", 131104: "int32"}
 _BROKEN = "export it again"
 _REMEDY = "give a language model with token ids, additive masks and a state, as docs/coreml.md describes it"
 
@@ -52,9 +51,12 @@ def mask(count: int, past: int, window: int | None) -> NDArray[np.float16]:
 def check_description(package: Package) -> None:
     """Raise InputError where the model's description is not of its program: Core ML refuses such a package.
 
-    The evaluator reads the program alone. Descriptions say element types by numbers (ArrayFeatureType of Core ML's
-    FeatureTypes.proto); the operations CoreML5 of iOS 15 came with version 6 of the specification, and so on.
+    The evaluator reads the program alone. The operations CoreML5 of iOS 15 came with version 6 of the specification,
+    and so on.
     """
+    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType as Kind
+
+    kinds = {Kind.FLOAT16: "fp16", Kind.FLOAT32: "fp32", Kind.INT32: "int32"}
     description, function = package.model.description, package.function
     given = {item.name: typed(item.type) for item in function.inputs}
     made = {output.name: typed(output.type) for operation in package.operations for output in operation.outputs}
@@ -65,7 +67,7 @@ def check_description(package: Package) -> None:
         if own is None:
             raise InputError(package.path, f"describes {feature.name}, which its program does not have", _BROKEN)
         array = feature.type.stateType.arrayType if kind == "stateType" else feature.type.multiArrayType
-        stored = _KINDS.get(array.dataType)
+        stored = kinds.get(array.dataType)
         if kind in ("stateType", "multiArrayType") and stored is not None and stored != own.kind:
             problem = f"describes {feature.name} as {stored}, its program has it as {own.kind}"
             raise InputError(package.path, problem, _BROKEN)
