@@ -23,9 +23,9 @@ import numpy as np
 
 from gemexport import demo
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import RECIPES
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import slices
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -72,7 +72,7 @@ def read_model(model: Path, scratch: Path, adapter: Path | None = None) -> None:
 
 def read_importances(path: Path, _: Path) -> None:
     """An importance matrix."""
-    from gemexport.formats.imatrix import read_imatrix
+    from gemexport.formats.gguf.imatrix import read_imatrix
 
     read_imatrix(path)
 
@@ -102,7 +102,7 @@ def mlx(folder: Path) -> Path:
 
 def mobile(folder: Path) -> Path:
     """A tiny model in the format of Gemma's mobile releases; needs torch and transformers."""
-    from gemexport import demo_mobile
+    from gemexport.demo import mobile as demo_mobile
 
     return demo_mobile.make(folder / "mobile", size="tiny")
 
@@ -127,7 +127,7 @@ def lora(folder: Path) -> list[Sample]:
 
 def imatrix(folder: Path) -> list[Sample]:
     """An importance matrix in each of its layouts."""
-    from gemexport.formats.gguf_container import Writer, string, uint32
+    from gemexport.formats.gguf.container import Writer, string, uint32
 
     values = np.float32([2, 4, 6.5, 8])
     arrays = {"blk.0.attn_q.weight.in_sum2": values[None], "blk.0.attn_q.weight.counts": np.float32([[4]])}

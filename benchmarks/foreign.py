@@ -24,9 +24,9 @@ from peers import fitting, run_theirs
 from rich.console import Console
 from rich.table import Table
 
-from gemexport.diagnosis import diagnose
-from gemexport.measured import TensorReport
-from gemexport.report import ArtifactReport
+from gemexport.judge.diagnosis import diagnose
+from gemexport.judge.measured import TensorReport
+from gemexport.report.schema import ArtifactReport
 
 COLUMNS = (
     "artefact",

@@ -1,6 +1,6 @@
 """How many weights a second the search for a checkpoint's lattice gets through, on all cores.
 
-Weights in memory, put on a grid by each of the rules that `gemexport.qat` knows, and plain ones; with --model, the
+Weights in memory, put on a grid by each of the rules that `gemexport.demo.qat` knows, and plain ones; with --model, the
 whole search over a checkpoint on disk as well, which is what an export waits for.
 
     python benchmarks/lattice.py [--weights 64] [--rounds 5] [--model FOLDER] [--json FILE]
@@ -23,11 +23,11 @@ from machine import machine
 from rich.console import Console
 from rich.table import Table
 
-from gemexport import qat
+from gemexport.demo import qat
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.grids import find_grids
-from gemexport.formats.lattice import search_all
-from gemexport.formats.recipe import RECIPES
+from gemexport.formats.grids.lattice import search_all
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import find_grids
 from gemexport.formats.tensor import ArrayTensor, from_bf16
 
 WIDTH = 2048

@@ -20,10 +20,10 @@ import numpy as np
 
 from gemexport.exporters import mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import RECIPES
-from gemexport.validators import prompts, tokenizer
-from gemexport.validators.divergence import Divergence
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.validators.checks import prompts, tokenizer
+from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import reference
 
 DTYPES = ("bf16", "f16", "f32")
@@ -31,14 +31,14 @@ DTYPES = ("bf16", "f16", "f32")
 
 def run(folder: Path, sequences: Path, kernel_tokens: int, out: Path) -> None:
     """In a process of its own: logits of the file as it is, unpacked and by the kernel; CPU time of decoding."""
-    from gemexport.validators.mlx_process import lend_blas
+    from gemexport.validators.runtimes.mlx.process import lend_blas
 
     lend_blas()
     import mlx.core as mx
     import mlx_lm
     from mlx_lm.models.cache import make_prompt_cache
 
-    from gemexport.validators.mlx_process import unpacking
+    from gemexport.validators.runtimes.mlx.process import unpacking
 
     mx.set_default_device(mx.cpu)
     mx.disable_compile()

@@ -15,13 +15,14 @@ import numpy as np
 import onnxruntime
 
 from gemexport import demo
-from gemexport.exporters import onnx, onnx_quantized
-from gemexport.formats.activation_ranges import Activations
+from gemexport.exporters import onnx
+from gemexport.exporters.onnx import quantized as onnx_quantized
+from gemexport.formats.activations.ranges import Activations
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.validators import onnxruntime as adapter
-from gemexport.validators import qnn
-from gemexport.validators.divergence import Divergence
-from gemexport.validators.onnxruntime import NPU_GRAPHS, NpuModel, Session, cpu_session
+from gemexport.validators.checks.divergence import Divergence
+from gemexport.validators.runtimes import onnxruntime as adapter
+from gemexport.validators.runtimes import qnn
+from gemexport.validators.runtimes.onnxruntime import NPU_GRAPHS, NpuModel, Session, cpu_session
 
 SETTINGS = {
     "npu-a16": Activations(bits=16, linear_bits=16, cache_bits=16),

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport.formats import additive_fit
-from gemexport.formats.additive import Encoder, evaluate
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.codebooks import fit as make_codebooks
-from gemexport.formats.lattice import encode
-from gemexport.formats.rounding import fit
+from gemexport.formats.grids import additive_fit
+from gemexport.formats.grids.additive import Encoder, evaluate
+from gemexport.formats.grids.codebooks import fit as make_codebooks
+from gemexport.formats.grids.lattice import encode
+from gemexport.formats.grids.rounding import fit
+from gemexport.formats.grids.vector_codec import Codec, parse
 from gemexport.formats.tensor import Floats, Rows, Tensor, expand
-from gemexport.formats.vector_codec import Codec, parse
-from gemexport.validators import prompts, tokenizer
-from gemexport.validators.divergence import Divergence
+from gemexport.validators.checks import prompts, tokenizer
+from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import reference
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

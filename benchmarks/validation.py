@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gemexport.report import Report, read_report
+from gemexport.report.schema import Report, read_report
 
 
 def rows(report: Report) -> list[tuple[str, float, float, dict[str, float]]]:

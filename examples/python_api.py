@@ -15,8 +15,8 @@ import gemexport
 from gemexport import demo
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import RECIPES
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
 
 
 def whole_run(model: Path, out: Path) -> Path:

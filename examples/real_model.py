@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemexport import qat
-from gemexport.formats.architecture import architecture
-from gemexport.formats.errors import InputError
-from gemexport.formats.files import atomic, explained
-from gemexport.formats.safetensors import Entry, ShardedWriter
+from gemexport.demo import qat
+from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic, explained
+from gemexport.formats.storage.safetensors import Entry, ShardedWriter
 from gemexport.formats.tensor import Floats, to_bf16
 
 if TYPE_CHECKING:

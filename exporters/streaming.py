@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.parallel import ordered
-from gemexport.formats.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
 
 

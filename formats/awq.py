@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from gemexport.formats.bitpack import Unsigned
 from gemexport.formats.checkpoint import Source
-from gemexport.formats.errors import InputError
 from gemexport.formats.gptq import columns, float_scales
 from gemexport.formats.modules import Module, read_source, settings
 from gemexport.formats.quantized import Layout, QuantizedTensor, misshapen
-from gemexport.formats.safetensors import MappedArray
+from gemexport.formats.storage.bitpack import Unsigned
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import MappedArray
 from gemexport.formats.tensor import Floats, Tensor
 
 BITS, PER_WORD = 4, 8

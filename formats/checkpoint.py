@@ -20,9 +20,9 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from gemexport.formats.activations import Activations
-from gemexport.formats.architecture import Architecture, architecture, text_config
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
+from gemexport.formats.gemma.architecture import Architecture, architecture, text_config
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import ITEM_BYTES, Tensor
 
 TOKENIZER = "tokenizer.json"
@@ -158,7 +158,7 @@ def checkpoint_name(path: Path) -> str:
 def _gguf(path: Path, scratch: Path | None) -> Checkpoint:
     """The checkpoint in a GGUF file."""
     try:
-        reader = import_module("gemexport.formats.gguf_model")
+        reader = import_module("gemexport.formats.gguf.model")
     except ModuleNotFoundError as error:
         problem = f"is GGUF, which needs {error.name}"
         raise InputError(path, problem, "pip install 'gemexport[llama]'") from error

@@ -16,11 +16,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
-from gemexport.formats.architecture import Architecture, architecture
-from gemexport.formats.bitpack import signed, unpack
 from gemexport.formats.checkpoint import HEAD, Source, canonical_name, check_head
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
+from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.storage.bitpack import signed, unpack
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16, on_grid
 
 EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from gemexport.formats.bitpack import Unsigned, unpack, words
 from gemexport.formats.checkpoint import Source
-from gemexport.formats.errors import InputError
 from gemexport.formats.modules import Module, apart, read_source, reordered_note, settings
 from gemexport.formats.quantized import Layout, QuantizedTensor, misshapen, runs
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray
+from gemexport.formats.storage.bitpack import Unsigned, unpack, words
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray
 from gemexport.formats.tensor import Floats, Tensor, from_bf16
 
 BITS = (2, 3, 4, 8)

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_name
-from gemexport.formats.errors import InputError
-from gemexport.formats.lattice import jit
+from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_file
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_file
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, slices
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats.bitpack import Unsigned, unpack, words
 from gemexport.formats.checkpoint import Source
 from gemexport.formats.checkpoint import read_config as read_json
-from gemexport.formats.errors import InputError
-from gemexport.formats.minifloat import E2M1, E4M3, from_e4m3, from_e8m0
 from gemexport.formats.modules import Module, finite_e4m3, read_source
 from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray
+from gemexport.formats.storage.bitpack import Unsigned, unpack, words
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.minifloat import E2M1, E4M3, from_e4m3, from_e8m0
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray
 from gemexport.formats.tensor import Floats, Tensor
 
 GROUPS = (128, 64, 32)  # what MLX's kernels take, widest first: fewer scales for the same grid

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gemexport.formats.architecture import architecture
-from gemexport.formats.bitpack import Unsigned
 from gemexport.formats.checkpoint import Source, canonical_name, check_head, plain_tensor
-from gemexport.formats.errors import InputError
-from gemexport.formats.minifloat import is_nan_e4m3
+from gemexport.formats.gemma.architecture import architecture
 from gemexport.formats.quantized import Layout
-from gemexport.formats.safetensors import MappedArray, read_folder
+from gemexport.formats.storage.bitpack import Unsigned
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.minifloat import is_nan_e4m3
+from gemexport.formats.storage.safetensors import MappedArray, read_folder
 from gemexport.formats.tensor import Tensor
 
 NARROWEST = 16  # the narrowest block that any format has a container for

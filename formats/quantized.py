@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.bitpack import Unsigned, signed, zero_code
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import FLOAT_DTYPES, MappedArray
+from gemexport.formats.storage.bitpack import Unsigned, signed, zero_code
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray
 from gemexport.formats.tensor import (
     DType,
     Floats,

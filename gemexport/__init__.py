@@ -9,13 +9,13 @@ from gemexport._version import __version__
 
 if TYPE_CHECKING:
     from gemexport.api import export, validate
-    from gemexport.formats.errors import InputError
+    from gemexport.formats.storage.errors import InputError
 
 __all__ = ["InputError", "__version__", "export", "validate"]
 
 # At the root of a checkout Python finds this folder before the package that was installed; formats, exporters and
 # validators lie beside it there.
-if (_checkout := Path(__file__).parents[1]).joinpath("formats", "lattice.py").is_file():
+if (_checkout := Path(__file__).parents[1]).joinpath("formats", "tensor.py").is_file():
     __path__.append(str(_checkout))
 
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "InputError":
-        from gemexport.formats.errors import InputError
+        from gemexport.formats.storage.errors import InputError
 
         return InputError
     raise AttributeError(f"module 'gemexport' has no attribute {name!r}")

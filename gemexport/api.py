@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats.recipe import Recipe
-from gemexport.report import ArtifactReport, Report
+from gemexport.formats.grids.recipe import Recipe
+from gemexport.report.schema import ArtifactReport, Report
 
 
 def export(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemexport._version import __version__
-from gemexport.formats.errors import InputError
+from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
 
 if TYPE_CHECKING:
-    from gemexport.report import Report
+    from gemexport.report.schema import Report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -180,7 +180,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Judge ARTIFACT, whoever made it, against the checkpoint it was made from."""
-    from gemexport.console import watching
+    from gemexport.report.console import watching
     from gemexport.request import request
     from gemexport.run import validate as judge
 
@@ -193,7 +193,7 @@ def validate(
     if as_json:
         _print_json(report.to_json())
     else:
-        from gemexport.describe import print_verdict
+        from gemexport.report.describe import print_verdict
 
         print_verdict(report)
     raise typer.Exit(0 if report.status in ("pass", "skipped") else 1)
@@ -206,7 +206,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Tell what PATH holds: architecture, sizes, quantization, lattice."""
-    from gemexport.describe import inspect_path
+    from gemexport.report.describe import inspect_path
 
     inspect_path(path, as_json, adapter)
 
@@ -222,7 +222,7 @@ def plan(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show the steps that `all` would run, with bytes and memory, running nothing."""
-    from gemexport.describe import print_plan
+    from gemexport.report.describe import print_plan
     from gemexport.request import request
 
     formats = split_formats(only)
@@ -255,10 +255,10 @@ def demo(
 
 def _run(as_json: bool, **asked: Any) -> None:
     """Run a request of these arguments, show the table, and leave with its exit status."""
-    from gemexport.workers import prepared
+    from gemexport.engine.processes import prepared
 
     with prepared(asked.get("jobs")) as workers:  # one imports while this process does
-        from gemexport.console import watching
+        from gemexport.report.console import watching
         from gemexport.request import request
         from gemexport.run import run
 
@@ -275,7 +275,7 @@ def _run(as_json: bool, **asked: Any) -> None:
 def _table(report: Report, out: Path) -> None:
     from rich.console import Console
 
-    from gemexport.render import print_table
+    from gemexport.report.render import print_table
 
     console = Console(highlight=False, markup=False)
     print_table(report, console, out)

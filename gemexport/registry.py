@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from gemexport.formats.errors import InputError
+from gemexport.formats.storage.errors import InputError
 
 if TYPE_CHECKING:
     from gemexport.formats.activations import Activations
@@ -43,7 +43,7 @@ class Target:
     known_variants: tuple[str, ...]
     pattern: str  # of an artefact's path under the output folder
     module: str  # of gemexport.exporters and gemexport.formats
-    runtime: str  # of gemexport.validators
+    runtime: str  # of gemexport.validators.runtimes
     extra: str  # what to install
     packages: tuple[str, ...]  # import names that the extra brings
     arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
@@ -51,7 +51,7 @@ class Target:
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
-    computes_with_scales: bool = False  # of activations: there is formats.MODULE_activations to read them back
+    computes_with_scales: bool = False  # of activations: there is formats.MODULE.activations to read them back
     settings: tuple[Setting, ...] = ()
 
     def path(self, out: Path, model: str, variant: str) -> Path:
@@ -70,12 +70,12 @@ class Target:
         """The static scales of activations that an artefact computes with; None in formats without any."""
         found: Activations | None = None
         if self.computes_with_scales:
-            found = import_module(f"gemexport.formats.{self.module}_activations").activations(path)
+            found = import_module(f"gemexport.formats.{self.module}.activations").activations(path)
         return found
 
     def adapter(self) -> ModuleType:
         """The module with `load`."""
-        return import_module(f"gemexport.validators.{self.runtime}")
+        return import_module(f"gemexport.validators.runtimes.{self.runtime}")
 
     def holds(self, variant: str) -> Callable[[Grid, int], bool]:
         """Whether a variant has a container for a grid in rows of so many weights; as the default one for others."""
@@ -215,6 +215,6 @@ def recognise(path: Path) -> Target:
 
 def _is_mlx(folder: Path) -> bool:
     """Whether the weights say that MLX wrote them."""
-    from gemexport.formats.safetensors import read_metadata
+    from gemexport.formats.storage.safetensors import read_metadata
 
     return any(read_metadata(file).get("format") == "mlx" for file in sorted(folder.glob("*.safetensors"))[:1])

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.compress import FOLDER, Compression, compression
+from gemexport.engine.place import Place
+from gemexport.engine.scheduler import available_memory
 from gemexport.formats.checkpoint import TOKENIZER, Checkpoint, check_tokenizer, checkpoint_name, open_checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.recipe import Recipe, load_recipe
-from gemexport.formats.vector_codec import Codec, parse_all
+from gemexport.formats.grids.recipe import Recipe, load_recipe
+from gemexport.formats.grids.vector_codec import Codec, parse_all
+from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Target, target
-from gemexport.scheduler import available_memory
-from gemexport.workplace import Workplace
 
 DEFAULT_TOKENS = 512
 
@@ -40,10 +40,10 @@ class Request:
     compression: Compression | None = None
     calibration: Path | None = None  # a text file to measure activations on; None: the built-in prompts
 
-    def place(self, work: Path, name: str) -> Workplace:
+    def place(self, work: Path, name: str) -> Place:
         """Where the steps of a run of the model `name` find each other's results."""
         compressed = work / FOLDER / name if self.compression else None
-        return Workplace(self.model, work, self.tokens, self.adapter, compressed)
+        return Place(self.model, work, self.tokens, self.adapter, compressed)
 
     def checkpoint(self) -> Checkpoint:
         """The model, with its adapter merged in; its tokenizer is known to be one."""

@@ -12,19 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from gemexport.dag import graph, logits_memory, validators
-from gemexport.formats.errors import InputError
-from gemexport.formats.vector_codec import check
-from gemexport.notes import compression_note
-from gemexport.outcomes import artifact_report, model_report
+from gemexport.engine.dag import graph, logits_memory, validators
+from gemexport.engine.output import claim
+from gemexport.engine.processes import Workers
+from gemexport.engine.scheduler import Events, Node, Scheduler, succeeded
+from gemexport.engine.worker import Call, Outcome
+from gemexport.formats.grids.vector_codec import check
+from gemexport.formats.storage.errors import InputError
+from gemexport.judge.speed import machine
 from gemexport.registry import Target
-from gemexport.report import ArtifactReport, Report, package_versions
+from gemexport.report.notes import compression_note
+from gemexport.report.outcomes import artifact_report, model_report
+from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
-from gemexport.scheduler import Events, Node, Scheduler, succeeded
-from gemexport.speed import machine
-from gemexport.worker import Call, Outcome
-from gemexport.workers import Workers
-from gemexport.workspace import claim
 
 
 def run(asked: Request, events: Events | None = None, workers: Workers | None = None) -> Report:
@@ -78,7 +78,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
 
 def _renderer() -> ModuleType:
     """What writes the reports, its templates compiled, which takes as long as hashing the artefacts."""
-    from gemexport import render
+    from gemexport.report import render
 
     render.load_templates()
     return render
@@ -117,7 +117,7 @@ def validate(
         ]  # fmt: skip
         if qnn_context is not None:
             arguments = {"place": place, "path": artifact, "context": qnn_context.absolute(), "architecture": qnn_arch}
-            call = Call("gemexport.npu:compile_npu", arguments)
+            call = Call("gemexport.judge.npu:compile_npu", arguments)
             nodes.append(Node("npu", call, ("grids",), logits_memory(checkpoint, asked.tokens), asked.tokens))
         outcomes = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events()).run(nodes)
     for outcome in outcomes.values():

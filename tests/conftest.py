@@ -51,7 +51,7 @@ def mixed_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gguf = pytest.importorskip("gguf")
     from gemexport.exporters import gguf as exporter
     from gemexport.formats.checkpoint import open_checkpoint
-    from gemexport.formats.gguf_container import Writer, read
+    from gemexport.formats.gguf.container import Writer, read
 
     folder = tmp_path_factory.mktemp("gguf")
     model = demo.make(folder / "model", family="gemma3", size=demo.Size(512, 256, 512, 4, 2, 64, 32, 8), rule=None)

@@ -291,9 +291,9 @@ def module() -> ModuleType:
 
 def run_folder(folder: Path, weights: bytes) -> Path:
     """An output folder with a file, a folder, a failure and the reports."""
-    from gemexport import render
-    from gemexport.checksums import describe_files
-    from gemexport.report import ArtifactReport, ModelReport, Report
+    from gemexport.report import render
+    from gemexport.report.checksums import describe_files
+    from gemexport.report.schema import ArtifactReport, ModelReport, Report
 
     (folder / "mlx" / "4bit").mkdir(parents=True)
     (folder / "mlx" / "4bit" / "model.safetensors").write_bytes(weights * 3000)

@@ -14,7 +14,7 @@ from gemexport import demo
 from gemexport.cli import main
 from gemexport.formats import gguf, lora
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.safetensors import read_file
+from gemexport.formats.storage.safetensors import read_file
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
-from gemexport.formats.files import locked
-from gemexport.formats.safetensors import INDEX_NAME
+from gemexport.formats.storage.files import locked
+from gemexport.formats.storage.safetensors import INDEX_NAME
 from gemexport.registry import split
 from gemexport.request import request
 
@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemexport.describe.print_plan", interrupt)
+    monkeypatch.setattr("gemexport.report.describe.print_plan", interrupt)
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tiny_gemma4)])
     assert ended.value.code == 130

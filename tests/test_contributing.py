@@ -15,11 +15,11 @@ import typer
 
 from gemexport import cli, registry
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import load_recipe
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
 from gemexport.registry import Setting, Target
 from gemexport.request import Request, request
-from gemexport.validators.weights import compare
+from gemexport.validators.checks.weights import compare
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))

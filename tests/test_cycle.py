@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemexport import demo_mobile
+from gemexport.demo import mobile as demo_mobile
 from gemexport.exporters import compressed_tensors, gguf, mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.gguf_container import read
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import load_recipe
+from gemexport.formats.gguf.container import read
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
 from gemexport.registry import TARGETS
-from gemexport.validators.weights import compare
+from gemexport.validators.checks.weights import compare
 
 
 def opened(model: Path, work: Path) -> Checkpoint:

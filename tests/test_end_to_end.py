@@ -13,8 +13,8 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
-from gemexport.qat import RULES
-from gemexport.report import Report, read_report
+from gemexport.demo.qat import RULES
+from gemexport.report.schema import Report, read_report
 
 
 def run(*arguments: str | Path) -> int:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from gemexport import demo
 from gemexport.exporters.fitting import Container
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.gguf_blocks import E2M1
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import RECIPES
+from gemexport.formats.gguf.blocks import E2M1
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import (
     ArrayTensor,
     Codes,

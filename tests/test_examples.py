@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import RECIPES
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

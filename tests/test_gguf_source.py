@@ -10,7 +10,7 @@ import pytest
 import gemexport
 from gemexport.cli import main
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.report import Report
+from gemexport.report.schema import Report
 
 pytest.importorskip("gguf")
 
@@ -55,7 +55,7 @@ def test_a_file_goes_into_every_format(model: Path, tmp_path: Path) -> None:
 def test_a_lattice_is_the_same_out_of_a_file(model: Path, tiny_gemma4: Path, tmp_path: Path) -> None:
     """Q4_0 has the codes and scales that the lattice of the bf16 checkpoint has: MLX gets the same numbers."""
     from gemexport.formats import mlx
-    from gemexport.validators.weights import compare
+    from gemexport.validators.checks.weights import compare
 
     for name, source in (("folder", tiny_gemma4), ("file", model)):
         export(source, tmp_path / name, "mlx")
@@ -109,7 +109,7 @@ def test_inspect_names_every_grid(mixed_gguf: Path, capsys: pytest.CaptureFixtur
 
 
 def test_inspect_tells_why_a_file_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gemexport.formats.gguf_container import Writer, read
+    from gemexport.formats.gguf.container import Writer, read
 
     source, path = read(model), tmp_path / "part.gguf"
     kept = {name: item for name, item in source.tensors.items() if not name.startswith("blk.1.")}

@@ -10,8 +10,8 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
-from gemexport.formats.gguf_container import Writer, read
-from gemexport.report import ArtifactReport, read_report
+from gemexport.formats.gguf.container import Writer, read
+from gemexport.report.schema import ArtifactReport, read_report
 
 
 @pytest.fixture(scope="module")

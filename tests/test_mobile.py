@@ -18,18 +18,18 @@ import torch
 import transformers
 
 import gemexport
-from gemexport import demo_mobile
+from gemexport.demo import mobile as demo_mobile
+from gemexport.engine.place import Place
 from gemexport.exporters import compressed_tensors, onnx
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.grids import find_grids
-from gemexport.formats.recipe import load_recipe
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import find_grids
 from gemexport.formats.tensor import Floats, Tensor
 from gemexport.registry import TARGETS
-from gemexport.validators.divergence import Divergence
-from gemexport.validators.onnxruntime import load
+from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import quiet, reference
-from gemexport.workplace import Workplace
+from gemexport.validators.runtimes.onnxruntime import load
 
 TOKENS, CONTEXT, PREFILL = 256, 256, 64
 TOP1, KLD = 0.99, 1e-3
@@ -62,7 +62,7 @@ class Mobile:
 @pytest.fixture(scope="module")
 def mobile(tmp_path_factory: pytest.TempPathFactory) -> Mobile:
     folder = tmp_path_factory.mktemp("mobile")
-    place = Workplace(demo_mobile.make(folder / "model"), folder / "work", TOKENS)
+    place = Place(demo_mobile.make(folder / "model"), folder / "work", TOKENS)
     checkpoint = place.checkpoint()
     find_grids(checkpoint, place.grids, load_recipe("lossless"))
     checkpoint = place.open()

@@ -13,7 +13,7 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.safetensors import Entry, ShardedWriter
+from gemexport.formats.storage.safetensors import Entry, ShardedWriter
 from gemexport.formats.tensor import DType, round_to
 from gemexport.registry import TARGETS
 

@@ -9,15 +9,15 @@ import pytest
 
 import gemexport
 from gemexport.cli import main
-from gemexport.dag import graph
+from gemexport.engine.dag import graph
 from gemexport.formats import coreml, onnx
-from gemexport.formats.additive import AdditiveTensor
-from gemexport.formats.additive_fit import NAME
-from gemexport.formats.recipe import RECIPES
-from gemexport.measured import TensorReport, Validation, WeightsReport
-from gemexport.report import Report, read_report
+from gemexport.formats.grids.additive import AdditiveTensor
+from gemexport.formats.grids.additive_fit import NAME
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.judge.measured import TensorReport, Validation, WeightsReport
+from gemexport.judge.verdict import bounds
+from gemexport.report.schema import Report, read_report
 from gemexport.request import request, steps
-from gemexport.verdict import bounds
 
 
 def coded(**fields: float | None) -> Validation:

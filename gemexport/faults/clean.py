@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from gemexport import demo
+from gemexport.demo.qat import RULES
 from gemexport.faults.matrix import COLUMNS, Bench
-from gemexport.measured import LogitsReport
-from gemexport.qat import RULES
+from gemexport.judge.measured import LogitsReport
 
 RULED = (*sorted(RULES), None)  # None: weights on no grid, which every format has to quantize
 

@@ -11,9 +11,9 @@ from gemexport.faults import folders
 from gemexport.faults.places import _blob, save_package
 from gemexport.faults.stored import writable
 from gemexport.faults.weights import Fault, Subject
-from gemexport.formats.architecture import Layer, Rope
 from gemexport.formats.coreml import constants
-from gemexport.formats.coreml_package import Package, open_package
+from gemexport.formats.coreml.package import Package, open_package
+from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.tensor import Floats
 
 WINDOW = "co.huggingface.exporters.sliding_window"

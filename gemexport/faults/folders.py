@@ -13,7 +13,7 @@ import numpy as np
 
 from gemexport.faults.stored import floats, like, writable
 from gemexport.faults.weights import NOISE, Fault, Subject
-from gemexport.formats.safetensors import read_folder
+from gemexport.formats.storage.safetensors import read_folder
 
 Json = dict[str, Any]
 FULL = "full_attention"
@@ -121,7 +121,7 @@ def context(config: Json, _: Subject) -> str:
 
 def head_untied(subject: Subject) -> str:
     """A head of its own, which is the embedding with noise."""
-    from gemexport.formats.safetensors import Entry, Writer, read_file
+    from gemexport.formats.storage.safetensors import Entry, Writer, read_file
     from gemexport.registry import TARGETS
 
     file = subject.path / "model.safetensors"

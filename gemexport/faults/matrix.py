@@ -1,7 +1,7 @@
 """The matrix of faults and formats: every fault put into an artefact of every format, each judged by the validator.
 
-`judge` calls the very steps that a run calls (gemexport.nodes, gemexport.validation), in this process, with one
-reference for all cells.
+`judge` calls the very steps that a run calls (gemexport.engine.steps, gemexport.judge.validation), in this process,
+with one reference for all cells.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from gemexport import demo_mobile, nodes, validation
+from gemexport.demo import mobile as demo_mobile
+from gemexport.engine import steps as nodes
+from gemexport.engine.place import Place
 from gemexport.faults import weights
 from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
-from gemexport.formats.errors import InputError
-from gemexport.formats.recipe import RECIPES
-from gemexport.measured import Divergence, Validation
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.storage.errors import InputError
+from gemexport.judge import validation
+from gemexport.judge.measured import Divergence, Validation
+from gemexport.judge.verdict import bounds
+from gemexport.judge.wording import check_wording
 from gemexport.registry import TARGETS
-from gemexport.report import verdict
-from gemexport.verdict import bounds
-from gemexport.wording import check_wording
-from gemexport.workplace import Workplace
+from gemexport.report.schema import verdict
 
 COLUMNS = (
     ("gguf", "Q4_0"), ("mlx", "4bit"), ("onnx", "int4"), ("onnx", "npu"), ("coreml", "int4"),
@@ -74,7 +76,7 @@ class Bench:
     _mobile: Bench | None = None
 
     def __post_init__(self) -> None:
-        self.place = Workplace(self.model, self.work, self.tokens)
+        self.place = Place(self.model, self.work, self.tokens)
         self.work.mkdir(parents=True, exist_ok=True)
         nodes.grids(self.place, RECIPES["default"], lambda _: None)
         self.checkpoint = self.place.open()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from gemexport.faults import folders
 from gemexport.faults.stored import writable
 from gemexport.faults.weights import Fault, Subject
-from gemexport.formats.architecture import Layer, Rope
+from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.onnx import COPY, HEAD, _array, graph_files
 
 NOISE_EVERY = 7  # of the head's packed codes, one in so many is another

@@ -14,7 +14,7 @@ from gemexport.faults.stored import Q40, Numbers, Packed, Place, Plain, Twice
 def gguf(path: Path, name: str) -> Place:
     """A tensor of a GGUF file: Q4_0 or plain."""
     from gemexport.formats.gguf import stored_tensors
-    from gemexport.formats.gguf_parts import read_parts
+    from gemexport.formats.gguf.parts import read_parts
 
     tensor = stored_tensors(read_parts(path))[name]
     rows = 1 if len(tensor.shape) < 2 else tensor.shape[0]
@@ -27,7 +27,7 @@ def gguf(path: Path, name: str) -> Place:
 def folder(path: Path, name: str) -> Place:
     """A tensor of an MLX or a compressed-tensors folder."""
     from gemexport.formats.checkpoint import canonical_name
-    from gemexport.formats.safetensors import read_folder
+    from gemexport.formats.storage.safetensors import read_folder
 
     arrays = {canonical_name(key): item.array for key, item in read_folder(path).items()}
     stem = name.removesuffix(".weight")
@@ -57,8 +57,8 @@ def _onnx(tensor: Any, copied: Any) -> Place:
 def coreml(path: Path, name: str) -> Place:
     """A tensor of a Core ML package: 4-bit blocks, or plain."""
     from gemexport.formats.coreml import constants, stored_name
-    from gemexport.formats.coreml_arrays import ShiftScale, Stored
-    from gemexport.formats.coreml_package import open_package
+    from gemexport.formats.coreml.arrays import ShiftScale, Stored
+    from gemexport.formats.coreml.package import open_package
 
     array = constants(open_package(path))[stored_name(name)]
     if isinstance(array, ShiftScale):
@@ -94,7 +94,7 @@ class Immediate:
         save_package(package)
 
     def _open(self) -> tuple[Any, Any]:
-        from gemexport.formats.coreml_package import open_package
+        from gemexport.formats.coreml.package import open_package
 
         package = open_package(self._path)
         operation = next(item for item in package.operations if item.outputs and item.outputs[0].name == self._name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemexport.faults.places import PLACES
 from gemexport.faults.stored import Numbers, Place, floats, like
-from gemexport.formats.architecture import Architecture, Layer
+from gemexport.formats.gemma.architecture import Architecture, Layer
 
 NOISE = 0.02  # of a weight, in a head that should be the embedding
 

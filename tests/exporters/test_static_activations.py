@@ -11,16 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemexport import demo_mobile
-from gemexport.exporters import compressed_tensors, compressed_tensors_activations, coreml
+from gemexport.demo import mobile as demo_mobile
+from gemexport.exporters import compressed_tensors, coreml
+from gemexport.exporters.compressed_tensors import activations as compressed_tensors_activations
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.compressed_tensors_activations import quantizer
-from gemexport.formats.compressed_tensors_settings import Args
-from gemexport.formats.errors import InputError
-from gemexport.formats.grids import attach, find_grids
-from gemexport.formats.recipe import load_recipe
-from gemexport.formats.safetensors import ShardedWriter, read_folder
+from gemexport.formats.compressed_tensors.activations import quantizer
+from gemexport.formats.compressed_tensors.settings import Args
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import ShardedWriter, read_folder
 from gemexport.registry import TARGETS
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import INDEX_NAME, Entry, ShardedWriter, read_folder
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import INDEX_NAME, Entry, ShardedWriter, read_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Arrays = dict[str, tuple[str, np.ndarray]]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemexport import demo_mobile
+from gemexport.demo import mobile as demo_mobile
 from gemexport.formats import gemma_mobile
-from gemexport.formats.errors import InputError
 from gemexport.formats.quantized import read_through
-from gemexport.formats.safetensors import MappedArray, read_folder
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import MappedArray, read_folder
 from gemexport.formats.tensor import DType
 
 torch = pytest.importorskip("torch")

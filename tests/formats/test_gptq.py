@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from gemexport.formats import awq, gptq
 from gemexport.formats.checkpoint import canonical_name, open_checkpoint
-from gemexport.formats.errors import InputError
 from gemexport.formats.modules import Module
-from gemexport.formats.safetensors import Entry, ShardedWriter, read_folder
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import Entry, ShardedWriter, read_folder
 from gemexport.formats.tensor import to_bf16
 
 MODULE = "model.layers.1.mlp.down_proj"

@@ -15,10 +15,10 @@ import pytest
 from gemexport import demo
 from gemexport.formats import lora
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.grids import attach, find_grids, fingerprint
-from gemexport.formats.recipe import load_recipe
-from gemexport.formats.safetensors import Entry, ShardedWriter, read_file
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids, fingerprint
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import Entry, ShardedWriter, read_file
 
 QUERY = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"

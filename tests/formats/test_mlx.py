@@ -12,10 +12,10 @@ import pytest
 
 from gemexport.formats import mlx
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.errors import InputError
-from gemexport.formats.safetensors import Entry, ShardedWriter, read_folder
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.safetensors import Entry, ShardedWriter, read_folder
 from gemexport.formats.tensor import round_to
-from gemexport.validators.weights import compare
+from gemexport.validators.checks.weights import compare
 
 mx = pytest.importorskip("mlx.core")
 

@@ -1,0 +1,310 @@
+"""Writes a GGUF file that llama.cpp runs: every tensor streams from the checkpoint, and grids pass through unchanged.
+
+`Q4_0` is the mixed one: each grid goes into the smallest block type that holds its codes (Q4_0 for a QAT lattice), and
+a tensor without a grid keeps the source's dtype. What lies in GGUF's own blocks already keeps them byte for byte.
+The K-quants (`gguf_kquants`) are another thing: ggml's quantizer fits them to the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+from typing import TypeGuard
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.gguf.facts import (
+    check,
+    metadata,
+    q_norm_factor,
+    rope_frequencies,
+)
+from gemexport.exporters.gguf.kquants import KQuants
+from gemexport.exporters.gguf.mix import MIXES
+from gemexport.exporters.gguf.tokenizer import tokenizer
+from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gguf import StoredTensor, file_names, norm_shift
+from gemexport.formats.gguf.blocks import (
+    BLOCK,
+    E2M1,
+    WIDE_BLOCK,
+    half,
+    pack_mxfp4,
+    pack_q4_0,
+    pack_q4_1,
+    pack_q5_0,
+    pack_q5_1,
+    pack_q8_0,
+    pack_tq2_0,
+    power_of_two,
+    quantize_q8_0,
+)
+from gemexport.formats.gguf.config import ROPE_FREQUENCIES
+from gemexport.formats.gguf.container import Writer
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.tensor import (
+    ITEM_BYTES,
+    DType,
+    Floats,
+    Grid,
+    Plain,
+    Rows,
+    Tensor,
+    reblock,
+    round_to,
+    slices,
+    to_bf16,
+)
+
+VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32", *MIXES)
+
+Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
+
+F16_MAX = 65504.0
+_PACKED = ("Q4_0", "Q8_0")
+_PACKS: dict[Type, Callable[..., NDArray[np.uint8]]] = {  # of codes, f16 scales and perhaps f16 biases
+    Type.Q4_0: pack_q4_0,
+    Type.Q4_1: pack_q4_1,
+    Type.Q5_0: pack_q5_0,
+    Type.Q5_1: pack_q5_1,
+    Type.Q8_0: pack_q8_0,
+    Type.TQ2_0: pack_tq2_0,
+}
+_PLAIN: dict[DType, Type] = {"bf16": Type.BF16, "f16": Type.F16, "f32": Type.F32}
+
+
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    imatrix: Path | None = None,
+    progress: Progress = ignore,
+) -> Export:
+    """Write `checkpoint` to the file `path`; the notes name every tensor that the format could not hold as it is.
+
+    `imatrix` is a file of llama-imatrix, for K-quants. Raises InputError for a decoder or a tokenizer that llama.cpp
+    cannot run, for an importance matrix that does not fit, and for a path that cannot be written.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
+    path = Path(path)
+    decoder = checkpoint.architecture
+    check(decoder, checkpoint.path)
+    tokens, notes = tokenizer(checkpoint)
+    values = metadata(decoder, checkpoint.name, variant) | tokens
+    names = file_names(decoder.family, len(decoder.layers))
+    kquants = _kquants(checkpoint, variant, names, imatrix)
+    if kquants:
+        values |= kquants.metadata()
+        notes += kquants.notes()
+    frequencies = rope_frequencies(decoder)
+    tensors, dropped = _fitting(checkpoint, variant)
+    notes += dropped
+    shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
+    if frequencies is not None:
+        shapes[ROPE_FREQUENCIES] = frequencies.shape
+    with atomic(path) as partial, Writer(partial, values, shapes) as out:
+        for name, tensor in tensors.items():
+            if kquants and names[name] in kquants:
+                _stream(out, names[name], *kquants.choose(names[name]), tensor)
+            elif len(tensor.shape) == 2:
+                notes += _write_matrix(out, names[name], tensor, variant)
+            else:
+                offset, factor = norm_shift(decoder.family, name, q_norm_factor(decoder))
+                notes += _write_vector(out, names[name], tensor, offset, factor)
+            progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
+        if frequencies is not None:
+            out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
+    return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
+
+
+def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:
+    """What a K-quant variant does with the matrices, None for the others; InputError for an imatrix without a use."""
+    if variant in MIXES:
+        return KQuants(checkpoint, variant, names, imatrix)
+    if imatrix is not None:
+        problem = f"is for K-quants, and {variant} keeps the checkpoint's own values or codes"
+        raise InputError(imatrix, problem, f"choose among the variants {', '.join(MIXES)}")
+    return None
+
+
+def _fitting(checkpoint: Checkpoint, variant: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors as a variant holds them, and notes on those that it does not hold as they are.
+
+    What is in GGUF's blocks needs no container, and may have none: the codes of a K-quant are no use without its nested
+    scales.
+    """
+    if variant not in _PACKED:  # made from the values
+        return dict(checkpoint.tensors), []
+    blocks = {name: tensor for name, tensor in checkpoint.tensors.items() if keeps_blocks(tensor, variant)}
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in blocks}
+    fitted, _, notes = fitting(replace(checkpoint, tensors=others), lambda grid, width: container(grid, width, variant))
+    both: Mapping[str, Tensor] = {**blocks, **fitted}
+    return {name: both[name] for name in checkpoint.tensors}, notes
+
+
+def keeps_blocks(tensor: Tensor, variant: str) -> TypeGuard[StoredTensor]:
+    """Whether a tensor comes out of a GGUF file in blocks of codes that the variant leaves as they are."""
+    return variant == VARIANTS[0] and isinstance(tensor, StoredTensor) and tensor.grid is not None
+
+
+def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor: float) -> list[str]:
+    """A norm or a scalar, always F32, with what llama.cpp expects added and multiplied."""
+    values = tensor.numpy().reshape(tensor.shape or (1,))
+    stored = ((values.astype(np.float64) + offset) * factor).astype(np.float32)
+    out.write(name, Type.F32, stored)
+    back = (stored.astype(np.float64) / factor - offset).astype(np.float32)
+    lost = int((round_to(back, tensor.dtype) != values).sum())
+    return [f"{tensor.name}: {lost} of {values.size} weights are lost in 1 + weight as float32"] if lost else []
+
+
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant not in _PACKED:
+        return f"the variant {variant} is made from the values"
+    if width % BLOCK or grid.block % BLOCK:
+        size = f"rows of {width} weights are" if width % BLOCK else f"blocks of {grid.block} weights are"
+        return f"{size} no multiple of {BLOCK}"
+    kind = _type(grid, variant)
+    return kind if isinstance(kind, str) else Container(kind.name, "bf16" if kind == Type.MXFP4 else "f16")
+
+
+def _type(grid: Grid, variant: str) -> Type | str:
+    """The block type for a grid: the smallest that has a place for every code."""
+    if grid.kind == "symmetric":
+        if variant == "Q8_0" or grid.bits > 5:
+            return Type.Q8_0
+        if grid.bits <= 2 and grid.block % WIDE_BLOCK == 0:
+            return Type.TQ2_0
+        return Type.Q4_0 if grid.bits <= 4 else Type.Q5_0
+    if variant == "Q8_0":
+        return f"the variant Q8_0 has no place for {grid.bits}-bit codes of the kind {grid.kind}"
+    # FP4 with a scale for 32 weights is MXFP4, whose scales are powers of two; `_mxfp4` looks whether they are.
+    if grid.kind == "codebook" and grid.levels == E2M1 and grid.scale_dtype == "bf16":
+        return Type.MXFP4
+    if grid.kind == "codebook" or grid.bits > 5:
+        return f"GGUF has no type for {grid.bits}-bit codes of the kind {grid.kind}"
+    return Type.Q4_1 if grid.bits <= 4 else Type.Q5_1
+
+
+def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[str]:
+    """A 2-D tensor in the type of the variant, or in the source's dtype when that type cannot hold it."""
+    if keeps_blocks(tensor, variant):
+        for start, stop in slices(tensor):
+            out.write(name, tensor.type, tensor.blocks(start, stop))
+        return []
+    kind, pack, note = choose(tensor, variant)
+    notes = [f"{tensor.name} {note}"] if note else []
+    if not _stream(out, name, kind, pack, tensor):
+        # Scales are seen while they stream past: a second try is cheaper than reading every tensor twice.
+        out.restart(name)
+        wanted = "power of two" if kind == Type.MXFP4 else "f16 number"
+        kind, pack, note = choose(Plain(tensor), variant)
+        notes = [f"{tensor.name} is stored as {kind.name}: a scale is no {wanted}"]
+        _stream(out, name, kind, pack, tensor)
+    return notes
+
+
+def _stream(out: Writer, name: str, kind: Type, pack: Pack, tensor: Tensor) -> bool:
+    """Pack and write a tensor slice by slice, in threads; False as soon as a slice does not fit."""
+    for data in ordered(lambda bounds: pack(tensor.rows(*bounds)), slices(tensor)):
+        if data is None:
+            return False
+        out.write(name, kind, data)
+    return True
+
+
+def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
+    """The type for a 2-D tensor in a variant, the function that packs its rows, and a note if there is one to make."""
+    grid, width = tensor.grid, tensor.shape[1]
+    if variant == "F32":
+        return Type.F32, _f32, ""
+    if variant == "BF16":
+        return Type.BF16, _bf16(tensor.dtype), "" if tensor.dtype == "bf16" else f"was rounded from {tensor.dtype}"
+    if variant in MIXES:  # what llama.cpp does not quantize
+        return *_plain(tensor), ""
+    if variant == "Q8_0" and (grid is None or not grid.lossless):
+        if width % BLOCK:
+            return *_plain(tensor), f"stays {tensor.dtype}: rows of {width} weights are no multiple of {BLOCK}"
+        return Type.Q8_0, _nearest_q8_0, ""
+    if grid is None:
+        return *_plain(tensor), ""
+    kind = _type(grid, variant)
+    assert not isinstance(kind, str)  # `fitting` left grids that have a type
+    return kind, _mxfp4(grid) if kind == Type.MXFP4 else _grid(grid, kind, tensor.dtype), ""
+
+
+def _plain(tensor: Tensor) -> tuple[Type, Pack]:
+    packs: dict[DType, Pack] = {"bf16": _bf16("bf16"), "f16": _f16, "f32": _f32}
+    return _PLAIN[tensor.dtype], packs[tensor.dtype]
+
+
+def _grid(grid: Grid, kind: Type, dtype: DType) -> Pack:
+    """Pack codes as they are, a wide block's scale repeated for each block of the type.
+
+    Scales and biases that are no f16 numbers are rounded where the tensor has no shorter plain form than f32, else
+    refused.
+    """
+    block = WIDE_BLOCK if kind == Type.TQ2_0 else BLOCK
+
+    def narrow(numbers: Floats) -> NDArray[np.float16] | None:
+        repeated = reblock(numbers, grid.block, block)
+        assert repeated is not None
+        found = half(repeated)
+        if found is None and dtype == "f32" and np.abs(repeated).max() <= F16_MAX:
+            found = half(round_to(repeated, "f16"))
+        return found
+
+    def rows(part: Rows) -> NDArray[np.uint8] | None:
+        codes, scales = part.grid()
+        stored = [narrow(scales)] if part.shifts is None else [narrow(scales), narrow(biases(grid, part))]
+        return None if any(numbers is None for numbers in stored) else _PACKS[kind](codes, *stored)
+
+    return rows
+
+
+def biases(grid: Grid, part: Rows) -> Floats:
+    """What is added to scale * code in each block of a zero-point or affine grid, `[rows, in // block]`."""
+    _, scales, shifts = part.shifted()
+    return -shifts * scales if grid.kind == "zero-point" else shifts
+
+
+def _mxfp4(grid: Grid) -> Pack:
+    """Pack codes of FP4 as they are, with the exponents of scales that are powers of two."""
+
+    def rows(part: Rows) -> NDArray[np.uint8] | None:
+        codes, scales = part.grid()
+        repeated = reblock(scales, grid.block, BLOCK)
+        assert repeated is not None
+        exponents = power_of_two(repeated)
+        return None if exponents is None else pack_mxfp4(codes, exponents)
+
+    return rows
+
+
+def _bf16(source: DType) -> Pack:
+    # Values that come from bf16 need no rounding: their low half is zero.
+    if source == "bf16":
+        return lambda part: (part.values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return lambda part: to_bf16(part.values)
+
+
+def _f16(part: Rows) -> NDArray[np.float16]:
+    return part.values.astype("<f2")
+
+
+def _f32(part: Rows) -> Floats:
+    return part.values.astype("<f4", copy=False)
+
+
+def _nearest_q8_0(part: Rows) -> NDArray[np.uint8]:
+    return quantize_q8_0(part.values)

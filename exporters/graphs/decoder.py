@@ -1,0 +1,148 @@
+"""The Gemma 3 and Gemma 4 text decoder, written once over a small set of operations.
+
+ONNX and Core ML need a graph: each gives a `Backend` that spells these operations in its own
+operators, and calling `logits(architecture, backend)` makes the graph. A backend that computes
+(PyTorch, in the tests) makes the model itself, which is how this description is held to
+transformers' `modeling_gemma3.py` and `modeling_gemma4.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from gemexport.formats.gemma.architecture import Architecture, Layer
+
+V = TypeVar("V")
+
+
+class Backend(Protocol[V]):
+    """The operations the decoder is made of; `V` is a value of the graph.
+
+    Every value is `[batch, n, …]`, n positions at a time. Weights go by their canonical name, so a
+    backend decides how each is stored. Keys, values, positions and masks are the backend's alone:
+    the description says what is remembered and who reads it, never how.
+    """
+
+    def embedding(self, weight: str, scale: float) -> V:
+        """`[batch, n, in]`: the rows of `weight` `[vocabulary, in]` at the input ids, times `scale`."""
+
+    def linear(self, x: V, weight: str) -> V:
+        """`[…, out]`: `x` `[…, in]` times the transpose of `weight` `[out, in]`."""
+
+    def rms_norm(self, x: V, weight: str | None, eps: float, offset: float) -> V:
+        """x / sqrt(mean(x²) + eps) over the last axis, times (offset + weight); by 1 without a weight."""
+
+    def split(self, x: V, parts: int) -> V:
+        """`[…, parts, size]` out of `[…, parts * size]`."""
+
+    def merge(self, x: V) -> V:
+        """`[…, parts * size]` out of `[…, parts, size]`."""
+
+    def part(self, x: V, index: int) -> V:
+        """`[…, size]`: one part of `[…, parts, size]`."""
+
+    def rotary(self, x: V, layer: Layer) -> V:
+        """`x` `[batch, n, heads, head_dim]` rotated by its positions, pairing i with i + head_dim / 2."""
+
+    def remember(self, k: V, v: V, layer: Layer) -> None:
+        """Append keys and values `[batch, n, kv_heads, head_dim]` to the layer's cache."""
+
+    def attention(self, q: V, layer: Layer, scale: float, softcap: float | None) -> V:
+        """What `q` `[batch, n, heads, head_dim]` reads, same shape, out of the cache of `layer.kv_source`.
+
+        Causal, and within the sliding window if the layer slides; heads share kv heads in equal groups.
+        """
+
+    def constant(self, weight: str) -> V:
+        """A small tensor as a value, to multiply by."""
+
+    def gelu(self, x: V) -> V:
+        """GELU in its tanh form."""
+
+    def add(self, a: V, b: V) -> V:
+        """a + b, of one shape."""
+
+    def mul(self, a: V, b: V) -> V:
+        """a * b, broadcast."""
+
+    def scale(self, x: V, factor: float) -> V:
+        """x times a number."""
+
+    def softcap(self, x: V, cap: float) -> V:
+        """cap * tanh(x / cap)."""
+
+
+def logits(a: Architecture, b: Backend[V]) -> V:
+    """The whole decoder: `[batch, n, vocabulary]` for the input ids."""
+    x, tokens = embed(a, b)
+    return head(a, b, layers(a, b, x, tokens))
+
+
+def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
+    """What is looked up by id: `[batch, n, hidden]` and, of per-layer inputs, `[batch, n, layers * dim]`."""
+    x = b.embedding("model.embed_tokens.weight", a.embed_scale)
+    if a.per_layer is None:
+        return x, None
+    return x, b.embedding("model.embed_tokens_per_layer.weight", a.per_layer.embed_scale)
+
+
+def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
+    """`[batch, n, hidden]` after the last layer, before the last norm; `x`, `tokens` are from `embed`."""
+    inputs = None if tokens is None else per_layer_inputs(a, b, x, tokens)
+    for layer in a.layers:
+        x = decoder_layer(a, b, x, None if inputs is None else b.part(inputs, layer.index), layer)
+    return x
+
+
+def head(a: Architecture, b: Backend[V], x: V) -> V:
+    """Logits `[batch, n, vocabulary]` out of `[batch, n, hidden]`."""
+    x = norm(a, b, x, "model.norm")
+    x = b.linear(x, "model.embed_tokens.weight" if a.tied else "lm_head.weight")
+    return x if a.final_softcap is None else b.softcap(x, a.final_softcap)
+
+
+def per_layer_inputs(a: Architecture, b: Backend[V], x: V, tokens: V) -> V:
+    """`[batch, n, layers, dim]`: what each layer is told of the token, by its id and by its embedding."""
+    assert a.per_layer is not None
+    context = b.scale(b.linear(x, "model.per_layer_model_projection.weight"), a.per_layer.projection_scale)
+    context = norm(a, b, b.split(context, len(a.layers)), "model.per_layer_projection_norm")
+    return b.scale(b.add(context, b.split(tokens, len(a.layers))), a.per_layer.input_scale)
+
+
+def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: Layer) -> V:
+    """One layer: attention, MLP and what the layer is told of the token, each added to the residual."""
+    name = f"model.layers.{layer.index}"
+    h = attention(a, b, norm(a, b, x, f"{name}.input_layernorm"), layer)
+    x = b.add(x, norm(a, b, h, f"{name}.post_attention_layernorm"))
+    h = mlp(b, norm(a, b, x, f"{name}.pre_feedforward_layernorm"), f"{name}.mlp")
+    x = b.add(x, norm(a, b, h, f"{name}.post_feedforward_layernorm"))
+    if told is not None:
+        h = b.mul(b.gelu(b.linear(x, f"{name}.per_layer_input_gate.weight")), told)
+        h = b.linear(h, f"{name}.per_layer_projection.weight")
+        x = b.add(x, norm(a, b, h, f"{name}.post_per_layer_input_norm"))
+    return b.mul(x, b.constant(f"{name}.layer_scalar")) if a.layer_scalar else x
+
+
+def attention(a: Architecture, b: Backend[V], x: V, layer: Layer) -> V:
+    """Attention with normed queries and keys; a layer with another's keys and values only asks."""
+    name = f"model.layers.{layer.index}.self_attn"
+    q = norm(a, b, b.split(b.linear(x, f"{name}.q_proj.weight"), a.heads), f"{name}.q_norm")
+    if layer.kv_source == layer.index:
+        k = b.split(b.linear(x, f"{name}.k_proj.weight"), layer.kv_heads)
+        v = k if layer.k_eq_v else b.split(b.linear(x, f"{name}.v_proj.weight"), layer.kv_heads)
+        v = b.rms_norm(v, None, a.rms_norm_eps, 0.0) if a.value_norm else v
+        b.remember(b.rotary(norm(a, b, k, f"{name}.k_norm"), layer), v, layer)
+    h = b.attention(b.rotary(q, layer), layer, a.attention_scale, a.attention_softcap)
+    return b.linear(b.merge(h), f"{name}.o_proj.weight")
+
+
+def mlp(b: Backend[V], x: V, name: str) -> V:
+    """The gated MLP: down(gelu(gate(x)) * up(x))."""
+    gate = b.gelu(b.linear(x, f"{name}.gate_proj.weight"))
+    return b.linear(b.mul(gate, b.linear(x, f"{name}.up_proj.weight")), f"{name}.down_proj.weight")
+
+
+def norm(a: Architecture, b: Backend[V], x: V, name: str) -> V:
+    """RMSNorm with the weight called `name`."""
+    return b.rms_norm(x, f"{name}.weight", a.rms_norm_eps, a.norm_offset)

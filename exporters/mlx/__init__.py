@@ -1,0 +1,142 @@
+"""MLX: a folder that `mlx_lm.load` and `mlx_lm.generate` take as it is.
+
+Codes and scales pass through unchanged; a grid that MLX cannot hold leaves its tensor unquantized, and a note says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.mlx.config import text_config
+from gemexport.exporters.mlx.modes import Mode, columns, default_scales, holds_scales, mode_of
+from gemexport.exporters.result import Export, ignore
+from gemexport.exporters.streaming import Column, Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.storage.bitpack import words
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
+from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Plain, Tensor
+
+VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
+FINAL_NORM = "model.norm.weight"  # a tensor that no format quantizes: it has the model's own dtype
+PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
+
+
+@dataclass
+class _Plan:
+    """What becomes of each tensor: the mode it is packed in, or plain numbers."""
+
+    dtype: DType  # of scales, biases and everything that is not quantized
+    modes: dict[str, Mode] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)  # scales and biases of each tensor
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str = VARIANTS[0],
+    scales: DType | None = None,
+    progress: Callable[[int], None] = ignore,
+) -> Export:
+    """Write `checkpoint` to the folder `path` for mlx-lm.
+
+    `4bit` packs every tensor that has a grid with the grid's own bits, whatever these are; `bf16` and `f32` hold plain
+    numbers. `scales` is the dtype of scales, biases and unquantized tensors, which is what mlx-lm computes in;
+    docs/mlx-scales.md has the measurements behind the default.
+
+    Raises InputError for a decoder that mlx-lm has no way to say, and for `scales` that are no dtype.
+    """
+    if scales is not None and scales not in ITEM_BYTES:
+        raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
+    if variant in PLAIN:
+        plan = _Plan(PLAIN[variant])
+    else:
+        checkpoint, plan = _plan(checkpoint, variant, scales)
+    config = text_config(checkpoint)
+    if plan.modes:
+        config["quantization"] = _quantization(checkpoint, plan)
+    with atomic(Path(path)) as folder:
+        _write_weights(checkpoint, folder, plan, progress)
+        write_settings(folder, config, checkpoint)
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    run = f"mlx_lm.generate --model {quote(str(path))} --prompt 'The capital of France is'"
+    notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
+    return Export(Path(path), variant, run, notes, files)
+
+
+def container(grid: Grid, width: int, variant: str) -> Answer:
+    """What holds a grid in rows of `width` weights in a variant."""
+    if variant in PLAIN:
+        return f"the variant {variant} holds plain numbers"
+    mode = mode_of(grid, width)
+    if isinstance(mode, str):
+        return mode
+    return Container(f"{mode.name} {mode.bits} bit, group {mode.group}", "f32")
+
+
+def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> tuple[Checkpoint, _Plan]:
+    """The tensors as MLX holds them, and how."""
+    tensors, containers, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
+    modes: dict[str, Mode] = {}
+    for name in containers:
+        tensor = tensors[name]
+        assert tensor.grid is not None
+        mode = mode_of(tensor.grid, tensor.shape[1])
+        assert isinstance(mode, Mode)  # `fitting` left grids that have a container
+        if holds_scales(tensor, mode):
+            modes[name] = mode
+        else:
+            tensors[name] = Plain(tensor)
+            notes.append(f"{name} is written without its grid: a scale is none of the mode {mode.name}")
+    model = checkpoint.tensors[FINAL_NORM].dtype
+    needed = {default_scales(tensor, model) for tensor in tensors.values()}
+    # bf16 where it holds the source's numbers, else f32.
+    plan = _Plan(scales or ("bf16" if needed == {"bf16"} else "f32"), modes, notes=notes)
+    return replace(checkpoint, tensors=tensors), plan
+
+
+def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
+    """config.json's `quantization`: the commonest mode, and by name each module that differs."""
+    usual, _ = Counter(plan.modes.values()).most_common(1)[0]
+    modules: dict[str, Any] = {}
+    for name, tensor in checkpoint.tensors.items():
+        own = plan.modes.get(name)
+        if len(tensor.shape) == 2 and own != usual:
+            modules[_module(name)] = own.settings() if own else False
+    return {**usual.settings(), **modules}
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
+    rounding = {name: Rounding(plan.dtype) for name in plan.modes}
+    beside = {name: tuple(columns(checkpoint.tensors[name], mode, rounding[name])) for name, mode in plan.modes.items()}
+    entries = [entry for tensor in checkpoint.tensors.values() for entry in _entries(tensor, plan, beside)]
+    with ShardedWriter(folder, entries, {"format": "mlx"}) as out:
+        for name, tensor in checkpoint.tensors.items():
+            if name not in plan.modes:
+                write_plain(out, tensor, plan.dtype, plan.notes, progress)
+                continue
+            write_packed(out, folder, tensor, (name, plan.modes[name].words), beside[name], progress)
+            plan.rounded[name] = rounding[name].count
+
+
+def _entries(tensor: Tensor, plan: _Plan, beside: dict[str, tuple[Column, ...]]) -> Iterator[Entry]:
+    mode = plan.modes.get(tensor.name)
+    if mode is None:
+        yield Entry(tensor.name, DTYPE_NAMES[plan.dtype], tensor.shape)
+        return
+    out, width = tensor.shape
+    yield Entry(tensor.name, "U32", (out, words(width, mode.bits)))
+    yield from (column.entry for column in beside[tensor.name])

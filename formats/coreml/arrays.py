@@ -1,0 +1,224 @@
+"""The constants of an ML program as arrays read by rows: stored ones, and quantized ones that dequantize on the way.
+
+Rows run along the first axis. Floats come as float32, with no rounding of what a scale times a code gives; a runtime
+rounds that product to the scale's type, which is the evaluator's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.formats.coreml.blob import Blob
+from gemexport.formats.tensor import from_bf16
+
+
+class Array(Protocol):
+    """A constant: MIL element type, shape, and its elements when asked."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        """`[stop - start, …]` along the first axis; floats as float32, others in their own type."""
+        ...
+
+    def numpy(self) -> NDArray:
+        """The whole array."""
+        ...
+
+
+def _plain(elements: NDArray, kind: str) -> NDArray:
+    if kind == "bf16":
+        return from_bf16(elements)
+    return elements.astype(np.float32) if kind in ("fp16", "fp64") else elements
+
+
+class Stored:
+    """Elements as they are stored, mapped or in memory."""
+
+    def __init__(self, kind: str, shape: tuple[int, ...], source: Blob | NDArray) -> None:
+        self.kind, self.shape, self._source = kind, shape, source
+        self._width = int(np.prod(shape[1:], dtype=np.int64))
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        if isinstance(self._source, np.ndarray):
+            return _plain(self._source[start:stop], self.kind)
+        elements = self._source.elements(start * self._width, (stop - start) * self._width)
+        return _plain(elements, self.kind).reshape(stop - start, *self.shape[1:])
+
+    def numpy(self) -> NDArray:
+        if isinstance(self._source, np.ndarray):
+            return _plain(self._source, self.kind)
+        return self.rows(0, self.shape[0])
+
+
+def spread(array: Array, shape: Sequence[int]) -> Array:
+    """A small array broadcast (from a scalar) or reshaped to `shape`."""
+    values = array.numpy()
+    whole = values.reshape(tuple(shape)) if values.size > 1 else np.broadcast_to(values.reshape(-1)[0], tuple(shape))
+    return Stored(array.kind, tuple(shape), whole)
+
+
+def _repeated(values: NDArray, shape: tuple[int, ...], axes: range) -> NDArray:
+    for axis in axes:
+        if values.shape[axis] != shape[axis]:
+            values = np.repeat(values, shape[axis] // values.shape[axis], axis=axis)
+    return values
+
+
+class ShiftScale:
+    """`scale * (data - offset)` of constexpr_blockwise_shift_scale; blocks along any axis, `data`'s size a multiple.
+
+    A scale shared by many rows is expanded for the rows at hand only.
+    """
+
+    def __init__(self, data: Array, scale: Array, offset: Array | None = None) -> None:
+        self.kind, self.shape = scale.kind, data.shape
+        self.data, self.scale, self.offset = data, scale, offset
+
+    def _of_rows(self, array: Array, start: int, stop: int) -> NDArray:
+        """`scale` or `offset` for these rows, `[stop - start, blocks…]`."""
+        share = self.shape[0] // array.shape[0]
+        first = start // share
+        values = array.rows(first, -(-stop // share))
+        return np.repeat(values, share, axis=0)[start - first * share : stop - first * share] if share > 1 else values
+
+    def scales(self, start: int, stop: int) -> NDArray:
+        """The scales of these rows, one a block: `[stop - start, blocks…]`, float32."""
+        return self._of_rows(self.scale, start, stop)
+
+    def offsets(self, start: int, stop: int) -> NDArray | None:
+        """The offsets of these rows, one a block, in their own type."""
+        return None if self.offset is None else self._of_rows(self.offset, start, stop)
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        values = self.data.rows(start, stop).astype(np.float32)
+        axes = range(1, values.ndim)
+        offsets = self.offsets(start, stop)
+        if offsets is not None:
+            values -= _repeated(offsets.astype(np.float32), values.shape, axes)
+        scales = self.scales(start, stop)
+        if values.ndim == 2 and scales.shape[1] != values.shape[1]:
+            # The common case, one scale for consecutive weights of a row, without an expanded copy of the scales.
+            blocks = values.reshape(*scales.shape, -1)
+            blocks *= scales[..., None]
+            return values
+        values *= _repeated(scales, values.shape, axes)
+        return values
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+class Palette:
+    """`lut[index]` of constexpr_lut_to_dense: a table a group of indices; an entry is a number, or a vector that lies
+    along `vector_axis` of the result.
+    """
+
+    def __init__(self, indices: Array, lut: Array, vector_axis: int | None) -> None:
+        self.kind, self.indices, self.lut = lut.kind, indices, lut
+        self._axis = vector_axis
+        self._vector = lut.shape[-1]
+        shape = list(indices.shape)
+        if self._vector > 1:
+            if vector_axis is None:
+                raise ValueError("a palette of vectors needs a vector_axis")
+            self._axis = vector_axis % len(shape)
+            shape[self._axis] *= self._vector
+        self.shape = tuple(shape)
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        along = self._vector if self._axis == 0 and self._vector > 1 else 1
+        first, last = start // along, -(-stop // along)
+        found = self._lookup(first, last)
+        if self._vector > 1 and self._axis is not None:
+            moved = np.moveaxis(found, -1, self._axis + 1)
+            found = moved.reshape(last - first if self._axis else (last - first) * along, *self.shape[1:])
+        else:
+            found = found[..., 0]
+        return found[start - first * along : stop - first * along]
+
+    def _lookup(self, start: int, stop: int) -> NDArray:
+        """`[stop - start, …, vector]`: the entries of these rows of indices."""
+        indices = self.indices.rows(start, stop)
+        groups = self.lut.shape[:-2]
+        if all(count == 1 for count in groups):
+            whole = self.lut.numpy().reshape(self.lut.shape[-2:])
+            return np.asarray(whole[indices])
+        share = self.indices.shape[0] // groups[0]
+        table = self.lut.rows(start // share, -(-stop // share)).reshape(-1, *self.lut.shape[-2:])
+        position = np.arange(start, stop).reshape(-1, *[1] * (indices.ndim - 1)) // share - start // share
+        for axis in range(1, indices.ndim):
+            inner = np.arange(indices.shape[axis]) // (indices.shape[axis] // groups[axis])
+            position = position * groups[axis] + inner.reshape([-1 if a == axis else 1 for a in range(indices.ndim)])
+        return np.asarray(table[position, indices])
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+class Sparse:
+    """`nonzero` elements in row-major order where `mask` is 1, zeros elsewhere (constexpr_sparse_to_dense)."""
+
+    def __init__(self, nonzero: Array, mask: Array) -> None:
+        self.kind, self.shape = nonzero.kind, mask.shape
+        self._nonzero, self._mask = nonzero, mask
+        self._before: NDArray[np.int64] | None = None  # nonzero elements before each row
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        if self._before is None:
+            counts = [int(self._mask.rows(row, row + 1).sum()) for row in range(self.shape[0])]
+            self._before = np.cumsum([0, *counts])
+        there = self._mask.rows(start, stop) != 0
+        found = self._nonzero.rows(int(self._before[start]), int(self._before[stop]))
+        dense = np.zeros(there.shape, found.dtype)
+        dense[there] = found
+        return dense
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+class Masked:
+    """An array with zeros where `mask` is 0; of its elements, only the others are stored."""
+
+    def __init__(self, dense: Array, mask: Array) -> None:
+        self.kind, self.shape = dense.kind, dense.shape
+        self._dense, self._mask = dense, mask
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        values = self._dense.rows(start, stop)
+        return np.where(self._mask.rows(start, stop) != 0, values, np.zeros((), values.dtype))
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])
+
+
+def sparse(nonzero: Array, mask: Array) -> Array:
+    """What `nonzero` elements at the ones of `mask` stand for, whether they are stored or come from an operation."""
+    return nonzero if isinstance(nonzero, Masked) else Sparse(nonzero, mask)
+
+
+class Spread:
+    """An array whose elements are repeated along an axis, each `times` times."""
+
+    def __init__(self, base: Array, axis: int, times: int) -> None:
+        self.kind, self._base, self._times = base.kind, base, times
+        self._axis = axis % len(base.shape)
+        self.shape = tuple(size * times if a == self._axis else size for a, size in enumerate(base.shape))
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        if self._axis:
+            return np.repeat(self._base.rows(start, stop), self._times, axis=self._axis)
+        first = start // self._times
+        values = np.repeat(self._base.rows(first, -(-stop // self._times)), self._times, axis=0)
+        return values[start - first * self._times : stop - first * self._times]
+
+    def numpy(self) -> NDArray:
+        return self.rows(0, self.shape[0])

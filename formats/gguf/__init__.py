@@ -1,0 +1,222 @@
+"""What a GGUF file of a Gemma decoder holds: its tensors under canonical names and with canonical values.
+
+llama.cpp's Gemma 3 multiplies by a norm's weight where the checkpoint means 1 + weight, so files hold the sum: that is
+undone here. The container is `container`, the byte layouts of blocks are `blocks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType, Keys, LlamaFileType
+from gguf.quants import dequantize
+from gguf.tensor_mapping import get_tensor_name_map
+
+from gemexport.formats.gguf.blocks import BLOCK, Bytes
+from gemexport.formats.gguf.container import MENDED, Container, Description, Writer
+from gemexport.formats.gguf.layouts import LAYOUTS
+from gemexport.formats.gguf.parts import Parts, read_parts
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16
+
+ARCHITECTURES = {"gemma3": MODEL_ARCH.GEMMA3, "gemma4": MODEL_ARCH.GEMMA4}
+NORM_OFFSETS = {"gemma3": 1.0, "gemma4": 0.0}
+SLICE_BYTES = 16 << 20  # of numbers evaluated at once
+MAX_LAYERS = 512  # llama.cpp's own limit
+
+Q_NORM_FACTOR = "gemexport.q_norm_factor"
+"""Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
+
+_GLOBAL = (
+    "model.embed_tokens",
+    "model.embed_tokens_per_layer",
+    "model.per_layer_model_projection",
+    "model.per_layer_projection_norm",
+    "model.norm",
+    "lm_head",
+)
+_PER_LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "post_feedforward_layernorm",
+    "per_layer_input_gate",
+    "per_layer_projection",
+    "post_per_layer_input_norm",
+    "layer_scalar",
+)
+# Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
+_REQUANTIZED = {kind.value for kind in LlamaFileType if "_K" in kind.name or "_IQ" in kind.name}
+FLOATS: dict[GGMLQuantizationType, DType] = {
+    GGMLQuantizationType.F32: "f32",
+    GGMLQuantizationType.F16: "f16",
+    GGMLQuantizationType.BF16: "bf16",
+}
+
+
+def file_names(family: str, layers: int) -> dict[str, str]:
+    """The file's name of every tensor that a decoder of `layers` layers may have, by canonical name."""
+    stems = [*_GLOBAL, *(f"model.layers.{i}.{stem}" for i in range(layers) for stem in _PER_LAYER)]
+    names = get_tensor_name_map(ARCHITECTURES[family], layers)
+    found = {}
+    for stem in stems:
+        name = names.get_name(stem)
+        if name is not None:
+            found[stem if stem.endswith("layer_scalar") else f"{stem}.weight"] = f"{name}.weight"
+    return found
+
+
+def norm_shift(family: str, name: str, q_norm_factor: float = 1.0) -> tuple[float, float]:
+    """`(offset, factor)` of a canonical 1-D tensor: the file holds `(value + offset) * factor`."""
+    offset = NORM_OFFSETS[family] if name.endswith("norm.weight") else 0.0
+    return offset, q_norm_factor if name.endswith("q_norm.weight") else 1.0
+
+
+class StoredTensor:
+    """A tensor of a GGUF file under its canonical name; `rows` evaluates the stored numbers without rounding."""
+
+    def __init__(
+        self, container: Container, stored: Description, name: str, offset: float = 0.0, factor: float = 1.0
+    ) -> None:
+        self.name = name
+        self.stored_name = stored.name
+        self.shape = stored.shape
+        self.type = stored.type
+        self.dtype: DType = FLOATS.get(stored.type, "f32")
+        self.requantized = _is_requantized(container, stored)
+        matrix = len(stored.shape) == 2  # only of rows can a part be asked for, with its codes
+        self.grid: Grid | None = LAYOUTS[stored.type].grid if matrix and stored.type in LAYOUTS else None
+        self._container = container
+        self._stored = stored
+        self._offset = offset
+        self._factor = factor
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return _evaluate(self._container, self._stored, start, stop)
+
+    def blocks(self, start: int, stop: int) -> Bytes:
+        """The bytes of rows `start` to `stop` as they are in the file, `[rows, bytes of a row]`, mapped."""
+        return self._container.rows(self._stored, start, stop)
+
+    def numpy(self) -> Floats:
+        count = self._stored.nbytes // self._stored.row_bytes
+        values = self.rows(0, count).values.reshape(self.shape)
+        if self._offset == 0.0 and self._factor == 1.0:
+            return values
+        undone = values.astype(np.float64) / self._factor - self._offset
+        return undone.astype(np.float32)
+
+
+def _is_requantized(container: Container, stored: Description) -> bool:
+    """Whether the file says that this matrix' codes were fitted to its values, which is what a K-quant file means.
+
+    F16 is what such a file has for rows that no block divides.
+    """
+    said = container.metadata.get(Keys.General.FILE_TYPE)
+    if not isinstance(said, int) or said not in _REQUANTIZED or len(stored.shape) < 2:
+        return False
+    odd = stored.type == GGMLQuantizationType.F16 and stored.shape[-1] % BLOCK != 0
+    return odd or stored.type not in FLOATS
+
+
+def _evaluate(container: Container, stored: Description, start: int, stop: int) -> Rows:
+    """Rows of a tensor as numbers; leading axes count as one."""
+    data = container.rows(stored, start, stop)
+    if stored.type in LAYOUTS:
+        return LAYOUTS[stored.type].rows(data)
+    if stored.type == GGMLQuantizationType.BF16:
+        return Rows(from_bf16(data.view("<u2")))
+    if stored.type in FLOATS:
+        numbers = data.view("<f4" if stored.type == GGMLQuantizationType.F32 else "<f2")
+        return Rows(numbers.astype(np.float32))
+    return Rows(np.asarray(dequantize(data, stored.type), dtype=np.float32))
+
+
+def write_f32(source: Path, target: Path) -> None:
+    """A copy of the GGUF file `source` in which every tensor is F32, its numbers evaluated; all else stays.
+
+    llama.cpp computes it without rounding activations, which shows what the file's numbers and metadata mean. Raises
+    InputError for a broken file and for types that gguf cannot evaluate.
+    """
+    parts = read_parts(source)
+    shapes = {name: stored.shape for name, (_, stored) in parts.stored.items()}
+    with Writer(target, parts.containers[0].packed, shapes) as out:
+        for name, (container, stored) in parts.stored.items():
+            _check_type(container, stored)
+            step = max(1, SLICE_BYTES // (4 * stored.shape[-1]))
+            count = stored.nbytes // stored.row_bytes
+            for start in range(0, count, step):
+                rows = _evaluate(container, stored, start, min(start + step, count))
+                out.write(name, GGMLQuantizationType.F32, rows.values)
+
+
+def tensors(path: Path) -> Mapping[str, Tensor]:
+    """The decoder's tensors in the GGUF file at `path` and its other parts, mapped, by canonical name.
+
+    Raises InputError for a broken file, for one of another architecture, and for types that gguf cannot evaluate.
+    """
+    return stored_tensors(read_parts(path))
+
+
+def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
+    """As `tensors`, of files that are read already."""
+    family, layers = family_of(parts), layers_of(parts)
+    factor = q_norm_factor_of(parts)
+    found: dict[str, StoredTensor] = {}
+    for name, stored_name in file_names(family, layers).items():
+        if stored_name in parts.stored:
+            container, stored = parts.stored[stored_name]
+            _check_type(container, stored)
+            if (second := f"{stored_name.removesuffix('.weight')}.scale") in parts.stored:
+                problem = f"tensor {stored_name} has another scale beside its blocks ({second}), which is not known"
+                raise InputError(container.path, problem, "use a file of another type")
+            offset, multiplied = norm_shift(family, name, factor)
+            found[name] = StoredTensor(container, stored, name, offset, multiplied)
+    return found
+
+
+def family_of(parts: Parts) -> str:
+    """The architecture, one of ARCHITECTURES."""
+    family = str(parts.metadata.get(Keys.General.ARCHITECTURE))
+    if family not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise InputError(parts.path, f"the architecture {family!r} is not known", f"give a GGUF file of {known}")
+    return family
+
+
+def layers_of(parts: Parts) -> int:
+    """How many layers the file says that it has: not more than it has tensors."""
+    layers = parts.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family_of(parts)))
+    if not isinstance(layers, int) or not 0 < layers <= min(len(parts.stored), MAX_LAYERS):
+        raise InputError(parts.path, f"says that it has {layers} layers", MENDED)
+    return layers
+
+
+def q_norm_factor_of(parts: Parts) -> float:
+    """What the query norms were multiplied by (see Q_NORM_FACTOR)."""
+    factor = parts.metadata.get(Q_NORM_FACTOR, 1.0)
+    if not isinstance(factor, float) or not 0 < factor < np.inf:
+        raise InputError(parts.path, f"{Q_NORM_FACTOR} is {factor}", MENDED)
+    return factor
+
+
+def _check_type(container: Container, stored: Description) -> None:
+    """Raise InputError when `gguf` cannot evaluate the tensor's type."""
+    if stored.type in FLOATS or stored.type in LAYOUTS:
+        return
+    try:
+        dequantize(container.rows(stored, 0, 1), stored.type)
+    except NotImplementedError as error:
+        problem = f"tensor {stored.name} is stored as {stored.type.name}, which cannot be evaluated here"
+        raise InputError(container.path, problem, "convert it to another type with llama-quantize") from error

@@ -1,0 +1,115 @@
+"""A GGUF file as a whole checkpoint: config, tensors, and the tokenizer's files, unpacked when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.checkpoint import Checkpoint, checkpoint_name
+from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gguf import family_of, stored_tensors
+from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, decoder_of
+from gemexport.formats.gguf.container import MENDED
+from gemexport.formats.gguf.metadata import Metadata
+from gemexport.formats.gguf.parts import Parts, read_parts
+from gemexport.formats.gguf.vocabulary import check, write
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import PARTIAL, explained
+from gemexport.formats.tensor import Tensor
+
+UNPACKED = "1"  # of what `write` makes; another one makes it anew
+_KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
+
+
+def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
+    """The model in the GGUF file `path` and its other parts; reads headers only.
+
+    The tokenizer's files are written to a folder in `scratch`, or to a temporary one, when `assets` is first asked for.
+    Raises InputError for what is damaged, contradictory, or not a whole Gemma decoder.
+    """
+    parts = read_parts(path)
+    facts = Metadata(parts.path, parts.metadata, family_of(parts))
+    config = config_json(parts)
+    decoder = decoder_of(facts, config)
+    check(facts, decoder.vocab_size)
+    tensors, left_out = _tensors(parts, decoder)
+    return Checkpoint(
+        name=checkpoint_name(path),
+        path=path,
+        config=config,
+        text_config=config,
+        architecture=decoder,
+        tensors=tensors,
+        unpack=_unpacking(parts, facts, config, scratch),
+        files=tuple(container.path for container in parts.containers),
+        left_out=left_out,
+    )
+
+
+def _tensors(parts: Parts, decoder: Architecture) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The decoder's tensors in its order, and the names of those in the file that it does not have."""
+    found = stored_tensors(parts)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in decoder.tensor_shapes().items():
+        tensor = found.get(name)
+        if tensor is None:
+            raise InputError(parts.path, f"the tensor {name} is missing", "give the file of a whole model")
+        if tensor.shape != shape:
+            problem = f"tensor {name} has the shape {list(tensor.shape)} where the metadata say {list(shape)}"
+            raise InputError(parts.path, problem, MENDED)
+        tensors[name] = tensor
+    used = {found[name].stored_name for name in tensors}
+    return tensors, tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
+
+
+def _unpacking(parts: Parts, facts: Metadata, config: dict[str, Any], scratch: Path | None) -> Callable[[], Path]:
+    """A function that writes the tokenizer's files once and returns their folder."""
+
+    @cache
+    def unpack() -> Path:
+        if scratch is None:
+            _KEPT.append(tempfile.TemporaryDirectory(prefix="gemexport-"))
+            folder = Path(_KEPT[-1].name)
+            write(facts, config, folder)
+            return folder
+        folder = scratch / _mark(parts)
+        if not folder.is_dir():
+            _write_whole(folder, lambda partial: write(facts, config, partial))
+        return folder
+
+    return unpack
+
+
+def _mark(parts: Parts) -> str:
+    """What the files depend on, as a name: sizes and times of the model's files."""
+    digest = hashlib.sha256(UNPACKED.encode())
+    for container in parts.containers:
+        status = container.path.stat()
+        digest.update(f"{container.path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes, whole or not at all; another process may be making the same one."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=PARTIAL, dir=folder.parent))
+    except OSError as error:
+        raise explained(error, folder) from error
+    try:
+        fill(partial)
+        os.replace(partial, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else the other one was faster, and its files are the same
+            raise explained(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in folder.parent.iterdir():
+        if old != folder and not old.name.endswith(PARTIAL):
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""What becomes of tensors that lie on no lattice: a recipe says how many bits each kind of tensor gets.
+
+Tensors on a lattice keep their codes whatever the recipe says.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gemexport.formats.storage.errors import InputError
+
+
+class Scheme(BaseModel):
+    """Signed integer codes with one scale a block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = 4
+    group_size: int = Field(default=32, gt=0)
+
+    @field_validator("bits")
+    @classmethod
+    def _known(cls, bits: int) -> int:
+        if bits not in (2, 4, 8):
+            raise ValueError("bits must be 2, 4 or 8")
+        return bits
+
+
+class Recipe(BaseModel):
+    """Schemes by kind of tensor (none: it stays as it is), and what the compression may cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    linear: Scheme | None = Scheme()
+    embedding: Scheme | None = Scheme(bits=8)  # the head too, tied or not
+    per_layer_embedding: Scheme | None = Scheme()
+    requantize_mixed: bool = False  # also in a checkpoint of which other tensors lie on a lattice
+    max_kld: float | None = None  # nats; budget of the mean loss
+
+    def scheme(self, tensor: str) -> Scheme | None:
+        """The scheme for a 2-D tensor by its canonical name."""
+        if tensor == "model.embed_tokens_per_layer.weight":
+            return self.per_layer_embedding
+        if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+            return self.embedding
+        return self.linear
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="default", description="lattices pass through; plain models: 4 bit, embeddings 8 bit"),
+        Recipe(name="int4", description="plain tensors 4 bit, embeddings too", embedding=Scheme()),
+        Recipe(
+            name="int8",
+            description="plain tensors 8 bit",
+            linear=Scheme(bits=8),
+            per_layer_embedding=Scheme(bits=8),
+        ),
+        Recipe(
+            name="lossless",
+            description="lattices pass through, everything else stays as it is",
+            linear=None,
+            embedding=None,
+            per_layer_embedding=None,
+        ),
+    )
+}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or one from a TOML or JSON file; InputError when it is neither."""
+    if name_or_path in RECIPES:
+        return RECIPES[name_or_path]
+    path = Path(name_or_path)
+    known = ", ".join(RECIPES)
+    if not path.is_file():
+        raise InputError(name_or_path, "is neither a recipe nor a file", f"use one of {known}, or a TOML file")
+    try:
+        text = path.read_text("utf-8")
+        fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return Recipe.model_validate({"name": path.stem, **fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(path, f"{where}: {first['msg'].lower()}", "see docs/recipes.md for the fields") from error
+    except (ValueError, OSError, TypeError) as error:
+        raise InputError(path, f"cannot be read ({error})", "write it as TOML or JSON") from error

@@ -1,0 +1,292 @@
+"""The grid of every 2-D tensor of a checkpoint, found once for all formats and kept beside the outputs.
+
+Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
+A tensor whose file has codes keeps that grid; beside it goes a grid that every format holds, for those that cannot hold
+its own. The compiled loops are imported where they run: Numba takes longer to import than an index to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.grids.recipe import Recipe, Scheme
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
+
+if TYPE_CHECKING:
+    from gemexport.formats.grids.lattice import Found
+
+INDEX, SCALES = "grids.json", "scales.f32"
+# For formats that cannot hold a tensor's own grid: so fine that little is lost, in blocks that all of them have.
+FALLBACK = Scheme(bits=8, group_size=32)
+
+
+class GridRecord(BaseModel):
+    """What was found out about one 2-D tensor."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    lattice_fraction: float  # of the weights, on the best block
+    lossless: bool
+    bits: int | None = None  # None: the tensor has no grid and stays as it is
+    block: int | None = None
+    scale_dtype: DType | None = None
+    offset: int = 0  # bytes into the scales file
+    squared_error: float = 0.0  # sum of (w - code * scale)**2 / sum of w**2
+    native: bool = False  # the file has codes of its own, and what else is said here is of the fallback
+    left: bool = False  # an adapter was merged into it, which took it off the lattice that its base lies on
+
+
+class GridIndex(BaseModel):
+    """Everything `find_grids` found, and what it was found in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    tensors: list[GridRecord]
+
+    def lattice_fraction(self) -> float:
+        """Fraction of the 2-D tensors that lie wholly on a lattice."""
+        return sum(record.lossless for record in self.tensors) / max(len(self.tensors), 1)
+
+
+class GridTensor:
+    """A tensor of the checkpoint together with its grid."""
+
+    def __init__(self, base: Tensor, grid: Grid, scales: Floats) -> None:
+        self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
+        self.grid: Grid | None = grid
+        self._base, self._scales = base, scales
+
+    def rows(self, start: int, stop: int) -> Rows:
+        from gemexport.formats.grids.lattice import encode
+
+        assert self.grid is not None
+        values, bits = self._base.rows(start, stop).values, self.grid.bits
+        scales = np.asarray(self._scales[start:stop])
+        return Rows(values, lambda: encode(values, scales, bits), scales)
+
+    def scales(self, start: int, stop: int) -> Floats:
+        """Scales of these rows by themselves, without looking at the weights."""
+        return np.asarray(self._scales[start:stop])
+
+    def numpy(self) -> Floats:
+        return self._base.numpy()
+
+
+def fingerprint(checkpoint: Checkpoint, settings: BaseModel) -> str:
+    """A digest of what is found in a checkpoint with these settings: sizes and times of its files, config, adapter."""
+    digest = hashlib.sha256(settings.model_dump_json().encode())
+    if checkpoint.adapter is not None:
+        digest.update(f"adapter {checkpoint.adapter}\n".encode())
+    for path in checkpoint.files or sorted(checkpoint.path.glob("*")):
+        if path.suffix in (".safetensors", ".json", ".gguf"):
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def find_grids(
+    checkpoint: Checkpoint,
+    folder: Path,
+    recipe: Recipe,
+    progress: Callable[[int], None] = lambda _: None,
+    threads: int | None = None,
+) -> GridIndex:
+    """Search every 2-D tensor for its lattice, quantize the plain ones as `recipe` says, and keep it in `folder`.
+
+    `progress` is told the weights that were searched. Raises InputError, naming the tensor, for weights that are not
+    finite. A folder that holds the grids of the same checkpoint and recipe already is used as it is.
+    """
+    mark = fingerprint(checkpoint, recipe)
+    known = read_index(folder)
+    if known is not None and known.fingerprint == mark:
+        progress(sum(int(np.prod(checkpoint.tensors[record.name].shape)) for record in known.tensors))
+        return known
+    with atomic(folder) as partial:
+        partial.mkdir()
+        for tensor in checkpoint.tensors.values():
+            if len(tensor.shape) != 2:
+                _check_finite(tensor.numpy(), tensor, checkpoint)
+        with (partial / SCALES).open("wb") as file:
+            found = []
+            for record in _look(checkpoint, file, threads):
+                found.append(record)
+                progress(int(np.prod(checkpoint.tensors[record.name].shape)))
+            found = [_compared_with_base(record, checkpoint, threads) for record in found]
+            mixed = any(record.lossless or record.left for record in found)
+            found = [
+                _quantize(checkpoint.tensors[record.name], record, recipe, file, threads)
+                if not record.lossless and (record.left or not mixed or recipe.requantize_mixed)
+                else record
+                for record in found
+            ]
+        index = GridIndex(fingerprint=mark, tensors=found)
+        (partial / INDEX).write_text(index.model_dump_json(indent=1), "utf-8")
+    return index
+
+
+def _compared_with_base(record: GridRecord, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
+    """The record of a tensor, which says so when an adapter took the tensor off a lattice."""
+    from gemexport.formats.grids.lattice import search_all
+
+    base = checkpoint.bases.get(record.name)
+    if base is None or record.lossless:
+        return record
+    if base.grid is not None:
+        return record.model_copy(update={"left": base.grid.lossless})
+    left = all(part.on == part.weights for part in search_all([base], threads))
+    return record.model_copy(update={"left": left})
+
+
+def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> None:
+    from gemexport.formats.grids.lattice import fault
+
+    if kind := fault(values):
+        raise _not_finite(checkpoint, tensor, kind)
+
+
+def _not_finite(checkpoint: Checkpoint, tensor: Tensor, kind: str) -> InputError:
+    return InputError(checkpoint.path, f"tensor {tensor.name} has {kind} weights", "repair or retrain the checkpoint")
+
+
+def _look(checkpoint: Checkpoint, file: BinaryIO, threads: int | None) -> Iterator[GridRecord]:
+    """A record for every 2-D tensor, those with codes of their own first; scales go to the end of `file`."""
+    from gemexport.formats.grids.lattice import search_all
+
+    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    for tensor in matrices:
+        if tensor.grid is not None:
+            yield _keep(tensor, file, checkpoint, threads)
+    found = search_all([tensor for tensor in matrices if tensor.grid is None], threads)
+    for name, parts in groupby(found, key=lambda part: part.tensor.name):
+        yield _record(checkpoint, name, parts, file)
+
+
+def _record(checkpoint: Checkpoint, name: str, parts: Iterable[Found], file: BinaryIO) -> GridRecord:
+    """One searched tensor; its scales stay in `file` when all of it lies on the lattice."""
+    offset, weights, on, bits, block = file.tell(), 0, 0, 2, 0
+    dtypes = set()
+    for part in parts:
+        if part.fault:
+            raise _not_finite(checkpoint, part.tensor, part.fault)
+        weights, on, bits, block = weights + part.weights, on + part.on, max(bits, part.bits), part.block
+        dtypes.add(narrowest(part.scales))
+        file.write(part.scales.data)
+    if on == weights:
+        return GridRecord(
+            name=name,
+            lattice_fraction=1.0,
+            lossless=True,
+            bits=bits,
+            block=block,
+            scale_dtype=dtypes.pop() if len(dtypes) == 1 else "f32",
+            offset=offset,
+        )
+    file.seek(offset)
+    file.truncate()
+    return GridRecord(name=name, lattice_fraction=on / weights, lossless=False)
+
+
+def _keep(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int | None) -> GridRecord:
+    """A tensor with codes of its own; the fallback's scales go to the end of `file` where a format may want them."""
+
+    def scales(bounds: tuple[int, int]) -> Floats:
+        rows = tensor.rows(*bounds)
+        assert rows.scales is not None
+        return rows.scales if rows.shifts is None else np.stack([rows.scales, rows.shifts])
+
+    for part in ordered(scales, slices(tensor, 8 << 20), threads):
+        _check_finite(part, tensor, checkpoint)
+    record = GridRecord(name=tensor.name, lattice_fraction=1.0, lossless=True, native=True)
+    assert tensor.grid is not None
+    return record if held_everywhere(tensor.grid) else _round(tensor, record, FALLBACK, file, threads)
+
+
+def held_everywhere(grid: Grid) -> bool:
+    """Whether every format has a container for the grid, its scales perhaps rounded."""
+    return grid.kind == "symmetric" and grid.bits in (2, 4, 8) and grid.block % FALLBACK.group_size == 0
+
+
+def _quantize(tensor: Tensor, record: GridRecord, recipe: Recipe, file: BinaryIO, threads: int | None) -> GridRecord:
+    """Round a plain tensor to the recipe's scheme; it stays as it is when there is none."""
+    scheme = recipe.scheme(tensor.name)
+    return record if scheme is None else _round(tensor, record, scheme, file, threads)
+
+
+def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, threads: int | None) -> GridRecord:
+    """Scales of `scheme` for a tensor; none, and the record as it is, when its rows do not divide."""
+    if tensor.shape[1] % scheme.group_size:
+        return record
+    offset, error, energy = file.tell(), 0.0, 0.0
+    for scales, part, whole in ordered(
+        lambda bounds: _fit_slice(tensor, bounds, scheme), slices(tensor, 8 << 20), threads
+    ):
+        file.write(scales.data)
+        error, energy = error + part, energy + whole
+    return record.model_copy(
+        update={
+            "bits": scheme.bits,
+            "block": scheme.group_size,
+            "scale_dtype": "f16",
+            "offset": offset,
+            "squared_error": error / energy if energy else 0.0,
+        }
+    )
+
+
+def _fit_slice(tensor: Tensor, bounds: tuple[int, int], scheme: Scheme) -> tuple[Floats, float, float]:
+    """Scales of a slice of rows, its squared error and its energy."""
+    from gemexport.formats.grids.lattice import encode
+    from gemexport.formats.grids.rounding import fit
+
+    values = tensor.rows(*bounds).values
+    scales = fit(values, scheme.group_size, scheme.bits)
+    codes = encode(values, scales, scheme.bits)
+    difference = values - codes * np.repeat(scales, scheme.group_size, axis=1)
+    return (
+        scales,
+        float(np.square(difference, dtype=np.float64).sum()),
+        float(np.square(values, dtype=np.float64).sum()),
+    )
+
+
+def read_index(folder: Path) -> GridIndex | None:
+    """The index that `find_grids` left in `folder`, if it is there and whole."""
+    try:
+        return GridIndex.model_validate_json((folder / INDEX).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with the grids that `find_grids` left in `folder` on its 2-D tensors."""
+    index = read_index(folder)
+    if index is None:
+        raise InputError(folder, "there are no grids", "run the export again with --fresh")
+    tensors = dict(checkpoint.tensors)
+    fallbacks: dict[str, Tensor] = {}
+    for record in index.tensors:
+        if record.bits is None or record.block is None or record.scale_dtype is None:
+            continue
+        base = tensors[record.name]
+        out, width = base.shape
+        scales = np.memmap(
+            folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(out, width // record.block)
+        )
+        lossless = record.lossless and not record.native
+        found = GridTensor(base, Grid(record.bits, record.block, record.scale_dtype, lossless), scales)
+        (fallbacks if record.native else tensors)[record.name] = found
+    return replace(checkpoint, tensors=tensors, fallbacks=fallbacks)

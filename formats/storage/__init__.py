@@ -1,0 +1,1 @@
+"""Bytes on a disk that mean nothing yet: safetensors, packed bits, outputs that appear when they are whole."""

@@ -1,0 +1,79 @@
+"""Outputs that appear under their name only when they are whole: written beside, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gemexport.formats.storage.errors import InputError
+
+PARTIAL = ".partial"
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; nothing happens when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or a folder to; it takes the name `path` when the block ends well.
+
+    On an error what was written is removed and an older `path` stays as it was. Raises InputError when the folder
+    cannot be written or the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        if path.is_dir() and not path.is_symlink():
+            old = path.with_name(f"{path.name}.old{PARTIAL}")
+            remove(old)
+            os.replace(path, old)
+            os.replace(partial, path)
+            remove(old)
+        else:
+            os.replace(partial, path)
+    except OSError as error:
+        _remove_quietly(partial)
+        raise explained(error, path) from error
+    except BaseException:
+        _remove_quietly(partial)
+        raise
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Have the file `path`, in a folder that there is, to oneself: another process that wants it waits.
+
+    BlockingIOError for one that does not want to `wait`.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _remove_quietly(path: Path) -> None:
+    # The error that brought us here matters more than a leftover that the next run removes.
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def explained(error: OSError, path: Path) -> Exception:
+    """An InputError for the system errors that a user can mend (full disk, permissions), else `error` itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(path, "the disk is full", "free some space, or choose another folder with -o")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        reason = os.strerror(error.errno).lower()
+        return InputError(path, f"cannot be written ({reason})", "choose another folder with -o")
+    return error

@@ -1,0 +1,122 @@
+"""The DAG of a request: which step waits for which, and what each may take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gemexport.compress import PERCENT
+from gemexport.engine.calibration import OWN, ranges_file
+from gemexport.engine.place import Place
+from gemexport.engine.scheduler import Node
+from gemexport.engine.worker import Call
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.grids.recipe import Recipe
+from gemexport.formats.grids.vector_codec import Codec
+from gemexport.request import Request, Step
+
+# Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
+EXPORT_BYTES = 600 << 20
+RUNTIME_BYTES = 900 << 20
+
+
+def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
+    """The DAG of a request."""
+    place = asked.place(work, checkpoint.name)
+    weights, recipe, nodes = checkpoint.architecture.parameters(), asked.recipe, []
+    before: tuple[str, ...] = ()
+    if asked.compression is not None:
+        call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
+        room = logits_memory(checkpoint, asked.tokens)
+        nodes.append(Node("compress", call, (), room, PERCENT, all_cores=True))
+        # The codes are ours, not those of a maker who left the rest as it is on purpose.
+        before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
+    call = Call("gemexport.engine.steps:grids", {"place": place, "recipe": recipe})
+    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, light=True))
+    for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
+        call = Call("gemexport.engine.steps:fit_codec", {"place": replace(place, codec=codec)})
+        coded = _per_layer_weights(checkpoint)
+        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
+    nodes += calibrations(asked, checkpoint, place, recipe, wanted)
+    for step in wanted:
+        options = asked.options.get(step.target.name, {})
+        if measures(asked, step):
+            options = {**options, "ranges": ranges_file(replace(place, codec=step.codec))}
+        arguments = {
+            "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
+            "path": step.path, "options": options,
+        }  # fmt: skip
+        call = Call("gemexport.engine.steps:export", arguments)
+        coded_by = () if step.codec is None else (f"codec {step.codec}",)
+        needs = ("grids", *coded_by, *((calibration_name(step.codec),) if measures(asked, step) else ()))
+        nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+    if asked.validate and wanted:
+        nodes += validators(asked, checkpoint, place, wanted)
+    return nodes
+
+
+def measures(asked: Request, step: Step) -> bool:
+    """Whether an artefact waits for activations to be measured."""
+    return step.variant in step.target.calibrated and not OWN & asked.options.get(step.target.name, {}).keys()
+
+
+def calibration_name(codec: Codec | None) -> str:
+    """The node that measures activations."""
+    return "calibrate" if codec is None else f"calibrate {codec}"
+
+
+def calibrations(
+    asked: Request, checkpoint: Checkpoint, place: Place, recipe: Recipe, wanted: list[Step]
+) -> list[Node]:
+    """The nodes that measure activations: one for all variants that want it, with each codec."""
+    nodes = []
+    for codec in dict.fromkeys(step.codec for step in wanted if measures(asked, step)):
+        options = asked.options.get("onnx", {})
+        arguments = {
+            "place": replace(place, codec=codec), "recipe": recipe, "text": asked.calibration,
+            "sizes": {key: options[key] for key in ("context", "prefill") if key in options},
+        }  # fmt: skip
+        call = Call("gemexport.engine.calibration:calibrate", arguments)
+        needs = ("grids", *(() if codec is None else (f"codec {codec}",)))
+        room = logits_memory(checkpoint, asked.tokens)
+        nodes.append(Node(calibration_name(codec), call, needs, room, checkpoint.plain_nbytes()))
+    return nodes
+
+
+def _per_layer_weights(checkpoint: Checkpoint) -> int:
+    layers = checkpoint.architecture.per_layer
+    return 0 if layers is None else layers.vocab_size * layers.dim * len(checkpoint.architecture.layers)
+
+
+def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:
+    """The reference and the validators: those of artefacts that lie there, or wait for their export."""
+    weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
+    affordable = room <= asked.memory
+    # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
+    own = bool(checkpoint.files)
+    noises = {noise for step in wanted for noise in step.target.noises_of("" if own else step.variant)}
+    if checkpoint.activations:
+        # A last bit that differs moves some activations to the next integer: so far apart are two right programs.
+        noises.add("f32-reordered")
+    nodes = []
+    if affordable:
+        call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
+        nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises)), all_cores=True))
+    for step in wanted:
+        needs = (f"export {step.key}", *(("reference",) if affordable else ()))
+        call = Call(
+            "gemexport.judge.validation:validate",
+            {"place": place, "target": step.target.name, "path": step.path, "run_logits": affordable},
+        )
+        total = weights * (1 + len(step.target.arithmetics))
+        memory = room if affordable else EXPORT_BYTES
+        nodes.append(Node(f"validate {step.key}", call, needs, memory, total))
+    return nodes
+
+
+def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:
+    """Anonymous bytes that a logits validator takes: a model in f32, logits of a sequence on both sides, libraries."""
+    from gemexport.validators.checks.prompts import sequence_length
+
+    decoder = checkpoint.architecture
+    return decoder.parameters() * 4 + 2 * sequence_length(decoder, tokens) * decoder.vocab_size * 4 + RUNTIME_BYTES

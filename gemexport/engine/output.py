@@ -1,0 +1,96 @@
+"""The output folder: whose it is, and what of an earlier run can be kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import PARTIAL, atomic, explained, locked, remove
+
+WORK = ".gemexport"
+OWNER = "model.json"
+LOCK = "lock"  # held by the run that writes
+RANGES = "ranges"
+VECTORS = "ple-codec"  # folder in it of the vector codec's fit
+SOURCE = "source"  # folder in it of what is unpacked from a model in one file
+
+
+class Owner(BaseModel):
+    """The model that an output folder belongs to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    identity: str
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A digest of what makes it this model whatever its weights: name, decoder, names and shapes, the adapter."""
+    parts: dict[str, Any] = {
+        "name": checkpoint.name,
+        "architecture": checkpoint.architecture.model_dump(mode="json"),
+        "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()},
+    }
+    if checkpoint.adapter is not None:
+        parts["adapter"] = checkpoint.adapter
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
+    """Make `out` this model's, and this process's until the block ends; yields the folder for intermediate files in it.
+
+    Raises InputError, having written nothing, when the folder cannot be written, holds another model's artefacts, or
+    is another run's.
+    """
+    owner = Owner(name=checkpoint.name, identity=identity(checkpoint))
+    work = out / WORK
+    marker = work / OWNER
+    if marker.is_file():
+        try:
+            found = Owner.model_validate_json(marker.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(marker, "is damaged", f"remove {work}, or choose another folder with -o") from error
+        if found.identity != owner.identity:
+            problem = f"holds the artefacts of another model ({found.name})"
+            raise InputError(out, problem, "choose another folder with -o")
+    elif out.is_dir() and any(out.iterdir()):
+        raise InputError(out, "is not empty and not an output folder of gemexport", "choose another folder with -o")
+    elif out.exists() and not out.is_dir():
+        raise InputError(out, "is a file", "choose another folder with -o")
+    _make(work)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(work / LOCK, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                out, "another run is writing there", "wait for its end, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise explained(error, work / LOCK) from error
+        for name in ("grids", VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
+            remove(work / name)
+        for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
+            remove(left)
+        with atomic(marker) as partial:
+            partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
+        yield work
+
+
+def _make(folder: Path) -> None:
+    """Create `folder` with its parents; what was created is removed again when one of them cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, folder) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(folder, "cannot be written (permission denied)", "choose another folder with -o")

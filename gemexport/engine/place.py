@@ -1,0 +1,117 @@
+"""The model of a run and where its steps find each other's results, as every step is given it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemexport.engine.output import SOURCE, VECTORS
+from gemexport.formats.activations import Activations
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.grids.search import attach
+from gemexport.formats.grids.vector_codec import Codec
+from gemexport.formats.tensor import Tensor
+
+if TYPE_CHECKING:
+    from gemexport.validators.reference.store import ReferenceStore
+    from gemexport.validators.runtimes.protocol import Runtime
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The model, and where a run keeps what is not an artefact."""
+
+    model: Path
+    work: Path
+    tokens: int
+    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
+    codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+
+    @property
+    def vectors(self) -> Path:
+        """Folder of the vector codec's fit."""
+        assert self.codec is not None
+        return self.work / VECTORS / self.codec.label
+
+    @property
+    def grids(self) -> Path:
+        """Folder of the scales that the lattice search found."""
+        return self.work / "grids"
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
+        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+
+    def plain(self) -> Checkpoint:
+        """The checkpoint before it was compressed: what the loss is measured against."""
+        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
+
+    def open(self) -> Checkpoint:
+        """The checkpoint with its grids."""
+        return attach(self.checkpoint(), self.grids)
+
+    def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
+        """The token sequences that every model is judged on."""
+        from gemexport.judge.wording import encoded
+        from gemexport.validators.checks import prompts
+
+        ids = encoded(checkpoint, self.work)
+        return prompts.sequences([ids[text] for text in prompts.prompts()], checkpoint.architecture, self.tokens)
+
+    def store(
+        self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor], activations: Activations | None
+    ) -> ReferenceStore:
+        """The reference's logits with these tensors and static scales of activations, known by their digests."""
+        from gemexport.validators.reference.store import ReferenceStore
+
+        name = f"{digest}-{activations.digest()}" if activations else digest
+        return ReferenceStore(
+            self.work / "reference" / name, lambda: reference_model(checkpoint, tensors, activations=activations)
+        )
+
+    def source(self) -> ReferenceStore:
+        """The reference's logits with what the checkpoint holds, before it was compressed."""
+        checkpoint = self.plain()
+        return self.store("source", checkpoint, dict(checkpoint.tensors), model_activations(checkpoint))
+
+
+def model_activations(checkpoint: Checkpoint) -> Activations | None:
+    """The static scales that transformers computes a checkpoint with: it keeps caches in floating point."""
+    return checkpoint.activations.without_caches() if checkpoint.activations else None
+
+
+def opened(place: Place) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with its grids, and its per-layer embeddings in the codec that was asked for, and notes."""
+    checkpoint = place.open()
+    if place.codec is None:
+        return checkpoint, []
+    from gemexport.formats.grids.additive_fit import attach as attach_codec
+    from gemexport.formats.grids.additive_fit import read_fit
+
+    coded = read_fit(place.vectors)
+    loss = f"its error is {coded.fitted_rms or 0.0:.4g} of its root mean square"
+    note = f"{coded.name} is in the vector codec {coded.codec}, as was asked: {loss}"
+    return attach_codec(checkpoint, place.vectors), [note]
+
+
+def reference_model(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32", activations: Activations | None = None
+) -> Runtime:
+    """The reference holding these tensors, in an arithmetic of `validators.reference`."""
+    module = import_module("gemexport.validators.reference")
+    runtime: Runtime = module.reference(
+        checkpoint.text_config, tensors, threads(), dtype=dtype, activations=activations
+    )
+    return runtime
+
+
+def threads() -> int:
+    """The threads that a step may use."""
+    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))

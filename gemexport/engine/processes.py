@@ -1,0 +1,103 @@
+"""The processes that nodes run in (gemexport/engine/worker.py), as the side that gives them calls sees them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gemexport.engine.worker import PREPARE
+
+
+@dataclass
+class Worker:
+    """One process, and the socket to it."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection[Any, Any]
+
+    def kill(self) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+class Workers:
+    """Hires processes, and keeps those that may serve once more: starting one takes as long as some exports."""
+
+    def __init__(self) -> None:
+        self.idle: list[Worker] = []
+
+    def hire(self, threads: int, log: Path) -> Worker:
+        """A new process, with so many threads for its libraries."""
+        with log.open("ab") as output:
+            return _start(threads, output.fileno())
+
+    def hire_light(self, threads: int, log: Path) -> Worker:
+        """A process for a light node: one that is idle, else a new one."""
+        return self.idle.pop() if self.idle else self.hire(threads, log)
+
+    def prepare(self, threads: int) -> None:
+        """Hire a process for the first light node before there is one: it imports while the caller does."""
+        self.idle.append(_start(threads, subprocess.DEVNULL, PREPARE))
+
+    def keep(self, worker: Worker) -> None:
+        """A worker that has served a light node waits for the next."""
+        self.idle.append(worker)
+
+    def dismiss(self) -> None:
+        """End all that are idle."""
+        while self.idle:
+            self.idle.pop().kill()
+
+
+@contextmanager
+def prepared(jobs: int | None = None) -> Iterator[Workers]:
+    """Workers of which one gets ready while the caller still imports and reads; they end with the block.
+
+    `jobs` is how many nodes are to run side by side, by default one a core.
+    """
+    workers = Workers()
+    workers.prepare(threads_each(jobs or os.cpu_count() or 1))
+    try:
+        yield workers
+    finally:
+        workers.dismiss()
+
+
+def threads_each(jobs: int) -> int:
+    """The threads for the libraries of one of so many nodes that run side by side."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def _start(threads: int, output: int, *arguments: str) -> Worker:
+    ours, theirs = socket.socketpair()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # whatever is needed lies on the disk; nothing may wait for a network
+        "PYTHONUNBUFFERED": "1",
+        # Of glibc: arrays of a slice come and go, and memory that the system gets back it clears before the next.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    }
+    # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "gemexport.engine.worker", str(theirs.fileno()), *arguments],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
+    theirs.close()
+    return Worker(process, Connection(ours.detach()))

@@ -1,0 +1,77 @@
+"""The steps of a run up to its validators, each a function that a process of its own calls with plain values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemexport.engine.place import Place, Progress, model_activations, opened, reference_model
+from gemexport.exporters.result import Export
+from gemexport.formats.grids.recipe import Recipe
+from gemexport.formats.grids.search import GridIndex, find_grids
+from gemexport.judge.measured import Divergence
+from gemexport.registry import TARGETS
+
+if TYPE_CHECKING:
+    from gemexport.formats.grids.additive_fit import Record
+
+
+def prepare() -> None:
+    """Load what finding grids and exporting take, before there is a model: mostly the compiled loops."""
+    from gemexport.formats.grids import lattice
+
+    lattice.load()
+
+
+def grids(place: Place, recipe: Recipe, progress: Progress) -> GridIndex:
+    """Find the grid of every tensor; progress in weights."""
+    checkpoint = place.checkpoint()
+    checkpoint.unpack()  # before the exports, which would all do it at once
+    return find_grids(checkpoint, place.grids, recipe, progress)
+
+
+def fit_codec(place: Place, progress: Progress) -> Record:
+    """Fit the vector codec to the per-layer embeddings; progress in weights."""
+    from gemexport.formats.grids.additive_fit import find_codec
+
+    assert place.codec is not None
+    return find_codec(place.checkpoint(), place.vectors, place.codec, progress)
+
+
+def export(place: Place, target: str, variant: str, path: Path, options: dict[str, Any], progress: Progress) -> Export:
+    """Write one artefact; progress in bytes of the source."""
+    exporter, (checkpoint, notes) = TARGETS[target].exporter(), opened(place)
+    result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
+    return replace(result, notes=[*notes, *result.notes])
+
+
+def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
+    """Logits of the source's weights in f32, and how far the same weights are from them in other arithmetics.
+
+    Progress in tokens, once for f32 and once for each of `noises`.
+    """
+    from gemexport.validators.checks import divergence
+
+    checkpoint = place.plain()
+    tensors = dict(checkpoint.tensors)
+    sequences = place.sequences(checkpoint)
+    store = place.source()
+    for sequence in sequences:
+        store.logits(sequence)
+        progress(len(sequence))
+    store.close()
+    floors = {}
+    for arithmetic in noises:
+        # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
+        rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
+        exact = place.store("source", checkpoint, tensors, rounded)
+        noisy = reference_model(checkpoint, tensors, arithmetic, rounded)
+        total = divergence.Divergence()
+        for sequence in sequences:
+            total.add(exact.logits(sequence), noisy.logits(sequence), sequence)
+            progress(len(sequence))
+        noisy.close()
+        exact.close()
+        floors[arithmetic] = Divergence.of(total)
+    return floors

@@ -1,0 +1,216 @@
+"""What an artefact's own metadata say of the decoder against what the checkpoint says: a wrong number has a name here.
+
+A GGUF file and folders with a config.json describe the whole decoder, a Core ML package its sliding window, ONNX
+Runtime GenAI's configuration some sizes. Special tokens and templates are the tokenizer's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.activations import Activations, CacheActivations, Quantizer
+from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.judge.measured import FactReport
+from gemexport.validators.checks.vocabulary import GENAI, settings_of
+
+# One name for each fact of the decoder; `{type}` is the layers' attention type, `{swa}` GGUF's ending for sliding ones.
+GGUF_KEYS = {
+    "rope.theta": "{arch}.rope.freq_base{swa}",
+    "rope.factor": "rope_freqs.weight, or {arch}.rope.scaling.factor: the RoPE factor",
+    "rope.rotary_dims": "rope_freqs.weight: the dimensions that rotate",
+    "sliding": "{arch}.attention.sliding_window_pattern",
+    "sliding_window": "{arch}.attention.sliding_window",
+    "kv_source": "{arch}.attention.shared_kv_layers: the layer whose keys are read",
+    "kv_heads": "{arch}.attention.head_count_kv",
+    "head_dim": "{arch}.attention.key_length{swa}",
+    "intermediate_size": "{arch}.feed_forward_length",
+    "layers": "{arch}.block_count",
+    "hidden_size": "{arch}.embedding_length",
+    "heads": "{arch}.attention.head_count",
+    "rms_norm_eps": "{arch}.attention.layer_norm_rms_epsilon",
+    "final_softcap": "{arch}.final_logit_softcapping",
+    "max_positions": "{arch}.context_length",
+    "per_layer.dim": "{arch}.embedding_length_per_layer_input",
+    "tied": "no tensor output.weight: the head tied to the embedding",
+}
+CONFIG_KEYS = {
+    "rope.theta": "rope_theta of {type}",
+    "rope.factor": "the RoPE factor of {type}",
+    "rope.rotary_dims": "partial_rotary_factor of {type}: the dimensions that rotate",
+    "sliding": "layer_types: sliding",
+    "kv_source": "num_kv_shared_layers: the layer whose keys are read",
+    "kv_heads": "num_key_value_heads",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "final_softcap": "final_logit_softcapping",
+    "attention_softcap": "attn_logit_softcapping",
+    "attention_scale": "query_pre_attn_scalar: the attention scale",
+    "max_positions": "max_position_embeddings",
+    "per_layer.dim": "hidden_size_per_layer_input",
+    "tied": "tie_word_embeddings",
+}
+# What every program that reads genai_config.json feeds and fetches by name; "%d" is a layer's number.
+GENAI_NAMES = {
+    "inputs": ("input_ids", "past_key_names", "past_value_names"),
+    "outputs": ("logits", "present_key_names", "present_value_names"),
+}
+# Told by the tokenizer, or following from others.
+NOT_COMPARED = frozenset(("bos_token_id", "eos_token_ids", "pad_token_id", "index"))
+# GGUF keeps f32, whose last bit is 6e-8 of the number.
+ALIKE = 1e-6
+
+
+def differences(target: str, path: Path, model: Architecture) -> tuple[FactReport, ...]:
+    """Every fact that the artefact at `path` states otherwise than the checkpoint.
+
+    Raises InputError for metadata that are damaged or contradict each other.
+    """
+    if target == "coreml":
+        return tuple(_core_ml(path, model))
+    if target == "onnx":
+        return tuple(_genai(path, model))
+    if target == "gguf":
+        return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        return tuple(_decoders(model, architecture(config, path / "config.json"), CONFIG_KEYS))
+    return ()
+
+
+def activation_differences(model: Activations | None, stored: Activations | None) -> tuple[FactReport, ...]:
+    """Static scales that an artefact computes with, of which the checkpoint has others; none if it has none at all."""
+    if not model or not stored:
+        return ()
+    theirs: dict[str, Any] = {
+        **stored.linears,
+        **{f"cache of layer {layer}": both for layer, both in stored.caches.items()},
+    }
+    ours: dict[str, Any] = {
+        **model.linears,
+        **{f"cache of layer {layer}": both for layer, both in model.caches.items()},
+    }
+    found = []
+    for label in model.differences(stored):
+        name, _, side = label.rpartition(", ")
+        expected = getattr(ours.get(name, CacheActivations()), side, None)
+        found.append(
+            FactReport(
+                name=f"the activation quantizer of {label}",
+                found=_quantizer(getattr(theirs[name], side)),
+                expected=_quantizer(expected),
+            )
+        )
+    return tuple(found)
+
+
+def _quantizer(found: Quantizer | None) -> str:
+    if found is None:
+        return "none"
+    return f"{found.bits} bits, scale {found.scale:.7g}, zero point {found.zero_point}"
+
+
+def _gguf(path: Path) -> Architecture:
+    from gemexport.formats.gguf import family_of
+    from gemexport.formats.gguf.config import config_json, decoder_of
+    from gemexport.formats.gguf.metadata import Metadata
+    from gemexport.formats.gguf.parts import read_parts
+
+    parts = read_parts(path)
+    return decoder_of(Metadata(parts.path, parts.metadata, family_of(parts)), config_json(parts))
+
+
+def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
+    """The window, by which whoever runs the package makes the masks; it may leave it out."""
+    from gemexport.formats.coreml.package import open_package
+
+    key = "co.huggingface.exporters.sliding_window"
+    found = open_package(path).metadata.get(key)
+    if found is not None and found != str(model.sliding_window):
+        yield FactReport(name=key, found=found, expected=str(model.sliding_window))
+
+
+def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
+    """The sizes and names in genai_config.json, where there is one."""
+    said = settings_of(path, GENAI).get("model")
+    decoder = said.get("decoder") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(decoder, dict):
+        return
+    yield from _genai_names(path, decoder)
+    facts = {
+        "vocab_size": (said.get("vocab_size"), model.vocab_size),
+        "decoder.hidden_size": (decoder.get("hidden_size"), model.hidden_size),
+        "decoder.num_attention_heads": (decoder.get("num_attention_heads"), model.heads),
+        "decoder.num_hidden_layers": (
+            decoder.get("num_hidden_layers"),
+            sum(layer.owns_cache for layer in model.layers),
+        ),
+    }
+    for name, (found, expected) in facts.items():
+        if found is not None and found not in (expected, len(model.layers)):
+            yield FactReport(name=f"genai_config.json: {name}", found=str(found), expected=str(expected))
+
+
+def _genai_names(path: Path, decoder: dict[str, Any]) -> Iterator[FactReport]:
+    """The graph that genai_config.json names, and what it calls the graph's inputs and outputs."""
+    from gemexport.formats.onnx import read_model
+
+    name = decoder.get("filename")
+    if not isinstance(name, str) or not (path / name).is_file():
+        yield FactReport(name=f"{GENAI}: decoder.filename", found=str(name), expected="a graph in the folder")
+        return
+    graph = read_model(path / name).graph
+    for side, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        known, given = {value.name for value in values}, decoder.get(side)
+        for key in GENAI_NAMES[side]:
+            called = given.get(key) if isinstance(given, dict) else None
+            if isinstance(called, str) and called.replace("%d", "0") not in known:
+                name = f"{GENAI}: decoder.{side}.{key}"
+                yield FactReport(name=name, found=called, expected=f"one of the graph's {side}")
+
+
+def _decoders(model: Architecture, stored: Architecture, keys: dict[str, str]) -> Iterator[FactReport]:
+    """Facts of the whole decoder, then of its layers, one for each group of layers that differ alike."""
+    ours, theirs = model.model_dump(exclude={"layers"}), stored.model_dump(exclude={"layers"})
+    slides = any(layer.sliding for layer in (*model.layers, *stored.layers))
+    for name, found, expected in _unlike("", theirs, ours):
+        if name == "sliding_window" and not slides:
+            continue  # of nobody
+        yield FactReport(name=_key(name, keys, model, ""), found=_text(found), expected=_text(expected))
+    if len(model.layers) != len(stored.layers):
+        name = _key("layers", keys, model, "")
+        yield FactReport(name=name, found=str(len(stored.layers)), expected=str(len(model.layers)))
+        return
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for layer, other in zip(model.layers, stored.layers, strict=True):
+        kind = "sliding_attention" if layer.sliding else "full_attention"
+        for name, found, expected in _unlike("", other.model_dump(), layer.model_dump()):
+            fact = (_key(name, keys, model, kind), _text(found), _text(expected))
+            groups.setdefault(fact, []).append(layer.index)
+    for (name, text, wanted), layers in groups.items():
+        yield FactReport(name=name, found=text, expected=wanted, layers=tuple(layers))
+
+
+def _unlike(stem: str, found: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves that differ, by dotted name."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key, value in expected.items():
+            if key not in NOT_COMPARED:
+                yield from _unlike(f"{stem}.{key}" if stem else key, found[key], value)
+    elif isinstance(expected, float) and isinstance(found, float):
+        if not math.isclose(found, expected, rel_tol=ALIKE):
+            yield stem, found, expected
+    elif found != expected:
+        yield stem, found, expected
+
+
+def _key(name: str, keys: dict[str, str], model: Architecture, kind: str) -> str:
+    """What the format calls a fact."""
+    return keys.get(name, name).format(arch=model.family, type=kind, swa="_swa" if kind.startswith("sl") else "")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,229 @@
+"""Pass or fail, and why: every bound with the measurement that it comes from (docs/bounds.md tells the whole story)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from gemexport.formats.grids.recipe import Recipe
+from gemexport.formats.tensor import DType, Grid
+from gemexport.judge.bounds import (
+    BLOCK_STEPS,
+    CODEC_ROOM,
+    F32_KLD,
+    F32_TOP1,
+    NOISE_FACTOR,
+    NOISES,
+    REQUANTIZED_RMS,
+    REQUANTIZED_VECTOR,
+    ROW_STEPS,
+    RUNTIME_TEXTS,
+    VECTOR_STEPS,
+)
+from gemexport.judge.diagnosis import diagnose
+from gemexport.judge.measured import (
+    ChatReport,
+    DepartureReport,
+    Divergence,
+    LogitsReport,
+    TensorReport,
+    TokenizerReport,
+    Validation,
+)
+from gemexport.report.schema import Bound
+
+TEXT = 60  # characters of a text that is named
+NAMED = 3  # of the tensors, facts or texts that broke a bound
+
+Holds = Callable[[Grid, int], bool]
+
+
+def bounds(
+    found: Validation,
+    floors: Mapping[str, Divergence],
+    recipe: Recipe,
+    holds: Holds = lambda grid, width: True,
+    plain: DType | None = None,
+) -> tuple[Bound, ...]:
+    """Every bound that an artefact is held to; `holds` tells whether its format has a container for a grid in rows of
+    so many weights, `plain` is the dtype that was asked for in place of codes.
+    """
+    result = [*_weights(found, holds, plain)]
+    origin = "an artefact says of the decoder what the checkpoint says"
+    result.append(Bound.at_most("metadata.different", len(found.facts), 0, origin, _listed(map(str, found.facts))))
+    if found.tokenizer is not None:
+        result += _tokenizer(found.tokenizer)
+    if found.chat is not None:
+        result.append(_chat(found.chat))
+    for logits in (found.logits, *found.more_logits):
+        if logits is not None:
+            result += _conversion(logits, floors, found.departs)
+    if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
+        origin = f"the budget of the recipe {recipe.name}"
+        result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
+    return tuple(result)
+
+
+def _tokenizer(report: TokenizerReport) -> list[Bound]:
+    """Tables equal, texts equal but for what the runtime itself gets wrong; of ordinary texts not even that."""
+    same = report.equal + report.runtime_only
+    texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if not item.runtime)
+    origin = "the tables must be the checkpoint's"
+    tables = Bound.at_most(
+        "tokenizer.vocabulary differences", len(report.vocabulary), 0, origin, "; ".join(report.vocabulary) or None
+    )
+    origin = "the same texts must give the same tokens"
+    result = [tables, Bound.at_least("tokenizer.equal", same, report.texts, origin, texts)]
+    if report.runtime_only:
+        texts = _listed(f"the text {item.text[:TEXT]!r}" for item in report.differences if item.runtime)
+        origin = "a runtime that reads ordinary texts differently makes every other number say nothing"
+        result.append(Bound.at_most("tokenizer.ordinary texts that differ", report.ordinary, 0, origin, texts))
+        origin = "twice what llama.cpp gets wrong with Gemma's own tables; more would be another tokenizer"
+        share = report.runtime_only / report.texts
+        result.append(Bound.at_most("tokenizer.runtime_only share", share, RUNTIME_TEXTS, origin, texts))
+    return result
+
+
+def _chat(report: ChatReport) -> Bound:
+    """Every conversation laid out as the checkpoint's template does it, but for what the engine itself gets wrong."""
+    names = _listed(f"the conversation {item.conversation!r}" for item in report.differences if not item.runtime)
+    origin = "the chat template must lay out every conversation as the checkpoint's does"
+    return Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)
+
+
+def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound]:
+    """Nothing missing; what lies on the source's lattice, or has no grid at all, kept its values, the rest is near."""
+    report = found.weights
+    held = [item for item in report.tensors if _must_be_exact(item, holds) and not _narrowed(item, plain)]
+    moved = [item for item in report.tensors if _widened(item)]
+    origin = "an artefact holds every tensor of the decoder"
+    result = [Bound.at_most("weights.missing", len(report.missing), 0, origin, _listed(report.missing))]
+    origin = "an artefact holds no tensor that the decoder does not have"
+    result.append(Bound.at_most("weights.unexpected", len(report.unexpected), 0, origin, _listed(report.unexpected)))
+    if held:
+        share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
+        origin = "no weight changes its value unless the format cannot hold it"
+        changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
+        where = "; ".join([*diagnose(changed), *filter(None, [_listed(item.name for item in changed)])]) or None
+        result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
+    result += _vectors([item for item in report.tensors if len(item.shape) != 2 or _narrowed(item, plain)])
+    result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
+    anew = [item for item in report.tensors if _quantized_anew(item, holds, plain)]
+    if anew:
+        worst, limit, name = _farthest((item.rms_relative_error or 0.0, REQUANTIZED_RMS, item.name) for item in anew)
+        origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
+        result.append(Bound.at_most("weights.rms_relative_error", worst, limit, origin, name))
+    if moved:
+        error, limit, name = _farthest((item.max_relative_error, _step_limit(item), item.name) for item in moved)
+        origin = "steps of the wider codes that the format has instead: half of one, and of blocks what clipping adds"
+        result.append(Bound.at_most("weights.max_relative_error of requantized tensors", error, limit, origin, name))
+    return result
+
+
+def _farthest(found: Iterable[tuple[float, float, str]]) -> tuple[float, float, str]:
+    """Of errors with their limits and names, the one that is largest beside its limit, or no number."""
+    return max(found, key=lambda item: (math.isnan(item[0]), item[0] / item[1]))
+
+
+def _step_limit(item: TensorReport) -> float:
+    """How far wider codes may be from a tensor's weights, relative to the largest of them."""
+    assert item.grid is not None
+    steps = ROW_STEPS if item.grid.block == item.shape[-1] else BLOCK_STEPS
+    return steps / ((1 << (item.grid.bits - 1)) - 1)
+
+
+def _as_fitted(item: TensorReport, fitted: float) -> Bound:
+    """The error of a matrix in the vector codec is the one that its fit measured: the codes that were read are its."""
+    metric = f"weights.rms_relative_error of {item.name} as {item.codec}"
+    origin = "the error that the fit of the codec measured"
+    return Bound.at_most(metric, item.rms_relative_error or 0.0, fitted * (1 + CODEC_ROOM), origin)
+
+
+def _vectors(tensors: Sequence[TensorReport]) -> list[Bound]:
+    """Norms and scalars, which no format has codes for, and what was to be narrower: as near as its dtype is."""
+    found = [(item.max_relative_error, _vector_limit(item), item.name) for item in tensors]
+    if not found:
+        return []
+    error, limit, name = _farthest(found)
+    origin = "norms, scalars and what was asked for in a narrower dtype are held in the dtype that the artefact stores"
+    return [Bound.at_most("weights.max_relative_error of vectors", error, limit, origin, name)]
+
+
+def _narrowed(item: TensorReport, plain: DType | None) -> bool:
+    """Whether plain numbers are in the dtype that was asked for, which has no room for all of the source's."""
+    return plain is not None and item.grid is None and item.dtype == plain not in ("f32", item.source_dtype)
+
+
+def _vector_limit(item: TensorReport) -> float:
+    """How far a vector may be from the source's; one that is stored in the source's dtype, or in f32, is all but it."""
+    if item.requantized:
+        return REQUANTIZED_VECTOR
+    return VECTOR_STEPS["f32" if item.dtype == item.source_dtype else item.dtype]
+
+
+def _listed(names: Iterable[str]) -> str | None:
+    """The first few of some names, and how many more there are; None for none."""
+    found = list(names)
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(found[:NAMED]) + more if found else None
+
+
+def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
+    """Whether the artefact could hold this tensor as it is.
+
+    A plain tensor that was put on a grid could not, nor could one whose grid has no container in the format, or whose
+    scales were rounded to the dtype that the format prescribes, nor one that was quantized anew because somebody asked
+    for it. An artefact without a grid that still differs is a plain one in a narrower dtype.
+    """
+    if item.requantized or _widened(item):
+        return False
+    if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
+        return not (item.scale_rounded and item.exact < item.compared)
+    return item.grid is None and len(item.shape) == 2
+
+
+def _quantized_anew(item: TensorReport, holds: Holds, plain: DType | None) -> bool:
+    """Whether codes were fitted to a tensor's values: as somebody asked, or since a plain one has no others."""
+    if item.fitted_rms is not None or _widened(item):
+        return False
+    return item.requantized or not (len(item.shape) != 2 or _narrowed(item, plain) or _must_be_exact(item, holds))
+
+
+def _widened(item: TensorReport) -> bool:
+    """Whether codes became wider ones with fewer scales, as in a format that knows one scale a row and no blocks."""
+    source, stored = item.source_grid, item.grid
+    if source is None or stored is None or not source.lossless:
+        return False
+    return stored.block > source.block and stored.bits > source.bits
+
+
+def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], departs: DepartureReport | None) -> list[Bound]:
+    conversion = report.conversion
+    if conversion is None:
+        return []
+    if report.arithmetic == "f32":
+        return _in_f32(report, conversion, departs)
+    metric = f"conversion.kld_mean in {report.arithmetic}"
+    noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
+    if not noises:
+        origin = "a number: nothing was measured that tells how far this arithmetic takes a right artefact"
+        return [Bound.at_most(metric, conversion.kld_mean, math.inf, origin)]
+    noise, floor = max(noises.items(), key=lambda item: item[1].kld_mean)
+    origin = f"{NOISE_FACTOR:g} times what PyTorch in {noise} differs from its f32 on the same tokens"
+    return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
+
+
+def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureReport | None) -> list[Bound]:
+    origin = "two right implementations in f32 are closer than that"
+    where = None if departs is None else str(departs)
+    agreement = conversion.top1_agreement if conversion.top1_but_ties is None else conversion.top1_but_ties
+    # Of fewer than a thousand all but one: llama.cpp moves a position in 80 of a right artefact by more than a tie.
+    share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))
+    result = [
+        Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin, where),
+        Bound.at_least("conversion.top1_agreement but for ties in f32", agreement, share, origin),
+    ]
+    if report.greedy is not None:
+        origin = "the KV cache must not change what follows"
+        result.append(Bound.at_least("greedy.equal in f32", report.greedy.equal, report.greedy.tokens, origin))
+    return result

@@ -1,0 +1,217 @@
+"""Tokenizer and chat template of an artefact against the checkpoint's: tables, thousands of texts, conversations.
+
+Where a runtime errs with an artefact that is right, which the artefact's own tables show, it is named and no fault of
+the artefact (docs/bounds.md).
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from gemexport._version import __version__
+from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic, locked
+from gemexport.judge.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
+from gemexport.validators.checks import chat, corpus, prompts, tokenizer, vocabulary
+from gemexport.validators.checks.tokenizer import Difference
+from gemexport.validators.runtimes.protocol import Runtime
+
+SHOWN = 20  # texts in the report, the shortest of each sort first
+KEPT = "reference/wording"  # folder in the work folder of the checkpoint's texts and ids
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Where an artefact has its tokenizer, and what it is when read back."""
+
+    path: Path  # a GGUF file, or the folder with tokenizer.json
+    scratch: Path
+
+    @classmethod
+    def of(cls, path: Path, scratch: Path) -> Artifact | None:
+        """The tokenizer of the artefact at `path`, in it or beside it; None where there is none."""
+        if path.is_file():
+            return cls(path, scratch) if is_gguf(path) else None
+        if (path / vocabulary.GENAI).is_file():
+            return cls(path, scratch)  # onnxruntime-genai does not run it without one
+        places = (path, path.parent) if path.suffix == ".mlpackage" else (path,)
+        return next((cls(place, scratch) for place in places if (place / FILES[0]).is_file()), None)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """It as files in Hugging Face layout; None for what cannot be read so."""
+        if self.path.is_dir():
+            return self.path
+        try:
+            return open_checkpoint(self.path, self.scratch / "read-back").assets
+        except InputError:
+            return None
+
+    def encode(self) -> Callable[[str], list[int]] | None:
+        """Hugging Face's tokenizers with the artefact's tables."""
+        file = self.folder / FILES[0] if self.folder else None
+        return tokenizer.load(file) if file is not None and file.is_file() else None
+
+    def template(self) -> chat.Template | None:
+        """The artefact's chat template."""
+        return chat.template(self.path)
+
+
+class Wording:
+    """The checkpoint's side; what takes long of it is made once a run, and kept in the folder `work`."""
+
+    def __init__(self, checkpoint: Checkpoint, work: Path) -> None:
+        self._assets = checkpoint.assets
+        self._size = checkpoint.architecture.vocab_size
+        # Not those with a token that the model has no row for.
+        self._texts = {t: ids for t, ids in encoded(checkpoint, work).items() if max(ids, default=0) < self._size}
+
+    def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
+        """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
+        own = runtime is not None and runtime.tokenize("") is not None
+        name = runtime.name if runtime is not None and own else f"tokenizers {version('tokenizers')}"
+        tables = self._tables(artifact)
+        expected = self._texts
+        found = (lambda text: runtime.tokenize(text) or []) if runtime is not None and own else artifact.encode()
+        if found is None:
+            return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables)
+        compared = tokenizer.compare(expected.__getitem__, found, list(expected))
+        differing = compared.differences
+        right = self._right(artifact, tables, differing) if own else set()
+        ordinary = set(prompts.prompts())
+        return TokenizerReport(
+            texts=compared.texts,
+            equal=compared.equal,
+            name=name,
+            runtime_only=len(right),
+            ordinary=sum(item.text in ordinary for item in differing),
+            vocabulary=tables,
+            differences=tuple(
+                TokenizerDifference(
+                    text=item.text, expected=item.expected, found=item.found, runtime=item.text in right
+                )
+                for item in sorted(differing, key=lambda item: (item.text in right, len(item.text)))[:SHOWN]
+            ),
+        )
+
+    def _right(self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[Difference, ...]) -> set[str]:
+        """The texts for which the artefact's own tables give the checkpoint's ids.
+
+        A GGUF file is nothing but its tables: where these are the checkpoint's, all are. A tokenizer.json holds more,
+        and is tried.
+        """
+        if artifact.path.is_file() or not differing:
+            return set() if tables else {item.text for item in differing}
+        read_back = artifact.encode()
+        return {item.text for item in differing if read_back and tuple(read_back(item.text)) == item.expected}
+
+    def chat(self, artifact: Artifact, runtime: Runtime | None) -> ChatReport | None:
+        """Every conversation that the checkpoint's template takes; None where the checkpoint has no template."""
+        own = chat.template(self._assets)
+        if own is None:
+            return None
+        expected = chat.taken(own)
+        layouts = [conversation.layout() for conversation, _ in expected]
+        template = artifact.template()
+        texts = runtime.chat(layouts) if runtime is not None else None
+        ours = f"transformers {version('transformers')}"
+        engine = runtime.name if runtime is not None and texts is not None else ours
+        if texts is None:
+            missing = f"{chat.REFUSED}there is no chat template"
+            texts = [template.render(layout) if template else missing for layout in layouts]
+        compared = chat.compare(expected, texts, template)
+        return ChatReport(
+            engine=engine,
+            conversations=compared.conversations,
+            equal=compared.conversations - len(compared.differences),
+            runtime_only=sum(item.runtime for item in compared.differences),
+            differences=tuple(
+                ChatDifference(
+                    conversation=item.conversation, expected=item.expected, found=item.found, runtime=item.runtime
+                )
+                for item in compared.differences
+            ),
+        )
+
+    def _tables(self, artifact: Artifact) -> tuple[str, ...]:
+        """What differs between the files, in sentences; nothing is read of files that are copies."""
+        pairs = [(self._assets / name, artifact.path / name) for name in FILES]
+        copied = artifact.path.is_dir() and all(_same(ours, theirs) for ours, theirs in pairs)
+        try:
+            if copied and not vocabulary.settings_differ(self._assets, artifact.path):
+                return ()
+            return vocabulary.compare(_vocabulary(self._assets), vocabulary.read(artifact.path), self._size)
+        except InputError as error:
+            return (error.problem,)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(assets: Path) -> vocabulary.Vocabulary:
+    return vocabulary.read(assets)
+
+
+def encoded(checkpoint: Checkpoint, work: Path) -> dict[str, tuple[int, ...]]:
+    """Every text that tokenizers are compared on, the built-in prompts among them, with the checkpoint's ids.
+
+    Kept in the folder `work` under what they are made of, for the validators beside this one: making them takes longer
+    than all that is done with them.
+    """
+    assets, size = checkpoint.assets, checkpoint.architecture.vocab_size
+    return _encoded(work / KEPT / f"{_mark(assets / FILES[0], size)}.json", assets, size)
+
+
+@lru_cache(maxsize=1)
+def _encoded(path: Path, assets: Path, size: int) -> dict[str, tuple[int, ...]]:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / "lock"):  # whoever comes second waits here, and then finds the file
+            if not path.is_file():
+                with atomic(path) as partial:
+                    partial.write_text(json.dumps(_encode(assets, size)), "ascii")
+    return {text: tuple(ids) for text, ids in json.loads(path.read_bytes()).items()}
+
+
+def _mark(file: Path, size: int) -> str:
+    """A digest of what the texts and their ids follow from."""
+    programs = (unicodedata.unidata_version, version("tokenizers"), __version__, str(size))
+    content = file.read_bytes() if file.is_file() else b""  # that there is none is told by who reads it
+    return hashlib.sha256("\n".join(programs).encode() + content).hexdigest()[:32]
+
+
+def _encode(assets: Path, size: int) -> dict[str, list[int]]:
+    tables = _vocabulary(assets)
+    encode = tokenizer.load(assets / FILES[0])
+    listed = (vocabulary.ADDED, vocabulary.SPECIAL)
+    added = [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in listed]
+    texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(tables.pieces[:size], added)]
+    return {text: encode(text) for text in texts}
+
+
+def _same(ours: Path, theirs: Path) -> bool:
+    if not (ours.is_file() and theirs.is_file()):
+        return ours.is_file() == theirs.is_file()
+    return filecmp.cmp(ours, theirs, shallow=False)
+
+
+def check_wording(
+    work: Path, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> tuple[TokenizerReport | None, ChatReport | None]:
+    """Tokenizer and chat template of an artefact in its runtime, or read back where there is none.
+
+    `work` is the folder for what is unpacked on the way.
+    """
+    artifact = Artifact.of(path, work)
+    if artifact is None:
+        return None, None
+    wording = Wording(checkpoint, work)
+    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)

@@ -1,0 +1,229 @@
+"""What a checkpoint, an artefact or a plan looks like in words: `inspect`, `plan`, and the verdict on one artefact."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gemexport.engine.dag import graph
+from gemexport.engine.output import WORK
+from gemexport.formats.checkpoint import is_gguf, open_checkpoint
+from gemexport.formats.grids.lattice import likely_block
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.tensor import ITEM_BYTES, Grid, Tensor
+from gemexport.judge.measured import NpuReport
+from gemexport.registry import TARGETS, recognise
+from gemexport.report.render import number, quantity, share, size
+from gemexport.report.schema import ArtifactReport
+from gemexport.request import Request, steps
+
+
+def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None:
+    """Print what a checkpoint, with an adapter merged in if one is given, or an artefact holds."""
+    console = Console(highlight=False)
+    if adapter is not None:
+        facts = _checkpoint_facts(path, adapter)
+    elif is_gguf(path):
+        facts = _gguf_facts(path)
+    else:
+        facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if key != "grids":
+            console.print(f"[bold]{key:<14}[/bold]{escape(str(value))}", soft_wrap=True)
+    table = Table("grid", "tensors", "weights", box=None, pad_edge=False, header_style="bold")
+    for row in facts["grids"]:
+        table.add_row(row["grid"], str(row["tensors"]), quantity(row["weights"]))
+    console.print()
+    console.print(table)
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    """A GGUF file is a checkpoint where it has all of a model; else an artefact, and the facts say why not more."""
+    try:
+        facts = _checkpoint_facts(path)
+    except InputError as error:
+        return {**_artifact_facts(path), "as a model": f"no: {error.problem}"}
+    return {"model": facts.pop("model"), "format": TARGETS["gguf"].title, **facts}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is what `all` takes: a folder of plain weights."""
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    text = config.read_text("utf-8", errors="replace")
+    return '"quantization' not in text and not any(path.glob("*.onnx"))
+
+
+def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """A checkpoint's decoder and, from a sample of rows of each tensor, the grids its weights seem to lie on."""
+    checkpoint = open_checkpoint(path, adapter=adapter)
+    decoder = checkpoint.architecture
+    sliding = sum(layer.sliding for layer in decoder.layers)
+    shared = sum(not layer.owns_cache for layer in decoder.layers)
+    heads = sorted({layer.head_dim for layer in decoder.layers})
+    grids = {}
+    for name, tensor in checkpoint.tensors.items():
+        block = likely_block(tensor) if len(tensor.shape) == 2 and tensor.grid is None else None
+        width = tensor.shape[-1] if tensor.shape else 1
+        grids[name] = f"int4, {_block(block, width)} (sampled)" if block else _stored(tensor)
+    return {
+        "model": checkpoint.name,
+        "architecture": decoder.family,
+        "parameters": quantity(decoder.parameters()),
+        "bytes": size(checkpoint.nbytes()),
+        "layers": f"{len(decoder.layers)} ({sliding} sliding, {shared} share keys and values)",
+        "hidden size": decoder.hidden_size,
+        "head sizes": ", ".join(map(str, heads)),
+        "vocabulary": decoder.vocab_size,
+        "left out": f"{len(checkpoint.left_out)} tensors that the text decoder does not have",
+        **({"notes": "; ".join(checkpoint.notes)} if checkpoint.notes else {}),
+        "grids": _summary(checkpoint.tensors, grids),
+    }
+
+
+def _artifact_facts(path: Path) -> dict[str, Any]:
+    """An artefact's tensors and the grids that they are stored on."""
+    target = recognise(path)
+    if missing := [package for package in target.missing() if package != target.runtime]:
+        raise InputError(path, f"is {target.title}, which needs {', '.join(missing)}", target.install_hint())
+    tensors = target.reader().tensors(path)
+    grids = {name: _stored(tensor) for name, tensor in tensors.items()}
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {
+        "artefact": path.name,
+        "format": target.title,
+        "parameters": quantity(sum(math.prod(tensor.shape) for tensor in tensors.values())),
+        "bytes": size(sum(file.stat().st_size for file in files)),
+        "grids": _summary(tensors, grids),
+    }
+
+
+def _stored(tensor: Tensor) -> str:
+    grid: Grid | None = tensor.grid
+    if grid is None:
+        codec = getattr(tensor, "codec", None)  # of an AdditiveTensor, whose module compiles loops when it is imported
+        return tensor.dtype if codec is None else f"{codec}, {tensor.rows(0, 1).grid()[1].shape[1]} scales a row"
+    codes = f"{grid.bits}-bit codebook" if grid.kind == "codebook" else f"int{grid.bits}"
+    shifted = {"affine": " and biases", "zero-point": " and zero points"}.get(grid.kind, "")
+    return f"{codes}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales{shifted}"
+
+
+def _block(block: int, width: int) -> str:
+    return "one scale a row" if block == width else f"blocks of {block}"
+
+
+def _summary(tensors: Mapping[str, Tensor], grids: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Tensors and weights by grid, the most weights first."""
+    count: Counter[str] = Counter(grids.values())
+    weights: Counter[str] = Counter()
+    for name, grid in grids.items():
+        weights[grid] += math.prod(tensors[name].shape)
+    return [{"grid": grid, "tensors": count[grid], "weights": total} for grid, total in weights.most_common()]
+
+
+def print_plan(asked: Request, as_json: bool) -> None:
+    """Print the DAG of a request with sizes and memory estimates; nothing is run or written."""
+    checkpoint = asked.checkpoint()
+    wanted = steps(asked, checkpoint)
+    nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
+    expected = {f"export {step.key}": _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    rows = [
+        {
+            "step": node.name,
+            "after": list(node.needs),
+            "memory_bytes": node.memory,
+            "output_bytes": expected.get(node.name, 0),
+        }
+        for node in nodes
+    ]
+    if as_json:
+        print(json.dumps({"jobs": asked.jobs, "memory_bytes": asked.memory, "steps": rows}, indent=2))
+        return
+    console = Console(highlight=False)
+    table = Table("step", "after", "memory", "writes about", box=None, pad_edge=False, header_style="bold")
+    for node in nodes:
+        written = expected.get(node.name)
+        table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
+    console.print(table)
+    limits = f"{asked.jobs} at a time, within {size(asked.memory)}"
+    console.print(f"\n{limits}; artefacts go to {escape(str(asked.out))}", soft_wrap=True)
+    without = [step.key for step in wanted if step.target.missing()]
+    if without:
+        console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
+
+
+def _expected_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
+    """What the weights of a variant come to: 4 bit and a 16-bit scale for 32 weights, or a plain dtype."""
+    plain = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}.get(variant.lower())
+    total = 0.0
+    for tensor in tensors.values():
+        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) != 2 else 18 / 32
+        total += math.prod(tensor.shape) * (plain or own)
+    return int(total)
+
+
+def print_verdict(report: ArtifactReport) -> None:
+    """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
+    console = Console(highlight=False)
+    style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
+    console.print(f"[{style}]{report.status}[/]  {report.format} {escape(str(report.path))}", soft_wrap=True)
+    if report.reason:
+        console.print(escape(report.reason), style=style, soft_wrap=True)
+    if report.weights:
+        exact = share(report.weights.exact_fraction)
+        console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")
+    if report.tokenizer:
+        console.print(f"tokenizer   {report.tokenizer.equal} of {report.tokenizer.texts} texts equal")
+    if report.chat:
+        engine = f"in {report.chat.engine}"
+        console.print(f"chat        {report.chat.equal} of {report.chat.conversations} conversations equal {engine}")
+    for logits in (report.logits, *report.more_logits):
+        for question, figures in (("conversion", logits.conversion), ("loss", logits.loss)) if logits else ():
+            if figures and logits:
+                console.print(
+                    f"{question:<12}KLD {number(figures.kld_mean)} nats (max {number(figures.kld_max)}), "
+                    f"same top-1 {share(figures.top1_agreement)}, over {logits.tokens} tokens in {logits.runtime}, "
+                    f"{logits.arithmetic}",
+                    soft_wrap=True,
+                )
+    if report.npu:
+        _print_npu(report.npu, console)
+    for note in report.notes:
+        console.print(f"  {escape(note)}", soft_wrap=True)
+    for bound in report.bounds:
+        mark, style = ("held", "") if bound.held else ("BROKEN", "red")
+        console.print(f"  {mark:<7} {escape(str(bound))}", soft_wrap=True, style=style)
+
+
+def _print_npu(npu: NpuReport, console: Console) -> None:
+    """Print what the NPU's compiler and emulator said."""
+    console.print(f"npu         HTP v{npu.architecture}, {npu.compiler}, {npu.seconds:.0f} s", soft_wrap=True)
+    if npu.context:
+        console.print(
+            f"            {size(npu.context_bytes)} of context binaries in {escape(npu.context)}", soft_wrap=True
+        )
+    for refusal in npu.refused:
+        where = f"{refusal.graph} {refusal.node} ({refusal.operator})"
+        console.print(f"  refused {escape(f'{where}: {refusal.reason}')}", soft_wrap=True)
+    for error in npu.errors:
+        console.print(f"  {escape(error)}", soft_wrap=True)
+    for compared in npu.comparisons:
+        figures = compared.divergence
+        console.print(
+            f"            {compared.of} against {compared.against}: KLD {number(figures.kld_mean)} nats "
+            f"(max {number(figures.kld_max)}), same top-1 {share(figures.top1_agreement)}, largest difference of a "
+            f"logit {compared.max_difference:.3g}, over {npu.tokens} tokens",
+            soft_wrap=True,
+        )

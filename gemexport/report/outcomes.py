@@ -1,0 +1,143 @@
+"""The report of a run out of what its steps returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemexport.engine.scheduler import succeeded
+from gemexport.engine.worker import Outcome
+from gemexport.exporters.result import Export
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.grids.search import GridIndex
+from gemexport.judge.diagnosis import rounded_as_run
+from gemexport.judge.measured import Divergence, GridReport, NpuReport, Validation
+from gemexport.judge.npu import npu_bounds
+from gemexport.judge.verdict import bounds
+from gemexport.report.checksums import artifact_sha256, describe_files
+from gemexport.report.notes import left_notes, wording_notes
+from gemexport.report.schema import (
+    ArtifactReport,
+    ExportStats,
+    LatticeReport,
+    LatticeTensor,
+    ModelReport,
+    ValidationReport,
+    verdict,
+)
+from gemexport.request import Request, Step
+
+
+def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
+    """The report of one artefact out of its nodes' outcomes."""
+    exported = outcomes.get(f"export {step.key}", Outcome())
+    judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
+    floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
+    base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
+    failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
+    if step.path.exists() and succeeded(exported):
+        files = describe_files(asked.out, step.path)
+        base |= {
+            "path": step.path.relative_to(asked.out).as_posix(),
+            "bytes": sum(file.bytes for file in files),
+            "sha256": artifact_sha256(files),
+            "files": files,
+        }
+    if isinstance(exported.value, Export):
+        base |= {
+            "run": exported.value.run,
+            "notes": (*exported.value.notes, *_codec_notes(asked, step)),
+            "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
+        }
+    seconds = exported.seconds + judged.seconds
+    if failed is not None:
+        reason = str(failed.error) if failed.error else failed.failure
+        return ArtifactReport(**base, status="error", reason=reason, seconds=seconds)
+    if not isinstance(judged.value, Validation):
+        return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
+    found = judged.value
+    npu: NpuReport | None = compiled.value
+    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant), step.target.plain(step.variant)) + (
+        npu_bounds(npu) if npu else ()
+    )
+    status, reason = verdict(held)
+    if found.logits is None and status == "pass":
+        reason = "logits were not compared: the model does not fit into --memory"
+    measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
+    logits = found.logits.model_copy(update=measured) if found.logits else None
+    as_run = rounded_as_run(step.target.title, found.weights.tensors)
+    base["notes"] = (*base.get("notes", ()), *as_run, *wording_notes(found.tokenizer, found.chat))
+    return ArtifactReport(
+        **base,
+        status=status,
+        reason=reason,
+        weights=found.weights,
+        facts=found.facts,
+        tokenizer=found.tokenizer,
+        chat=found.chat,
+        logits=logits,
+        more_logits=found.more_logits,
+        departs=found.departs,
+        npu=npu,
+        bounds=held,
+        validation=_validation(found, judged.seconds),
+        seconds=seconds,
+    )
+
+
+def _codec_notes(asked: Request, step: Step) -> list[str]:
+    """That a codec was asked for which the artefact has no place for."""
+    codecs = ", ".join(str(codec) for codec in asked.ple_codecs if codec is not None)
+    if not codecs or step.variant in step.target.codec_variants:
+        return []
+    what = f"the variant {step.variant}" if step.target.codec_variants else step.target.title
+    return [f"{what} has nothing that holds a vector codec ({codecs}): the per-layer embeddings are as without it"]
+
+
+def _validation(found: Validation, seconds: float) -> ValidationReport:
+    """How long the validation took, and the runtimes in it."""
+    runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
+    return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
+
+
+def model_report(
+    asked: Request, source: Checkpoint, checkpoint: Checkpoint, found: Outcome, further: list[str]
+) -> ModelReport:
+    """The report of the model `source`, and of the grids of what was made of it."""
+    decoder = checkpoint.architecture
+    return ModelReport(
+        name=source.name,
+        architecture=decoder.family,
+        parameters=decoder.parameters(),
+        bytes=source.nbytes(),
+        source=str(asked.model),
+        left_out=source.left_out,
+        compression=None if asked.compression is None else asked.compression.method,
+        adapter=None if asked.adapter is None else str(asked.adapter),
+        notes=(*source.notes, *further, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
+        lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
+    )
+
+
+def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> LatticeReport:
+    """What the lattice search found, as the report tells it."""
+    tensors, weights, on_grid = [], 0, 0.0
+    for record in index.tensors:
+        tensor = checkpoint.tensors[record.name]
+        count = tensor.shape[0] * tensor.shape[1]
+        weights, on_grid = weights + count, on_grid + count * record.lattice_fraction
+        grid = GridReport.of(tensor.grid)
+        if grid is None and record.bits and record.block and record.scale_dtype:
+            grid = GridReport(
+                bits=record.bits, block=record.block, scale_dtype=record.scale_dtype, lossless=record.lossless
+            )
+        tensors.append(
+            LatticeTensor(
+                name=record.name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                grid=grid,
+                grid_fraction=record.lattice_fraction,
+                left=record.left,
+            )
+        )
+    return LatticeReport(weights=weights, on_grid=round(on_grid), seconds=seconds, tensors=tuple(tensors))

@@ -1,0 +1,243 @@
+"""What a run found out, as data: `report.json` is these models, written as they stand.
+
+Numbers here were measured in the run that wrote them; `docs/report.md` says what each field means and in
+which unit. Everything is frozen, and apart from seconds and memory the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import atomic
+from gemexport.judge.measured import (
+    ChatReport,
+    DepartureReport,
+    FactReport,
+    GridReport,
+    LogitsReport,
+    NpuReport,
+    ReportModel,
+    TokenizerReport,
+    WeightsReport,
+)
+
+Status = Literal["pass", "fail", "error", "skipped"]
+
+SCHEMA = 1
+_PACKAGES = (
+    *(
+        "gemexport",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "numba",
+        "gguf",
+        "xllamacpp",
+        "libggml-python",
+        "mlx",
+        "mlx-lm",
+    ),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-qnn", "coremltools", "compressed-tensors"),
+)
+
+
+class LatticeTensor(ReportModel):
+    """One 2-D tensor of the source `[out, in]` and the share of its blocks that lie on an integer grid."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    grid: GridReport | None = None
+    grid_fraction: float
+    left: bool = False  # an adapter was merged into it, which took it off the grid that its base lies on
+
+
+class LatticeReport(ReportModel):
+    """What the search for integer grids found: `weights` were looked at, `on_grid` of them lie on one."""
+
+    weights: int
+    on_grid: int
+    seconds: float
+    tensors: tuple[LatticeTensor, ...] = ()
+
+
+class ModelReport(ReportModel):
+    """The checkpoint that went in. `bytes` is what its decoder holds, `left_out` names what was not taken.
+
+    `adapter` is the LoRA that was merged in, `compression` the method of llm-compressor that quantized it; `notes` say
+    what reading, merging and compressing changed.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    bytes: int
+    source: str
+    left_out: tuple[str, ...] = ()
+    adapter: str | None = None
+    compression: str | None = None
+    notes: tuple[str, ...] = ()
+    lattice: LatticeReport | None = None
+
+
+class FileReport(ReportModel):
+    """One file of an artefact, its path relative to the output folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ExportStats(ReportModel):
+    """Wall-clock seconds of the export alone, and the peak of its anonymous memory (RssAnon) in bytes."""
+
+    seconds: float
+    peak_rss_bytes: int | None = None
+
+
+class ValidationReport(ReportModel):
+    """Wall-clock seconds of a validation, those of the runtimes in it, and all of them by what they were spent on."""
+
+    seconds: float
+    runtime_seconds: float
+    steps: dict[str, float] = Field(default_factory=dict)
+
+
+class Bound(ReportModel):
+    """One thing the verdict rests on: a metric, its value, its limit and where that comes from.
+
+    `where` names what broke it: tensors, facts, a text.
+    """
+
+    metric: str
+    value: float
+    relation: Literal["<=", ">="]
+    limit: float
+    origin: str
+    held: bool
+    where: str | None = None
+
+    @classmethod
+    def at_most(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
+        """`value` must not exceed `limit`; NaN does not hold."""
+        held = value <= limit
+        return cls(metric=metric, value=value, relation="<=", limit=limit, origin=origin, held=held, where=where)
+
+    @classmethod
+    def at_least(cls, metric: str, value: float, limit: float, origin: str, where: str | None = None) -> Bound:
+        """`value` must reach `limit`; NaN does not hold."""
+        held = value >= limit
+        return cls(metric=metric, value=value, relation=">=", limit=limit, origin=origin, held=held, where=where)
+
+    def __str__(self) -> str:
+        broken = "" if self.held else "not "
+        text = f"{self.metric} is {self.value:.4g}, {broken}{self.relation} {self.limit:.4g} ({self.origin})"
+        text = re.sub(r"e([+-])0?(\d+)\b", lambda found: f"e{found[1].lstrip('+')}{found[2]}", text)
+        return text if self.held or not self.where else f"{text}: {self.where}"
+
+
+class ArtifactReport(ReportModel):
+    """One artefact: what was written, how close it is to the model, and the verdict with its reasons.
+
+    `skipped` claims nothing: not written, or written and not validated; `reason` says which. `run` is the
+    line that runs it. `more_logits` holds further runtimes or arithmetics than the one the table shows.
+    """
+
+    format: str
+    variant: str
+    path: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    files: tuple[FileReport, ...] = ()
+    status: Status
+    reason: str | None = None
+    run: str | None = None
+    notes: tuple[str, ...] = ()
+    export: ExportStats | None = None
+    weights: WeightsReport | None = None
+    facts: tuple[FactReport, ...] = ()
+    tokenizer: TokenizerReport | None = None
+    chat: ChatReport | None = None
+    logits: LogitsReport | None = None
+    more_logits: tuple[LogitsReport, ...] = ()
+    departs: DepartureReport | None = None
+    npu: NpuReport | None = None
+    bounds: tuple[Bound, ...] = ()
+    validation: ValidationReport | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """This artefact as JSON with a newline at its end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Report(ReportModel):
+    """A whole run: the model that went in and one entry for each artefact, in the order of the request."""
+
+    schema_version: int = SCHEMA
+    model: ModelReport
+    recipe: str | None = None
+    versions: dict[str, str]
+    artifacts: tuple[ArtifactReport, ...] = ()
+    machine: str | None = None
+    jobs: int | None = None
+    reference_seconds: float | None = None
+    seconds: float = 0.0
+    peak_rss_bytes: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no artefact failed its validator or stopped with an error."""
+        return all(artifact.status in ("pass", "skipped") for artifact in self.artifacts)
+
+    def to_json(self) -> str:
+        """What `report.json` holds: fields in the order above, and a newline at the end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def verdict(bounds: Iterable[Bound]) -> tuple[Status, str | None]:
+    """`("pass", None)`, or `("fail", reason)` where the reason names every bound that did not hold."""
+    broken = [str(bound) for bound in bounds if not bound.held]
+    return ("fail", "; ".join(broken)) if broken else ("pass", None)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages a run can depend on, those that are installed, sorted by name."""
+    found: dict[str, str] = {}
+    for package in sorted(_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_report(path: Path) -> Report:
+    """The report at `path`; fields that a later gemexport added are passed over. Raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read ({error})", "give the report.json of a gemexport run") from error
+    try:
+        return Report.model_validate_json(text, extra="ignore")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(
+            path, f"is not a report: {where}: {first['msg']}", "write it anew with gemexport all"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path`, which never holds half of it; return `path`. Raises InputError."""
+    with atomic(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
+    return path

@@ -1,0 +1,139 @@
+"""The decoder description is the model: computed eagerly, it gives transformers' logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gemexport.exporters.graphs.decoder import logits
+from gemexport.formats.gemma.architecture import Architecture, Layer, architecture
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": 5,
+    "max_position_embeddings": 256,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA3 = COMMON | {
+    "num_hidden_layers": 3,
+    "layer_types": [SLIDING, SLIDING, FULL],
+    "query_pre_attn_scalar": 48,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+        FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    },
+}
+E2B = COMMON | {
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
+    "num_key_value_heads": 1,
+    "global_head_dim": 64,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 80,
+    "final_logit_softcapping": 30.0,
+}
+K_EQ_V = COMMON | {
+    "num_hidden_layers": 4,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL],
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "tie_word_embeddings": False,
+}
+
+
+class Eager:
+    """The decoder's operations in PyTorch, computed at once."""
+
+    def __init__(self, a: Architecture, weights: dict[str, Any], ids: Any) -> None:
+        self.a, self.weights, self.ids = a, weights, ids
+        self.cache: dict[int, tuple[Any, Any]] = {}
+
+    def embedding(self, weight: str, scale: float) -> Any:
+        return self.weights[weight][self.ids] * scale
+
+    def linear(self, x: Any, weight: str) -> Any:
+        return x @ self.weights[weight].T
+
+    def rms_norm(self, x: Any, weight: str | None, eps: float, offset: float) -> Any:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return x if weight is None else x * (self.weights[weight] + offset)
+
+    def split(self, x: Any, parts: int) -> Any:
+        return x.unflatten(-1, (parts, -1))
+
+    def merge(self, x: Any) -> Any:
+        return x.flatten(-2)
+
+    def part(self, x: Any, index: int) -> Any:
+        return x[..., index, :]
+
+    def rotary(self, x: Any, layer: Layer) -> Any:
+        frequencies = torch.from_numpy(layer.rope.inv_freq(layer.head_dim)).float()
+        angles = torch.arange(x.shape[1])[:, None, None] * frequencies
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    def remember(self, k: Any, v: Any, layer: Layer) -> None:
+        self.cache[layer.index] = k, v
+
+    def attention(self, q: Any, layer: Layer, scale: float, softcap: float | None) -> Any:
+        groups = self.a.heads // layer.kv_heads
+        k, v = (x.repeat_interleave(groups, 2) for x in self.cache[layer.kv_source])
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+        scores = scores if softcap is None else self.softcap(scores, softcap)
+        ago = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        unseen = (ago < 0) | (ago >= self.a.sliding_window) if layer.sliding else ago < 0
+        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
+
+    def constant(self, weight: str) -> Any:
+        return self.weights[weight]
+
+    def gelu(self, x: Any) -> Any:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    def add(self, a: Any, b: Any) -> Any:
+        assert a.shape == b.shape
+        return a + b
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def scale(self, x: Any, factor: float) -> Any:
+        return x * factor
+
+    def softcap(self, x: Any, cap: float) -> Any:
+        return cap * torch.tanh(x / cap)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("Gemma3", GEMMA3), ("Gemma4", E2B), ("Gemma4", K_EQ_V)], ids=["gemma3", "e2b", "k_eq_v"]
+)
+def test_the_description_gives_transformers_logits(kind: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}TextConfig")(**settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("layer_scalar"))):
+            # Large enough that soft caps, masks and norms matter.
+            weight.copy_(torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.2))
+    a = architecture(config.to_dict(), "config.json")
+    state = model.state_dict()
+    weights = {name: state[name] for name in a.tensor_shapes()}
+    ids = torch.randint(0, 80, (2, 24))
+    with torch.no_grad():
+        wanted, found = model(ids).logits, logits(a, Eager(a, weights, ids))
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,51 @@
+"""What is stored of a tensor is read and put back without a byte changed, in every format."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from gemexport.exporters import compressed_tensors, coreml, gguf, mlx, onnx
+from gemexport.faults.places import PLACES
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.grids.recipe import RECIPES
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.registry import TARGETS
+
+NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.layers.1.layer_scalar")
+EXPORTERS = {
+    "gguf": (gguf, "Q4_0"), "mlx": (mlx, "4bit"), "onnx": (onnx, "int4"), "coreml": (coreml, "int4"),
+    "compressed-tensors": (compressed_tensors, "w4a16"),
+}  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def grids(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grids")
+    find_grids(open_checkpoint(tiny_gemma4), folder, RECIPES["default"], lambda _: None)
+    return folder
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_reading_and_writing_back_changes_nothing(target: str, grids: Path, tiny_gemma4: Path, tmp_path: Path) -> None:
+    exporter, variant = EXPORTERS[target]
+    checkpoint = attach(open_checkpoint(tiny_gemma4), grids)
+    path = TARGETS[target].path(tmp_path, "model", variant)
+    path.parent.mkdir(parents=True)
+    exporter.export(checkpoint, path, variant=variant)
+    before = digest(path)
+    for name in NAMES:
+        place = PLACES[target](path, name)
+        numbers = place.read()
+        assert numbers.codes.shape[-1] == checkpoint.tensors[name].shape[-1]
+        place.write(numbers)
+        again = PLACES[target](path, name).read()
+        assert (again.codes == numbers.codes).all()
+    assert digest(path) == before

@@ -1,0 +1,65 @@
+"""report.junit.xml: what continuous integration will count, and text that XML cannot hold."""
+
+from __future__ import annotations
+
+import math
+from xml.etree import ElementTree
+
+from gemexport.report.junit import render_junit
+from gemexport.report.schema import ArtifactReport, Bound, ModelReport, Report
+
+HELD = Bound.at_least("tokenizer.equal", 40, 40, "every text")
+BROKEN = Bound.at_most("conversion.kld_mean in f32", math.nan, 1e-5, "two right <implementations>")
+
+
+def suites(*artifacts: ArtifactReport, name: str = "m") -> ElementTree.Element:
+    model = ModelReport(name=name, architecture="gemma3", parameters=1, bytes=2, source="m")
+    text = render_junit(Report(model=model, versions={}, artifacts=artifacts, seconds=2.5))
+    return ElementTree.fromstring(text)
+
+
+def artifact(**more: object) -> ArtifactReport:
+    return ArtifactReport.model_validate({"format": "gguf", "variant": "Q4_0", "status": "pass", **more})
+
+
+def counts(element: ElementTree.Element) -> list[int]:
+    return [int(element.attrib[key]) for key in ("tests", "failures", "errors", "skipped")]
+
+
+def test_every_bound_is_a_case_and_a_broken_one_says_why() -> None:
+    found = suites(artifact(bounds=(HELD, BROKEN), status="fail", reason=str(BROKEN), seconds=1.25))
+    (suite,) = found
+    assert (suite.attrib["name"], suite.attrib["time"]) == ("gguf Q4_0", "1.250")
+    assert counts(found) == counts(suite) == [2, 1, 0, 0]
+    held, broken = suite
+    assert (held.attrib["classname"], held.attrib["name"]) == ("gemexport.gguf.Q4_0", "tokenizer.equal")
+    assert len(held) == 0
+    assert broken[0].tag == "failure"
+    assert broken[0].attrib["message"] == str(BROKEN) == broken[0].text
+
+
+def test_what_ended_without_bounds_is_a_case_of_its_own() -> None:
+    found = suites(
+        artifact(status="error", reason="it stopped"),
+        artifact(status="skipped", reason="not validated"),
+        artifact(status="fail", reason="layer 3 departs", bounds=(HELD,)),
+        artifact(),
+    )
+    assert counts(found) == [5, 1, 1, 1]
+    assert [[case.attrib["name"] for case in suite] for suite in found] == [
+        ["verdict"], ["verdict"], ["tokenizer.equal", "verdict"], ["verdict"],
+    ]  # fmt: skip
+    assert [result.attrib["message"] for result in found.iterfind(".//testcase/*")] == [
+        "it stopped", "not validated", "layer 3 departs",
+    ]  # fmt: skip
+
+
+def test_a_metric_that_comes_twice_has_two_names() -> None:
+    found = suites(artifact(bounds=(HELD, HELD)))
+    assert [case.attrib["name"] for case in found[0]] == ["tokenizer.equal", "tokenizer.equal (2)"]
+
+
+def test_text_from_outside_stays_xml() -> None:
+    found = suites(artifact(status="error", reason="\x1b[0m \x00 ]]> & <b> \ud800"), name='<m "\x07">')
+    assert found.attrib["name"] == 'gemexport: <m "\ufffd">'
+    assert found[0][0][0].attrib["message"] == "\ufffd[0m \ufffd ]]> & <b> \ufffd"

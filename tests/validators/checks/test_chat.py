@@ -1,0 +1,119 @@
+"""Chat templates: what is compared, that a changed one is named, and llama.cpp's own engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gemexport.exporters import gguf
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, taken, template
+from gemexport.validators.runtimes import llama_cpp
+from gemexport.validators.runtimes.llama_cpp import chat as llama_chat
+
+# Knows system turns, tools, calls, results, parts and thinking: as much as a real one, in little.
+KNOWING = (
+    "{{ bos_token }}"
+    "{% if tools %}{{ '<tools>' + (tools | map(attribute='function.name') | join(',')) + '\n' }}{% endif %}"
+    "{% if enable_thinking %}<think>\n{% endif %}{% for m in messages %}{{ '<' + m.role + '>' }}"
+    "{% if m.content is string %}{{ m.content | trim }}"
+    "{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({% for k, v in c.function.arguments | dictsort %}"
+    "{{ k }}={{ v }};{% endfor %}){% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+)
+
+
+def test_a_template_that_knows_all_takes_all() -> None:
+    found = {conversation.name: text for conversation, text in taken(Template(KNOWING, {"bos_token": "<bos>"}))}
+    assert len(found) == len(CONVERSATIONS) == len({conversation.name for conversation in CONVERSATIONS})
+    assert found["tool called"].startswith("<bos><tools>get_weather,search\n<user>Will it rain in Zürich")
+    assert "get_weather(city=Zürich;days=1;)" in found["tool called"]
+    assert [name for name in found if "<think>" in found[name]] == [
+        item.name for item in CONVERSATIONS if item.thinking
+    ]
+    assert [name for name in found if found[name].endswith("<model>")] == [
+        item.name for item in CONVERSATIONS if item.answer
+    ]
+
+
+def test_a_template_is_not_asked_for_what_it_does_not_know(tiny_gemma4: Path) -> None:
+    own = template(tiny_gemma4)
+    assert own is not None
+    names = {conversation.name for conversation, _ in taken(own)}
+    assert {"user", "system", "several turns", "thinking"} <= names
+    assert not names & {"tools", "tool called", "parts"}
+    strict = Template("{{ raise_exception('no') if messages[0].role == 'system' }}{{ messages | length }}", {})
+    assert not {conversation.name for conversation, _ in taken(strict)} & {"system", "thinking, system"}
+
+
+def test_a_changed_role_marker_is_named() -> None:
+    own, other = Template(KNOWING, {}), Template(KNOWING.replace("'<' + m.role", "'< ' + m.role"), {})
+    expected = taken(own)
+    wrong = [other.render(conversation.layout()) for conversation, _ in expected]
+    found = compare(expected, wrong, other)
+    assert found.conversations == len(found.differences) == len(CONVERSATIONS)
+    assert not any(difference.runtime for difference in found.differences)
+    assert compare(expected, [text for _, text in expected], own).differences == ()
+
+
+def test_an_engine_that_errs_with_the_right_template_is_told_apart() -> None:
+    own = Template(KNOWING, {})
+    expected = taken(own)
+    texts = [text for _, text in expected]
+    (difference,) = compare(expected, ["!", *texts[1:]], own).differences
+    assert (difference.conversation, difference.found, difference.runtime) == ("user", "!", True)
+
+
+def test_a_refusal_is_an_answer() -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise ValueError("no\ntemplate")
+
+    assert apply(refuse, CONVERSATIONS[0].layout()) == f"{REFUSED}no"
+
+
+def test_templates_come_from_any_place(tmp_path: Path) -> None:
+    assert template(tmp_path) is None
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    settings = {"chat_template": named, "bos_token": {"content": "<b>"}, "eos_token": "<e>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert template(tmp_path) == Template("d", {"bos_token": "<b>", "eos_token": "<e>"})
+    (tmp_path / "chat_template.jinja").write_text("f")
+    found = template(tmp_path)
+    assert found is not None
+    assert found.source == "f"
+
+
+@pytest.mark.parametrize("source", [None, KNOWING])
+def test_llama_cpps_engine_lays_out_the_same(tiny_gemma4: Path, tmp_path: Path, source: str | None) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gemma4, folder)
+    if source:
+        (folder / "chat_template.jinja").write_text(source)
+    file = gguf.export(open_checkpoint(folder), tmp_path / "m.gguf", variant="BF16").path
+    own = template(folder)
+    assert own is not None
+    # What llama.cpp makes of parts and of tools depends on what it finds out about a template: only real ones do here.
+    expected = [(item, text) for item, text in taken(own) if not item.tools and item.name != "parts"]
+    runtime = llama_cpp.load(file, threads=1, context=64)
+    try:
+        texts = runtime.chat([conversation.layout() for conversation, _ in expected])
+    finally:
+        runtime.close()
+    assert texts is not None
+    assert compare(expected, texts, own).differences == ()
+
+
+def test_calls_are_json_in_a_string_for_llama_cpp() -> None:
+    called = next(conversation for conversation in CONVERSATIONS if conversation.name == "tool called")
+    message = llama_chat.request(called.layout())["messages"][1]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "Zürich", "days": 1}
+    assert isinstance(called.layout()["messages"][1]["tool_calls"][0]["function"]["arguments"], dict)
+
+
+def test_a_server_that_dies_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RuntimeError, match="status"):
+        llama_chat.render(tmp_path / "x.gguf", [CONVERSATIONS[0].layout()], "")

@@ -1,0 +1,75 @@
+"""mlx-lm takes an exported folder as it is, and set to f32 it is the reference model that holds the same numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemexport.exporters import mlx as exporter
+from gemexport.formats import mlx
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.storage.errors import InputError
+from gemexport.validators.checks import prompts, tokenizer
+from gemexport.validators.checks.divergence import Divergence
+from gemexport.validators.reference import reference
+from gemexport.validators.runtimes import mlx as adapter
+
+pytest.importorskip("mlx_lm")
+
+
+@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
+def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+    model: Path = request.getfixturevalue(f"tiny_{request.param}")
+    work = tmp_path_factory.mktemp("mlx")
+    checkpoint = open_checkpoint(model)
+    find_grids(checkpoint, work / "grids", load_recipe("default"))
+    checkpoint = attach(checkpoint, work / "grids")
+    return checkpoint, exporter.export(checkpoint, work / "4bit").path
+
+
+def test_conversion(artefact: tuple[Checkpoint, Path]) -> None:
+    checkpoint, folder = artefact
+    encode = tokenizer.load(checkpoint.path / "tokenizer.json")
+    texts = [encode(text) for text in prompts.prompts()]
+    sequence = prompts.sequences(texts, checkpoint.architecture, 100)[0]
+    runtime = adapter.load(folder, threads=2, context=256)
+    expected = reference(checkpoint.text_config, mlx.tensors(folder), 2)
+    try:
+        found, total = runtime.logits(sequence), Divergence()
+        total.add(expected.logits(sequence), found, sequence)
+        assert total.kld_mean < 1e-9
+        assert total.top1_agreement == 1.0
+        # A few positions go through MLX's quantized product, many through unpacked matrices.
+        np.testing.assert_allclose(runtime.logits(sequence[:4]), found[:4], atol=1e-4)
+        assert runtime.greedy(sequence[:40], 32) == expected.greedy(sequence[:40], 32)
+        compared = tokenizer.compare(encode, lambda text: runtime.tokenize(text) or [], prompts.HARD_TEXTS)
+        assert compared.equal
+        assert runtime.arithmetic == "f32"
+    finally:
+        runtime.close()
+
+
+@pytest.mark.slow
+def test_mlx_lm_needs_nothing_of_ours(artefact: tuple[Checkpoint, Path]) -> None:
+    program = (
+        "import sys, mlx.core as mx, mlx_lm\n"
+        "mx.set_default_device(mx.cpu); mx.disable_compile()\n"
+        "model, tokenizer = mlx_lm.load(sys.argv[1])\n"
+        "print(len(mlx_lm.generate(model, tokenizer, 'Hello', max_tokens=5)))\n"
+        "assert not any(name.startswith('gemexport') for name in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(artefact[1])]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, cwd=artefact[1]).stdout.strip()
+
+
+def test_a_folder_that_does_not_load_is_explained(artefact: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    config = (artefact[1] / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("gemma3_text", "no_such").replace("gemma4_text", "no_such"))
+    with pytest.raises(InputError, match="mlx-lm cannot load it"):
+        adapter.load(tmp_path, threads=1, context=16)

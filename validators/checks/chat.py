@@ -1,0 +1,253 @@
+"""Conversations laid out by a chat template: what the checkpoint's gives, and what an artefact makes of the same ones.
+
+The checkpoint's template is rendered as transformers does it, in Jinja's sandbox; no other code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.checkpoint import is_gguf
+from gemexport.validators.checks.vocabulary import content, settings_of
+from gemexport.validators.runtimes.protocol import Layout
+
+_AS_PYTHON = "{'type': 'text'"  # a list printed as it is, by a template that expects a text
+REFUSED = "refused: "  # begins what stands for a text where an engine gives none
+
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the place"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+                "days": {"type": "integer", "description": "How many days ahead"},
+            },
+            "required": ["city"],
+        },
+    },
+}
+_SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Find documents.",
+        "parameters": {
+            "type": "object",
+            "properties": {"words": {"type": "array", "items": {"type": "string"}}, "exact": {"type": "boolean"}},
+            "required": ["words"],
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation, and how it is to be laid out."""
+
+    name: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: bool = False
+    answer: bool = True  # whether the layout ends where the model's answer begins
+
+    def layout(self) -> Layout:
+        """What an engine is given, as plain JSON."""
+        return {
+            "messages": list(self.messages),
+            "tools": list(self.tools),
+            "thinking": self.thinking,
+            "add_generation_prompt": self.answer,
+        }
+
+
+def _says(role: str, text: Any, **more: Any) -> Mapping[str, Any]:
+    return {"role": role, "content": text, **more}
+
+
+def _calls(*calls: tuple[str, Mapping[str, Any]], **more: Any) -> Mapping[str, Any]:
+    made = [
+        {"id": f"call{number:05}", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+        for number, (name, arguments) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": made, **more}
+
+
+def _result(number: int, name: str, text: str) -> Mapping[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call{number:05}", "name": name, "content": text}
+
+
+_ASKED = _says("user", "What is the capital of France?")
+_ANSWERED = _says("assistant", "The capital of France is Paris.")
+_SYSTEM = _says("system", "You are a helpful assistant. Answer in one sentence.")
+_RAIN = _says("user", "Will it rain in Zürich tomorrow? 🌧️")
+_CALL = _calls(("get_weather", {"city": "Zürich", "days": 1}))
+_FOUND = _result(0, "get_weather", '{"rain": true, "mm": 4.5}')
+
+CONVERSATIONS = (
+    Conversation("user", (_ASKED,)),
+    Conversation("user, no answer begun", (_ASKED,), answer=False),
+    Conversation("finished", (_ASKED, _ANSWERED), answer=False),
+    Conversation("several turns", (_ASKED, _ANSWERED, _says("user", "And of Italy?"))),
+    Conversation("system", (_SYSTEM, _ASKED)),
+    Conversation("system, several turns", (_SYSTEM, _ASKED, _ANSWERED, _says("user", "And of Italy?"))),
+    Conversation("spaces and lines", (_says("user", "  \n two lines,\n\n  indented\t\n "),)),
+    Conversation("markup as text", (_says("user", "<b>&amp; {{ x }} {% y %} 'q' \"q\" \\n</b> <turn|>"),)),
+    Conversation("other scripts", (_says("user", "日本語 مرحبا e\u0301 👩‍👩‍👧‍👦 \u200b"), _ANSWERED, _ASKED)),
+    Conversation("parts", (_says("user", [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]),)),
+    Conversation("empty", (_says("user", ""),)),
+    Conversation("thinking", (_ASKED,), thinking=True),
+    Conversation("thinking, system", (_SYSTEM, _ASKED), thinking=True),
+    Conversation(
+        "thought before", (_ASKED, {**_ANSWERED, "reasoning_content": "I know it."}, _RAIN), thinking=True
+    ),
+    Conversation("tools", (_RAIN,), (_WEATHER, _SEARCH)),
+    Conversation("tools, system, thinking", (_SYSTEM, _RAIN), (_WEATHER,), thinking=True),
+    Conversation("tool called", (_RAIN, _CALL, _FOUND), (_WEATHER, _SEARCH)),
+    Conversation("tool called after a thought", (_RAIN, {**_CALL, "reasoning_content": "Look it up."}, _FOUND),
+                 (_WEATHER,), thinking=True),
+    Conversation("tool called, answered", (_RAIN, _CALL, _FOUND, _says("assistant", "Yes, 4.5 mm."),
+                 _says("user", "And in Bern?")), (_WEATHER,)),
+    Conversation(
+        "two tools called",
+        (_RAIN, _calls(("get_weather", {"city": "Bern"}), ("search", {"words": ["rain", "Bern"], "exact": True})),
+         _result(0, "get_weather", "dry"), _result(1, "search", "nothing")),
+        (_WEATHER, _SEARCH),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and the special tokens that it may name."""
+
+    source: str
+    tokens: Mapping[str, str]
+
+    def render(self, layout: Layout) -> str:
+        """A conversation as transformers lays it out; REFUSED and the reason where the template does not take it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokens: dict[str, Any] = dict(self.tokens)
+        try:
+            found: Any = render_jinja_template(
+                conversations=[list(layout["messages"])],
+                tools=list(layout["tools"]) or None,
+                chat_template=self.source,
+                add_generation_prompt=layout["add_generation_prompt"],
+                enable_thinking=layout["thinking"],
+                **tokens,
+            )
+        except Exception as error:  # a template may raise anything, and refuses conversations by raising
+            return f"{REFUSED}{error}".splitlines()[0]
+        texts = found[0] if isinstance(found, tuple) else found
+        return str(texts[0])
+
+
+def apply(apply_chat_template: Callable[..., Any], layout: Layout) -> str:
+    """A conversation as a tokenizer's `apply_chat_template` lays it out; REFUSED and the reason where it does not."""
+    try:
+        found = apply_chat_template(
+            list(layout["messages"]),
+            tools=list(layout["tools"]) or None,
+            tokenize=False,
+            add_generation_prompt=layout["add_generation_prompt"],
+            enable_thinking=layout["thinking"],
+        )
+    except Exception as error:  # a template may raise anything, and refuses conversations by raising
+        return f"{REFUSED}{error}".splitlines()[0]
+    return str(found)
+
+
+def template(folder: Path) -> Template | None:
+    """The chat template of a folder in Hugging Face layout or of a GGUF file; None where it has none.
+
+    Raises InputError for a tokenizer_config.json that is broken.
+    """
+    if is_gguf(folder):
+        return _gguf_template(folder)
+    settings = settings_of(folder)
+    file = folder / "chat_template.jinja"
+    source = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = next((item.get("template") for item in source if item.get("name") == "default"), None)
+    if not isinstance(source, str):
+        return None
+    named = {name: content(settings.get(name)) for name in settings if name.endswith("_token")}
+    return Template(source, {name: text for name, text in named.items() if text is not None})
+
+
+def _gguf_template(path: Path) -> Template | None:
+    from gguf.constants import Keys
+
+    from gemexport.formats.gguf.parts import read_parts
+
+    metadata = read_parts(path).metadata
+    source, texts = metadata.get(Keys.Tokenizer.CHAT_TEMPLATE), metadata.get(Keys.Tokenizer.LIST)
+    if not isinstance(source, str) or texts is None:
+        return None
+    keys = {"bos_token": Keys.Tokenizer.BOS_ID, "eos_token": Keys.Tokenizer.EOS_ID}
+    ids = {name: metadata.get(key) for name, key in keys.items()}
+    return Template(source, {name: texts[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(texts)})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A conversation that is laid out differently."""
+
+    conversation: str
+    expected: str
+    found: str
+    runtime: bool  # the artefact's template gives the checkpoint's text in transformers: its own engine does not
+
+
+@dataclass(frozen=True)
+class ChatComparison:
+    """How many conversations were compared, and those that differ."""
+
+    conversations: int
+    differences: tuple[Difference, ...]
+
+
+def taken(own: Template) -> list[tuple[Conversation, str]]:
+    """The conversations that a template has a layout for, with that layout.
+
+    Not those that it refuses, nor those with tools or a content in parts where it knows nothing of these: engines then
+    make up something.
+    """
+    found = []
+    for conversation in CONVERSATIONS:
+        text = own.render(conversation.layout())
+        plain = {**conversation.layout(), "tools": []}
+        ignored = conversation.tools and own.render(plain) == text
+        if not (text.startswith(REFUSED) or ignored or _AS_PYTHON in text):
+            found.append((conversation, text))
+    return found
+
+
+def compare(
+    expected: Sequence[tuple[Conversation, str]], found: Sequence[str], read_back: Template | None
+) -> ChatComparison:
+    """The checkpoint's layouts against an engine's, one by one.
+
+    `read_back` is the artefact's template: where transformers makes the checkpoint's layout of it, a difference is the
+    engine's own.
+    """
+    differences = []
+    for (conversation, text), other in zip(expected, found, strict=True):
+        if text != other:
+            right = read_back is not None and read_back.render(conversation.layout()) == text
+            differences.append(Difference(conversation.name, text, other, right))
+    return ChatComparison(len(expected), tuple(differences))
+
+
+def dumps(layouts: Sequence[Layout]) -> str:
+    """Layouts as JSON, for an engine in another process."""
+    return json.dumps([dict(layout) for layout in layouts])

@@ -1,0 +1,320 @@
+"""The weights read back from a written artefact against the source's, tensor by tensor.
+
+A weight is exact when the stored numbers, evaluated without rounding and then rounded to the source's dtype, are the
+source's value. Evaluated without rounding means in float64, which holds every product of a code and a float32 scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemexport.formats.grids.additive import AdditiveTensor
+from gemexport.formats.grids.lattice import edges, jit
+from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to, slices
+
+_SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
+SLICE = 4 << 20  # bytes of float32: what is compared side by side
+PIECE = 512  # weights that are evaluated and judged in one go
+_NONE: Floats = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """One tensor; errors are relative to the source's largest weight (`max`) or root mean square (`rms`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    source_dtype: DType
+    grid: Grid | None
+    source_grid: Grid | None
+    compared: int
+    exact: int
+    max_relative_error: float
+    rms_relative_error: float
+    scale_rounded: bool  # the source's codes, on scales that differ only by the artefact's rounding of them
+    requantized: bool  # the artefact says itself that its codes were fitted to the values anew, as was asked
+    same_scales: float | None = (
+        None  # share of the weights whose block has the source's scale; None: not as many blocks
+    )
+    exact_as_run: int | None = None  # weights after the runtime evaluated them; None: it rounds nothing on the way
+    codec: str | None = None  # the vector codec that it is in
+    fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
+
+    @property
+    def exact_fraction(self) -> float:
+        """Share of the weights that are exact."""
+        return self.exact / max(self.compared, 1)
+
+
+@dataclass(frozen=True)
+class WeightsComparison:
+    """Every tensor of the decoder, and what is only on one side."""
+
+    tensors: tuple[TensorComparison, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    digest: str  # of the values read back: artefacts that hold the same numbers have the same
+
+
+@jit
+def _evaluate(
+    codes: Codes | Floats, scales: Floats, zeros: Floats, biases: Floats, start: int, found: NDArray[np.float64]
+) -> None:
+    """Fill `found` with what the codes from `start` on mean: (code - zero) * scale + bias, each by itself exact."""
+    block = codes.size // scales.size
+    first, zero, bias = 0, 0.0, 0.0
+    while first < found.size:
+        b = (start + first) // block
+        last = min((b + 1) * block - start, found.size)
+        if zeros.size > 0:
+            zero = np.float64(zeros[b])
+        if biases.size > 0:
+            bias = np.float64(biases[b])
+        scale = np.float64(scales[b])
+        given, out = codes[start + first : start + last], found[first:last]
+        for i in range(out.size):
+            out[i] = (np.float64(given[i]) - zero) * scale + bias
+        first = last
+
+
+@jit
+def _all_round_to(source: Floats, found: NDArray[np.float64], dtype: int, narrow: Floats) -> tuple[bool, np.uint32]:
+    """Whether every number found rounds to the source's value, and the pattern of the source's largest magnitude.
+
+    `narrow` gets the numbers as float32, whose patterns are then rounded to the source's dtype. Rounding twice goes
+    wrong only where the first one ends at a tie; that, and what is no normal number of f16, is left to `_judge`: True
+    is always right, False is not.
+    """
+    shift = np.uint32(16 if dtype == 0 else (13 if dtype == 1 else 0))  # bits of float32 that the dtype has not
+    dropped = np.uint32((1 << shift) - 1)
+    kept, down, odd = np.uint32(~dropped), np.uint32(dropped >> 1), np.uint32(1 if shift else 0)
+    tie = np.uint32(down + 1)  # with nothing dropped there is none, and no pattern has this
+    wrong, peak = np.uint32(0), np.uint32(0)
+    for i in range(found.size):
+        near = np.float32(found[i])
+        narrow[i] = near
+        bits = near.view(np.uint32)
+        rounded = np.uint32(np.uint32(np.uint32(bits + down) + np.uint32((bits >> shift) & odd)) & kept)
+        same = rounded.view(np.float32) == source[i]
+        once = ((bits & dropped) != tie) | (np.float64(near) == found[i])
+        zero = (source[i] != 0) | (found[i] == 0)
+        wrong |= np.uint32(not (same & once & zero))
+        peak = max(peak, np.uint32(np.float32(source[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+    return wrong == 0, peak
+
+
+@jit
+def _judge(
+    source: Floats, found: NDArray[np.float64], dtype: int, worst: float, error: float
+) -> tuple[int, float, float]:
+    """Exact weights; the largest and the summed squared error, carried on from those of the weights before."""
+    exact = 0
+    step = 0x10000 if dtype == 0 else (0x2000 if dtype == 1 else 1)
+    patterns = source.view(np.uint32)
+    for i in range(found.size):
+        wanted = np.float64(source[i])
+        if found[i] == wanted:
+            exact += 1
+            continue
+        magnitude = patterns[i] & np.uint32(0x7FFFFFFF)
+        if magnitude != 0 and (found[i] > 0) == (wanted > 0):
+            below, above = edges(magnitude, dtype)
+            size = abs(found[i])
+            odd = (magnitude & step) != 0
+            if below <= size <= above and not (odd and size in (below, above)):
+                exact += 1
+                continue
+        difference = abs(found[i] - wanted)
+        # A NaN must reach the report, and stay there: nothing compares greater than it.
+        if difference > worst or np.isnan(difference):
+            worst = difference
+        error += difference * difference
+    return exact, worst, error
+
+
+@jit
+def _compare(
+    source: Floats, codes: Codes | Floats, scales: Floats, zeros: Floats, biases: Floats, dtype: int, values: Floats
+) -> tuple[int, float, float, float, float]:
+    """Exact weights, largest error, squared error, largest source weight, squared source weights; all arrays flat.
+
+    `values` gets the float32 numbers nearest to what is stored. A piece at a time, which stays in the nearest cache;
+    most artefacts are exact, so that is asked first, of a whole piece, in a loop that is vectorised.
+    """
+    exact, worst, error, peak, energy = 0, 0.0, 0.0, np.uint32(0), 0.0
+    buffer = np.empty(PIECE, np.float64)
+    for start in range(0, source.size, PIECE):
+        stop = min(start + PIECE, source.size)
+        wanted, found = source[start:stop], buffer[: stop - start]
+        _evaluate(codes, scales, zeros, biases, start, found)
+        right, top = _all_round_to(wanted, found, dtype, values[start:stop])
+        peak = max(peak, top)
+        for i in range(wanted.size):
+            energy += np.float64(wanted[i]) * np.float64(wanted[i])
+        if right:
+            exact += wanted.size
+        else:
+            count, worst, error = _judge(wanted, found, dtype, worst, error)
+            exact += count
+    return exact, worst, error, np.float64(np.uint32(peak).view(np.float32)), energy
+
+
+def compare(
+    source: Mapping[str, Tensor],
+    artifact: Mapping[str, Tensor],
+    progress: Callable[[int], None] = lambda _: None,
+    threads: int | None = None,
+) -> WeightsComparison:
+    """Compare every tensor of `source` with the one of the same name in `artifact`; `progress` is told weights."""
+    digest = hashlib.sha256()  # which processors compute: twice as fast as BLAKE2 where it was measured
+    compared = []
+    for name, tensor in source.items():
+        if name in artifact and _count(artifact[name]) == _count(tensor):
+            compared.append(_tensor(tensor, artifact[name], digest.update, threads))
+            progress(compared[-1].compared)
+    return WeightsComparison(
+        tensors=tuple(compared),
+        missing=tuple(sorted(set(source) - {item.name for item in compared})),
+        unexpected=tuple(sorted(set(artifact) - set(source))),
+        digest=digest.hexdigest()[:32],
+    )
+
+
+def _count(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _tensor(
+    source: Tensor, stored: Tensor, update: Callable[[memoryview], None], threads: int | None
+) -> TensorComparison:
+    exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
+    same_codes = source.grid is not None and stored.grid is not None
+    kept: int | None = 0
+    as_run: int | None = 0
+    for (counted, largest, squared, top, power), same, scales, running, values in ordered(
+        lambda bounds: _slice(source, stored, bounds), _bounds(source, stored), threads
+    ):
+        update(values)
+        exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
+        peak, energy = max(peak, top), energy + power
+        same_codes = same_codes and same
+        kept = None if kept is None or scales is None else kept + scales
+        as_run = None if as_run is None or running is None else as_run + running
+    return TensorComparison(
+        name=source.name,
+        shape=source.shape,
+        dtype=stored.dtype,
+        source_dtype=source.dtype,
+        grid=stored.grid,
+        source_grid=source.grid,
+        compared=_count(source),
+        exact=exact,
+        max_relative_error=worst / peak if peak else worst,
+        rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
+        scale_rounded=same_codes,
+        requantized=getattr(stored, "requantized", False),
+        same_scales=None if kept is None else kept / max(_count(source), 1),
+        exact_as_run=as_run,
+        codec=str(stored.codec) if isinstance(stored, AdditiveTensor) else None,
+        fitted_rms=stored.fitted_rms if isinstance(stored, AdditiveTensor) else None,
+    )
+
+
+def _bounds(source: Tensor, stored: Tensor) -> Iterator[tuple[int, int] | None]:
+    """The slices of rows to compare; None for the whole of what is not 2-D."""
+    if len(source.shape) == 2 and source.shape == stored.shape:
+        yield from slices(source, SLICE)
+    else:
+        yield None
+
+
+def _slice(
+    source: Tensor, stored: Tensor, bounds: tuple[int, int] | None
+) -> tuple[tuple[int, float, float, float, float], bool, int | None, int | None, memoryview]:
+    """What `_compare` counts in a slice, whether codes and how many weights' scales are the same; how many weights are
+    exact as they run; and the values."""
+    if bounds is None:
+        wanted, found = Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
+    else:
+        wanted, found = source.rows(*bounds), stored.rows(*bounds)
+    expected = _flat(wanted.values)
+    values = np.empty(expected.size, np.float32)
+    codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
+    numbers = _compare(expected, codes, scales, zeros, biases, _SOURCE[source.dtype], values)
+    same, scales_kept = _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored)
+    return numbers, same, scales_kept, _exact_as_run(wanted.values, source.dtype, stored, bounds), values.data
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def _stored(grid: Grid | None, rows: Rows) -> tuple[NDArray[Any], Floats, Floats, Floats]:
+    """Rows as `_evaluate` takes them: codes, scales, zero points and biases; empty where there are none.
+
+    What has no grid is its own code on a scale of one.
+    """
+    if grid is None or rows.codes is None:
+        return rows.values, np.ones(1, np.float32), _NONE, _NONE
+    codes, scales = rows.grid()
+    if grid.kind == "codebook":
+        return np.asarray(grid.levels)[codes], scales, _NONE, _NONE
+    if rows.shifts is None:
+        return codes, scales, _NONE, _NONE
+    return (codes, scales, rows.shifts, _NONE) if grid.kind == "zero-point" else (codes, scales, _NONE, rows.shifts)
+
+
+def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bool:
+    """Whether the artefact has the source's codes, on scales and biases that differ only by the artefact's rounding."""
+    if source.grid is None or stored.grid is None:
+        return False
+    pairs = [(wanted.scales, found.scales)]
+    if wanted.shifts is not None or found.shifts is not None:
+        pairs.append((_biases(source.grid, wanted), _biases(stored.grid, found)))
+    alike = all(_alike(ours, theirs, source.shape[1], stored.grid.scale_dtype) for ours, theirs in pairs)
+    # Last, because the source's codes may have to be found first.
+    return alike and wanted.codes is not None and found.codes is not None and np.array_equal(wanted.codes, found.codes)
+
+
+def _alike(ours: Floats | None, theirs: Floats | None, width: int, dtype: DType) -> bool:
+    """Whether numbers of blocks are for every weight the same, ours rounded to `dtype`; blocks may differ in size."""
+    if ours is None or theirs is None:
+        return False
+    blocks = width // ours.shape[1], width // theirs.shape[1]
+    common = gcd(*blocks)
+    return np.array_equal(
+        expand(round_to(ours, dtype), blocks[0] // common),
+        expand(theirs, blocks[1] // common),
+    )
+
+
+def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
+    """Weights in blocks with the source's scale as the artefact's dtype rounds it; a grid may run the other way."""
+    ours, theirs = wanted.scales, found.scales
+    if ours is None or theirs is None or stored.grid is None or ours.shape != theirs.shape:
+        return None
+    same = np.abs(round_to(ours, stored.grid.scale_dtype)) == np.abs(theirs)
+    return int(np.count_nonzero(same)) * stored.grid.block
+
+
+def _exact_as_run(wanted: Floats, dtype: DType, stored: Tensor, bounds: tuple[int, int] | None) -> int | None:
+    """Weights that are the source's after the runtime's own rounding; None where it does not round them."""
+    evaluate = getattr(stored, "as_it_runs", None)
+    values = None if evaluate is None or bounds is None else evaluate(*bounds)
+    return None if values is None else int(np.count_nonzero(round_to(values, dtype) == wanted))
+
+
+def _biases(grid: Grid, rows: Rows) -> Floats | None:
+    """The shift of each block in the weights' own unit, `[rows, in // block]`; None when the grid has none."""
+    if rows.scales is None or rows.shifts is None:
+        return None
+    return -rows.shifts * rows.scales if grid.kind == "zero-point" else rows.shifts

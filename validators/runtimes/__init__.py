@@ -1,0 +1,1 @@
+"""The programs that users run artefacts with, one module or folder a program: each has `load`."""

@@ -1,0 +1,192 @@
+"""The process that holds mlx-lm for validators/mlx: `python -m gemexport.validators.runtimes.mlx.process FOLDER`.
+
+Requests are JSON lines `[method, arguments…]` on stdin, answers JSON lines on stdout, logits follow theirs as raw
+float32. It ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gemexport.validators.checks.chat import apply
+from gemexport.validators.runtimes.protocol import Laps
+
+# From so many positions on, unpacking a matrix pays: MLX's quantized product on x86-64 does a billion
+# multiplications a second, whatever the number of cores.
+UNPACK_FROM = 8
+UNPACKED_WEIGHTS = 1 << 24  # of a matrix at a time: 64 MB
+
+
+def lend_blas() -> None:
+    """Let MLX compute matrix products with PyTorch's BLAS; nothing happens where that cannot be done.
+
+    MLX's wheel for Linux brings the reference BLAS, a twentieth as fast. Symbols that are global already when its
+    library is loaded come first, as with LD_PRELOAD, and `sgemm_` is the one it calls. All of PyTorch becomes global
+    with it, which some libraries do not stand: one reason why this is a process of its own.
+    """
+    torch = find_spec("torch")
+    if not sys.platform.startswith("linux") or torch is None or not torch.submodule_search_locations:
+        return
+    library = Path(next(iter(torch.submodule_search_locations))) / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+class Model:
+    """An MLX folder as mlx-lm loads it, set to float32."""
+
+    def __init__(self, folder: str) -> None:
+        import mlx.core as mx
+        import mlx_lm
+
+        metal = mx.metal.is_available()
+        if not metal:
+            mx.set_default_device(mx.cpu)
+            # On a CPU, compiled functions are built by a C++ compiler at run time; not every machine has one.
+            mx.disable_compile()
+            mx.quantized_matmul = unpacking(mx, mx.quantized_matmul)
+        # Small floats with scales of a byte come out in bfloat16 unless told otherwise, and the rest follows.
+        mx.dequantize = partial(mx.dequantize, dtype=mx.float32)
+        loaded: Any
+        loaded, self._tokenizer = mlx_lm.load(folder)[:2]
+        # A multimodal model's decoder is a model of its own.
+        self._decoder: Any = getattr(loaded, "language_model", loaded)
+        self._decoder.set_dtype(mx.float32)
+        mx.eval(self._decoder.parameters())
+        self._mx = mx
+        self.laps = Laps()
+        versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
+        self.name = f"{versions}, {'Metal' if metal else 'CPU'}, set to f32)"
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Teacher-forced logits `[len(tokens), vocab]`."""
+        return np.array(self._run(tokens, None))
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` most likely next tokens."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = make_prompt_cache(self._decoder)
+        continuation: list[int] = []
+        while len(continuation) < count:
+            continuation.append(int(self._run(tokens, cache)[-1].argmax()))
+            tokens = continuation[-1:]
+        return continuation
+
+    def hidden(self, tokens: list[int]) -> np.ndarray:
+        """What goes into the first layer and what each layer gives, `[layers + 1, n, hidden]`."""
+        layers = self._decoder.model.layers
+        seen: list[np.ndarray] = []
+        plain = list(layers)
+        try:
+            layers[:] = [Watched(layer, seen) for layer in plain]
+            self._run(tokens, None)
+        finally:
+            layers[:] = plain
+        return np.stack([seen[0], *seen[1::2]])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without BOS."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(self, layouts: list[dict[str, Any]]) -> list[str]:
+        """Conversations as mlx-lm's tokenizer lays them out."""
+        return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
+
+    def _run(self, tokens: list[int], cache: Any) -> Any:
+        ids = self._mx.array([tokens])
+        with self.laps.lap(len(tokens)):
+            logits = self._decoder(ids, cache=cache, **self._embedded(ids))[0]
+            self._mx.eval(logits)
+        return logits
+
+    def _embedded(self, ids: Any) -> dict[str, Any]:
+        """For Gemma 3: embeddings that make up for mlx-lm's embedding scale, which it rounds to bf16 in f32 as well."""
+        if self._decoder.model_type != "gemma3_text":
+            return {}
+        scale = self._decoder.args.hidden_size**0.5
+        rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
+        return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
+
+
+class Watched:
+    """A layer that notes what goes in and what comes out."""
+
+    def __init__(self, layer: Any, seen: list[np.ndarray]) -> None:
+        self._layer, self._seen = layer, seen
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        self._seen.append(np.array(x[0]))
+        output = self._layer(x, *arguments, **options)
+        self._seen.append(np.array((output[0] if isinstance(output, tuple) else output)[0]))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def unpacking(mx: Any, quantized_matmul: Any) -> Any:
+    """`mx.quantized_matmul` by `mx.dequantize` and `mx.matmul` for many positions: the same numbers, sooner."""
+
+    def product(x: Any, w: Any, *, scales: Any, biases: Any, transpose: bool, **layout: Any) -> Any:
+        if x.size // x.shape[-1] < UNPACK_FROM:
+            return quantized_matmul(x, w, scales=scales, biases=biases, transpose=transpose, **layout)
+        step = max(1, UNPACKED_WEIGHTS // x.shape[-1])
+        parts = []
+        for start in range(0, w.shape[0], step):
+            own = slice(start, start + step)
+            shifts = None if biases is None else biases[own]
+            matrix = mx.dequantize(w[own], scales=scales[own], biases=shifts, **layout)
+            parts.append(x @ mx.swapaxes(matrix, -1, -2))
+            mx.eval(parts[-1])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    return product
+
+
+def serve(folder: str, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Load, say the name or what went wrong, and answer until there are no more requests."""
+    try:
+        model = Model(folder)
+    except Exception as error:  # whatever a foreign folder makes mlx-lm raise, the validator puts it in one line
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        answers.write(json.dumps({"error": reason}).encode() + b"\n")
+        answers.flush()
+        return
+    answers.write(json.dumps({"name": model.name}).encode() + b"\n")
+    answers.flush()
+    for line in requests:
+        method, *arguments = json.loads(line)
+        model.laps.laps.clear()
+        value = getattr(model, method)(*arguments)
+        laps = {"laps": model.laps.laps}
+        if isinstance(value, np.ndarray):
+            answers.write(json.dumps({"value": value.shape, **laps}).encode() + b"\n")
+            answers.write(np.ascontiguousarray(value, dtype=np.float32).data)
+        else:
+            answers.write(json.dumps({"value": value, **laps}).encode() + b"\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Keep stdout for answers, whatever a library prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    lend_blas()
+    serve(sys.argv[1], sys.stdin.buffer, answers)
+    answers.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
