@@ -29,7 +29,7 @@ BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))
 def target() -> Iterator[Target]:
     """The format of CONTRIBUTING.md, its modules importable under the names that they would have."""
     made = []
-    for path in ("formats/rows8.py", "exporters/rows8.py", "validators/rows8.py"):
+    for path in ("formats/rows8.py", "exporters/rows8.py", "validators/runtimes/rows8.py"):
         module = ModuleType("gemexport." + path.removesuffix(".py").replace("/", "."))
         sys.modules[module.__name__] = module
         made.append(module.__name__)

@@ -86,7 +86,7 @@ def markdown() -> str:
     columns = [(name, variant) for name, target in TARGETS.items() for variant in target.variants]
     rows = [(source.name, [cell(source.grid, *column) for column in columns]) for source in sources()]
     environment = Environment(
-        loader=PackageLoader("gemexport"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+        loader=PackageLoader("gemexport.report"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
     return environment.get_template("exactness.md").render(columns=columns, rows=rows)
 

@@ -169,7 +169,7 @@ def test_what_is_not_drawn_is_not_imported() -> None:
 
 
 def test_matplotlib_says_nothing_of_its_own_folders(tmp_path: Path) -> None:
-    code = "from gemexport import render; render._plots()"
+    code = "from gemexport.report import render; render._plots()"
     (tmp_path / "file").touch()
     environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "file")}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

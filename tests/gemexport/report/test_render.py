@@ -28,6 +28,7 @@ from gemexport.judge.measured import (
     TokenizerReport,
     WeightsReport,
 )
+from gemexport.report import render
 from gemexport.report.schema import (
     ArtifactReport,
     Bound,
@@ -38,7 +39,6 @@ from gemexport.report.schema import (
     ModelReport,
     Report,
     ValidationReport,
-    render,
     verdict,
 )
 

@@ -15,8 +15,8 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.judge import measured
 from gemexport.judge.measured import Divergence, LogitsReport
 from gemexport.report import checksums
+from gemexport.report import schema as reports
 from gemexport.report.schema import ArtifactReport, Bound, ModelReport, Report
-from gemexport.report.schema import schema as reports
 
 MODEL = ModelReport(name="demo", architecture="gemma4", parameters=10, bytes=20, source="models/demo")
 
