@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemexport._version import __version__
+from gemexport.engine.errors import StepError
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
 
@@ -308,7 +309,7 @@ _INTERRUPTED = 130  # 128 and the number of the signal, as shells say it
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an InputError becomes one line and exit status 2."""
+    """Run the command line; an InputError becomes one line and exit status 2, a step that did not succeed one and 1."""
     # Until a step runs, the time goes into imports: they make many objects, and no garbage worth looking for.
     gc.set_threshold(100_000)
     if isinstance(sys.stdout, TextIOWrapper):  # a path that the terminal's encoding lacks is shown escaped
@@ -318,6 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)
+    except StepError as error:
+        print(f"gemexport: {error}", file=sys.stderr)
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != _INTERRUPTED:  # which typer makes of a Ctrl-C
             raise

@@ -132,6 +132,16 @@ class Step:
         """Its name in the DAG."""
         return f"{self.target.name}:{self.label}"
 
+    @property
+    def export_node(self) -> str:
+        """The node of the DAG that writes it."""
+        return f"export {self.key}"
+
+    @property
+    def validate_node(self) -> str:
+        """The node of the DAG that judges it."""
+        return f"validate {self.key}"
+
 
 def labelled(variant: str, codec: Codec | None) -> str:
     """A variant with its codec: `int4-aqlm-2x8`."""

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from gemexport.engine.dag import graph, logits_memory, validators
+from gemexport.engine.dag import graph, judgement, logits_memory
+from gemexport.engine.errors import StepError
 from gemexport.engine.output import claim
 from gemexport.engine.processes import Workers
-from gemexport.engine.scheduler import Events, Node, Scheduler, succeeded
-from gemexport.engine.worker import Call, Outcome
+from gemexport.engine.scheduler import Events, Node, Scheduler, value_of
+from gemexport.engine.worker import Call
 from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge.speed import machine
@@ -32,6 +33,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
 
     `workers` may have a process that is ready already; all of them have ended when this returns.
     Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
+    Raises StepError when a step fails on which all others rest, and leaves its log.
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
@@ -45,13 +47,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             with ThreadPoolExecutor(1) as beside:
                 renderer = beside.submit(_renderer)
                 outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
-            for name in ("compress", "grids"):
-                first = outcomes.get(name, Outcome())
-                if first.error:
-                    raise first.error
-                if not succeeded(first):
-                    raise RuntimeError(f"the step {name} failed: {first.failure}; see {work / 'logs'}")
             source, notes = checkpoint, []
+            for name in ("compress", "grids") if asked.compression is not None else ("grids",):
+                value_of(name, outcomes)
             if asked.compression is not None:
                 checkpoint = asked.place(work, source.name).checkpoint()
                 notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
@@ -110,29 +108,27 @@ def validate(
         work = Path(folder)
         place = asked.place(work, checkpoint.name)
         step = Step(target, artifact.stem, artifact)
-        nodes = graph(asked, checkpoint, work, []) + [
-            Node(node.name, node.call, tuple("grids" if need.startswith("export") else need for need in node.needs),
-                 node.memory, node.total)
-            for node in validators(asked, checkpoint, place, [step])
-        ]  # fmt: skip
+        nodes = judgement(asked, checkpoint, work, step)
         if qnn_context is not None:
             arguments = {"place": place, "path": artifact, "context": qnn_context.absolute(), "architecture": qnn_arch}
             call = Call("gemexport.judge.npu:compile_npu", arguments)
             nodes.append(Node("npu", call, ("grids",), logits_memory(checkpoint, asked.tokens), asked.tokens))
         outcomes = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events()).run(nodes)
-    for outcome in outcomes.values():
-        if outcome.error:
-            raise outcome.error
+    for name, outcome in outcomes.items():
+        if outcome.error or name == "grids":
+            value_of(name, outcomes)
     return artifact_report(asked, step, outcomes)
 
 
 @contextmanager
 def _undone_on_error(out: Path) -> Iterator[None]:
-    """Remove the output folder again when the block fails, if it was made in it."""
+    """Remove the output folder again when the block fails, if it was made in it; not for a step, whose log is there."""
     existed = out.exists()
     first_made = next((parent for parent in [*reversed(out.parents), out] if not parent.exists()), None)
     try:
         yield
+    except StepError:
+        raise
     except BaseException:
         if not existed and first_made is not None:
             shutil.rmtree(first_made, ignore_errors=True)

@@ -49,9 +49,9 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
         call = Call("gemexport.engine.steps:export", arguments)
         coded_by = () if step.codec is None else (f"codec {step.codec}",)
         needs = ("grids", *coded_by, *((calibration_name(step.codec),) if measures(asked, step) else ()))
-        nodes.append(Node(f"export {step.key}", call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+        nodes.append(Node(step.export_node, call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
     if asked.validate and wanted:
-        nodes += validators(asked, checkpoint, place, wanted)
+        nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
     return nodes
 
 
@@ -88,13 +88,19 @@ def _per_layer_weights(checkpoint: Checkpoint) -> int:
     return 0 if layers is None else layers.vocab_size * layers.dim * len(checkpoint.architecture.layers)
 
 
-def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:
-    """The reference and the validators: those of artefacts that lie there, or wait for their export."""
+def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) -> list[Node]:
+    """The DAG that judges an artefact that lies there already."""
+    place = asked.place(work, checkpoint.name)
+    return [*graph(asked, checkpoint, work, []), *validators(asked, checkpoint, place, [(step, "grids")])]
+
+
+def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[tuple[Step, str]]) -> list[Node]:
+    """The reference, and the validators of artefacts, each with the node that it waits for."""
     weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
     affordable = room <= asked.memory
     # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
     own = bool(checkpoint.files)
-    noises = {noise for step in wanted for noise in step.target.noises_of("" if own else step.variant)}
+    noises = {noise for step, _ in wanted for noise in step.target.noises_of("" if own else step.variant)}
     if checkpoint.activations:
         # A last bit that differs moves some activations to the next integer: so far apart are two right programs.
         noises.add("f32-reordered")
@@ -102,15 +108,15 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
     if affordable:
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises)), all_cores=True))
-    for step in wanted:
-        needs = (f"export {step.key}", *(("reference",) if affordable else ()))
+    for step, before in wanted:
+        needs = (before, *(("reference",) if affordable else ()))
         call = Call(
             "gemexport.judge.validation:validate",
             {"place": place, "target": step.target.name, "path": step.path, "run_logits": affordable},
         )
         total = weights * (1 + len(step.target.arithmetics))
         memory = room if affordable else EXPORT_BYTES
-        nodes.append(Node(f"validate {step.key}", call, needs, memory, total))
+        nodes.append(Node(step.validate_node, call, needs, memory, total))
     return nodes
 
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from gemexport.engine.worker import PREPARE
+from gemexport.engine.worker import PREPARE, Request
 
 
 @dataclass
@@ -22,6 +21,14 @@ class Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
+
+    def give(self, request: Request) -> bool:
+        """Send it a call; False where it has ended, so that nobody will answer."""
+        try:
+            self.connection.send(request)
+        except ConnectionError:
+            return False
+        return self.process.poll() is None
 
     def kill(self) -> None:
         """End it now."""
@@ -36,14 +43,21 @@ class Workers:
     def __init__(self) -> None:
         self.idle: list[Worker] = []
 
-    def hire(self, threads: int, log: Path) -> Worker:
-        """A new process, with so many threads for its libraries."""
-        with log.open("ab") as output:
-            return _start(threads, output.fileno())
+    def serve(self, request: Request, threads: int, light: bool) -> Worker:
+        """A process that has been given the call: an idle one for a light node, else a new one with so many threads.
 
-    def hire_light(self, threads: int, log: Path) -> Worker:
-        """A process for a light node: one that is idle, else a new one."""
-        return self.idle.pop() if self.idle else self.hire(threads, log)
+        Whatever ended an idle one (the system takes memory from those first that do nothing), another takes its place.
+        That a new one has ended at once is told by what is received of it.
+        """
+        while light and self.idle:
+            worker = self.idle.pop()
+            if worker.give(request):
+                return worker
+            worker.kill()
+        with request.log.open("ab") as output:
+            worker = _start(threads, output.fileno())
+        worker.give(request)
+        return worker
 
     def prepare(self, threads: int) -> None:
         """Hire a process for the first light node before there is one: it imports while the caller does."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
+from gemexport.engine.errors import StepError
 from gemexport.engine.processes import Worker, Workers, threads_each
 from gemexport.engine.worker import Call, Outcome, Request
 
@@ -57,53 +61,42 @@ class Scheduler:
     workers: Workers = field(default_factory=Workers)  # perhaps with one that is ready
 
     def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
-        """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`."""
+        """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`.
+
+        ValueError, before anything runs, for nodes that wait for each other, or for one that there is not.
+        """
+        order, named = in_order(nodes), {node.name: node for node in nodes}
         self.logs.mkdir(parents=True, exist_ok=True)
-        waiting, running, outcomes = list(nodes), {}, {}  # type: list[Node], dict[int, _Running], dict[str, Outcome]
+        ready: set[str] = set()
+        running: dict[int, _Running] = {}
+        outcomes: dict[str, Outcome] = {}
         try:
-            while waiting or running:
-                self._drop_hopeless(waiting, outcomes)
-                for node in self._startable(waiting, running, outcomes):
-                    waiting.remove(node)
-                    started = self._start(node)
-                    running[started.worker.connection.fileno()] = started
-                if not running:
-                    continue
-                for ready in wait([item.worker.connection for item in running.values()]):
-                    assert isinstance(ready, Connection)
-                    item = running[ready.fileno()]
-                    outcome = self._receive(item)
-                    if outcome is not None:
-                        del running[ready.fileno()]
-                        if item.node.light and succeeded(outcome):
-                            self.workers.keep(item.worker)
-                        else:
-                            item.worker.kill()
-                        outcomes[item.node.name] = outcome
-                        self.events.ended(item.node, outcome)
+            while order.is_active():
+                ready.update(order.get_ready())
+                waiting = [node for name, node in named.items() if name in ready]
+                ended = _hopeless(waiting, outcomes)
+                if not ended:
+                    for node in self._startable(waiting, running):
+                        ready.remove(node.name)
+                        started = self._start(node)
+                        running[started.worker.connection.fileno()] = started
+                    ended = self._wait(running)
+                for node, outcome in ended:
+                    ready.discard(node.name)
+                    outcomes[node.name] = outcome
+                    order.done(node.name)
+                    self.events.ended(node, outcome)
         finally:
             for item in running.values():
                 item.worker.kill()
             self.workers.dismiss()
         return outcomes
 
-    def _drop_hopeless(self, waiting: list[Node], outcomes: dict[str, Outcome]) -> None:
-        """Give an outcome to nodes of which a need has failed, over and over until none is left."""
-        for node in list(waiting):
-            failed = [need for need in node.needs if need in outcomes and not succeeded(outcomes[need])]
-            if failed:
-                waiting.remove(node)
-                outcomes[node.name] = Outcome(failure=f"{failed[0]} did not succeed")
-                self.events.ended(node, outcomes[node.name])
-                self._drop_hopeless(waiting, outcomes)
-                return
-
-    def _startable(self, waiting: list[Node], running: dict[int, _Running], outcomes: dict[str, Outcome]) -> list[Node]:
+    def _startable(self, ready: list[Node], running: dict[int, _Running]) -> list[Node]:
+        """Those of the nodes that are ready for which there is room beside those that run."""
         used = sum(item.node.memory for item in running.values())
         count, chosen = len(running), []
-        for node in waiting:
-            if not all(need in outcomes for need in node.needs):
-                continue
+        for node in ready:
             alone = count == 0
             if count < self.jobs and (alone or used + node.memory <= self.memory):
                 chosen.append(node)
@@ -114,22 +107,89 @@ class Scheduler:
         log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
         threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)
-        worker = (self.workers.hire_light if node.light else self.workers.hire)(threads, log)
-        worker.connection.send(Request(node.call, log))
+        worker = self.workers.serve(Request(node.call, log), threads, node.light)
         self.events.started(node)
         return _Running(node, worker, log)
+
+    def _wait(self, running: dict[int, _Running]) -> list[tuple[Node, Outcome]]:
+        """Wait until a node has something to say, and pass it on; the nodes that have ended."""
+        found = []
+        for ready in wait([item.worker.connection for item in running.values()]):
+            assert isinstance(ready, Connection)
+            item = running[ready.fileno()]
+            outcome = self._receive(item)
+            if outcome is None:
+                continue
+            del running[ready.fileno()]
+            if item.node.light and succeeded(outcome):
+                self.workers.keep(item.worker)
+            else:
+                item.worker.kill()
+            found.append((item.node, outcome))
+        return found
 
     def _receive(self, item: _Running) -> Outcome | None:
         """One message of a running node; its outcome when that was the last."""
         try:
             message = item.worker.connection.recv()
         except (EOFError, ConnectionResetError, pickle.UnpicklingError):
-            status = item.worker.process.wait()
-            return Outcome(failure=f"the process ended with status {status}; see {item.log}")
-        if isinstance(message, Outcome):
-            return message
-        self.events.advanced(item.node, message)
-        return None
+            return Outcome(failure=ending(item.worker.process.wait()), log=item.log)
+        if not isinstance(message, Outcome):
+            self.events.advanced(item.node, message)
+            return None
+        return replace(message, log=item.log) if message.failure else message
+
+
+def in_order(nodes: Sequence[Node]) -> TopologicalSorter[str]:
+    """The nodes by name, each of them ready once those that it needs are done.
+
+    ValueError for a node that needs itself, if only through others, or one that there is not; and for two of one name.
+    """
+    order: TopologicalSorter[str] = TopologicalSorter()
+    names = [node.name for node in nodes]
+    for node in nodes:
+        if names.count(node.name) > 1:
+            raise ValueError(f"two steps are called {node.name}")
+        unknown = [need for need in node.needs if need not in names]
+        if unknown:
+            raise ValueError(f"the step {node.name} needs {unknown[0]}, and there is no such step")
+        order.add(node.name, *node.needs)
+    try:
+        order.prepare()
+    except CycleError as error:
+        raise ValueError(f"steps wait for each other: {' needs '.join(reversed(error.args[1]))}") from error
+    return order
+
+
+def _hopeless(nodes: Sequence[Node], outcomes: Mapping[str, Outcome]) -> list[tuple[Node, Outcome]]:
+    """Those of the nodes of which a need has failed, and that as their outcome."""
+    found = []
+    for node in nodes:
+        failed = next((need for need in node.needs if not succeeded(outcomes[need])), None)
+        if failed is not None:
+            before = outcomes[failed]
+            cause = before.failure if before.left_out else f"{failed} did not succeed: {before.reason}"
+            found.append((node, Outcome(failure=cause, left_out=True)))
+    return found
+
+
+def ending(status: int) -> str:
+    """What became of a process that had not said all yet: the signal that ended it, or its status."""
+    if status == -signal.SIGKILL:
+        return "the process was killed; memory may be short"
+    if status < 0:
+        return f"the process ended by a signal ({signal.strsignal(-status)})"
+    return f"the process ended with status {status}"
+
+
+def value_of(name: str, outcomes: Mapping[str, Outcome]) -> Any:
+    """What a step returned; raises its InputError where it has one, else StepError."""
+    outcome = outcomes[name]
+    if outcome.error is not None:
+        raise outcome.error
+    if not succeeded(outcome):
+        raise StepError(f"the step {name} did not succeed: {outcome.reason}")
+    return outcome.value
 
 
 def succeeded(outcome: Outcome) -> bool:

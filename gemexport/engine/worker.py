@@ -51,9 +51,18 @@ class Outcome:
 
     value: Any = None
     error: InputError | None = None  # the user's to mend
-    failure: str | None = None  # ours: one line; the traceback is in the log
+    failure: str | None = None  # ours, or the machine's: one line
     seconds: float = 0.0
     peak_bytes: int | None = None  # anonymous memory
+    log: Path | None = None  # of a failure: what the step printed, with the traceback
+    left_out: bool = False  # it never ran: what it needs had failed, as `failure` says
+
+    @property
+    def reason(self) -> str:
+        """Why there is no value, in one line that says where more is to be read."""
+        if self.error is not None:
+            return str(self.error)
+        return f"{self.failure}; see {self.log}" if self.log else str(self.failure)
 
 
 class MemoryWatch:

@@ -60,11 +60,11 @@ class _Bars:
         if succeeded(outcome):
             self._progress.update(task, completed=max(node.total, 1))
         else:
-            reason = escape(str(outcome.error or outcome.failure))
+            reason = escape(outcome.reason)
             self._progress.update(task, description=f"[red]{node.name}: {reason}")
         self._progress.stop_task(task)
 
 
 def _line(node: Node, outcome: Outcome) -> None:
-    result = "done" if succeeded(outcome) else str(outcome.error or outcome.failure)
+    result = "done" if succeeded(outcome) else outcome.reason
     print(f"{node.name}: {result} ({outcome.seconds:.1f} s)", file=sys.stderr, flush=True)

@@ -138,7 +138,7 @@ def print_plan(asked: Request, as_json: bool) -> None:
     checkpoint = asked.checkpoint()
     wanted = steps(asked, checkpoint)
     nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
-    expected = {f"export {step.key}": _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    expected = {step.export_node: _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
     rows = [
         {
             "step": node.name,

@@ -29,8 +29,8 @@ from gemexport.request import Request, Step
 
 def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
     """The report of one artefact out of its nodes' outcomes."""
-    exported = outcomes.get(f"export {step.key}", Outcome())
-    judged, compiled = outcomes.get(f"validate {step.key}", Outcome()), outcomes.get("npu", Outcome())
+    exported = outcomes.get(step.export_node, Outcome())
+    judged, compiled = outcomes.get(step.validate_node, Outcome()), outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
@@ -50,8 +50,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
         }
     seconds = exported.seconds + judged.seconds
     if failed is not None:
-        reason = str(failed.error) if failed.error else failed.failure
-        return ArtifactReport(**base, status="error", reason=reason, seconds=seconds)
+        return ArtifactReport(**base, status="error", reason=failed.reason, seconds=seconds)
     if not isinstance(judged.value, Validation):
         return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
