@@ -146,9 +146,17 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     return F.linear(x, weight, bias)
 
 
-@op("matmul")
-def matmul(x: Tensor, y: Tensor, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
+@op("matmul", by_rows=("y",))
+def matmul(x: Tensor, y: Tensor | Weight, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
+    """`x` times `y`; of a stack of matrices in a file, one after the other."""
     x = x.transpose(-1, -2) if flag(transpose_x) else x
+    if isinstance(y, Weight):
+        if y.held is None and len(y.shape) == 3 == x.ndim and x.shape[0] in (1, y.shape[0]):
+            each = x.expand(y.shape[0], *x.shape[1:])
+            return torch.cat(
+                [matmul(one[None], y.rows(i, i + 1), transpose_y=transpose_y) for i, one in enumerate(each)]
+            )
+        y = y.whole()
     return torch.matmul(x, y.transpose(-1, -2) if flag(transpose_y) else y)
 
 

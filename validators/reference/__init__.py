@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from gemexport.formats.activations import Activations
 from gemexport.formats.gemma.architecture import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
-from gemexport.validators.reference import activation_rounding
+from gemexport.validators.reference import activation_rounding, experts
 from gemexport.validators.runtimes import protocol as runtime
 from gemexport.validators.runtimes.protocol import Laps, Layout
 
@@ -74,19 +74,19 @@ def reference(
             state_dict=weights,
             dtype=DTYPES[dtype],
             attn_implementation=activation_rounding.attention_implementation(activations),
+            experts_implementation="eager",
             output_loading_info=True,
         )
     complaints = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {complaint: sorted(map(str, report[complaint])) for complaint in complaints}
     if any(wrong.values()):
         raise ValueError(f"the tensors do not make up a {config.model_type}: {wrong}")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and dtype in _ROUNDED:
-            module.register_forward_pre_hook(
-                lambda _, inputs: (_round_to_int8(inputs[0], _ROUNDED[dtype]), *inputs[1:])
-            )
-        elif isinstance(module, torch.nn.Linear) and dtype == "f32-reordered":
-            module.forward = partial(_in_halves, module)  # type: ignore[method-assign]
+    linear = _rounded_linear(_ROUNDED[dtype]) if dtype in _ROUNDED else _in_halves
+    if dtype in _ROUNDED or dtype == "f32-reordered":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.forward = partial(_through, module, linear)  # type: ignore[method-assign]
+        experts.install(model, linear)
     if activations is not None:
         activation_rounding.install(model, activations, architecture(dict(text_config), config.model_type))
     return Reference(model, dtype, threads or os.cpu_count() or 1)
@@ -124,12 +124,20 @@ def _round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     return (codes * scale).reshape(x.shape)
 
 
-def _in_halves(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _through(module: torch.nn.Linear, linear: experts.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a linear without bias computes by another way of multiplying."""
+    return linear(x, module.weight)
+
+
+def _rounded_linear(sizes: tuple[int, ...]) -> experts.Linear:
+    """What a linear without bias computes of inputs that are rounded to 8 bits."""
+    return lambda x, weight: functional.linear(_round_to_int8(x, sizes), weight)
+
+
+def _in_halves(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What a linear without bias computes, its sums taken in two halves."""
-    half = linear.in_features // 2
-    return functional.linear(x[..., :half], linear.weight[:, :half]) + functional.linear(
-        x[..., half:], linear.weight[:, half:]
-    )
+    half = weight.shape[1] // 2
+    return functional.linear(x[..., :half], weight[:, :half]) + functional.linear(x[..., half:], weight[:, half:])
 
 
 class Reference:

@@ -26,6 +26,10 @@ GEMMA4 = {
     "use_double_wide_mlp": True, "sliding_window": 8, "final_logit_softcapping": 30.0,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+EXPERTS = {
+    **GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+    "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
 
 
 def _model(model_type: str, settings: dict[str, Any]) -> Any:
@@ -44,7 +48,9 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     return {name: ArrayTensor(name, value.numpy()) for name, value in state.items()}
 
 
-@pytest.mark.parametrize(("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4)])
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4), ("gemma4_text", EXPERTS)]
+)
 def test_is_the_same_model(model_type: str, settings: dict[str, Any]) -> None:
     model = _model(model_type, settings)
     with torch.inference_mode():
@@ -104,6 +110,19 @@ def test_wider_blocks_round_coarser() -> None:
         for dtype in ("int8-activations", "int8-activations-256")
     ]
     assert 0 < errors[0] < errors[1]
+
+
+def test_experts_are_rounded_and_reordered_like_linears() -> None:
+    raw, tensors = {**EXPERTS, "model_type": "gemma4_text"}, _tensors(_model("gemma4_text", EXPERTS))
+    # Nothing but the experts is left that could change.
+    same = {name: ArrayTensor(name, np.zeros_like(tensor.numpy())) if name.endswith("proj.weight") else tensor
+            for name, tensor in tensors.items()}  # fmt: skip
+    exact = reference(raw, same, 2).logits(TOKENS)
+    reordered = reference(raw, same, 2, dtype="f32-reordered").logits(TOKENS)
+    rounded = reference(raw, same, 2, dtype="int8-activations").logits(TOKENS)
+    size = np.abs(exact).max()
+    assert 0 < np.abs(reordered - exact).max() < 1e-5 * size
+    assert 1e-5 * size < np.abs(rounded - exact).max() < 0.1 * size
 
 
 def test_storage_settings_do_not_reach_the_model() -> None:
