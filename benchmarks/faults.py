@@ -20,7 +20,7 @@ from statistics import median
 from gemexport import demo
 from gemexport.faults.clean import fault_free
 from gemexport.faults.matrix import COLUMNS, Bench, markdown
-from gemexport.judge.measured import Divergence
+from gemexport.shared.measured import Divergence
 
 
 def matrix(work: Path, family: demo.Family, whole: bool, only: str | None) -> int:

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gemexport.judge.diagnosis import diagnose
-from gemexport.judge.measured import TensorReport
 from gemexport.report.schema import ArtifactReport
+from gemexport.shared.measured import TensorReport
 
 COLUMNS = (
     "artefact",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemexport._version import __version__
-from gemexport.engine.errors import StepError
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
+from gemexport.shared.node import StepError
 
 if TYPE_CHECKING:
     from gemexport.report.schema import Report
@@ -223,7 +223,7 @@ def plan(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show the steps that `all` would run, with bytes and memory, running nothing."""
-    from gemexport.report.describe import print_plan
+    from gemexport.plan import print_plan
     from gemexport.request import request
 
     formats = split_formats(only)

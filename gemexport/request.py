@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.compress import FOLDER, Compression, compression
-from gemexport.engine.place import Place
-from gemexport.engine.scheduler import available_memory
 from gemexport.formats.checkpoint import TOKENIZER, Checkpoint, check_tokenizer, checkpoint_name, open_checkpoint
 from gemexport.formats.grids.recipe import Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Target, target
+from gemexport.shared.memory import available_memory
+from gemexport.shared.place import Place
 
 DEFAULT_TOKENS = 512
 

@@ -13,19 +13,18 @@ from pathlib import Path
 from types import ModuleType
 
 from gemexport.engine.dag import graph, judgement, logits_memory
-from gemexport.engine.errors import StepError
 from gemexport.engine.output import claim
 from gemexport.engine.processes import Workers
-from gemexport.engine.scheduler import Events, Node, Scheduler, value_of
-from gemexport.engine.worker import Call
+from gemexport.engine.scheduler import Scheduler
 from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge.speed import machine
+from gemexport.outcomes import artifact_report, model_report
 from gemexport.registry import Target
 from gemexport.report.notes import compression_note
-from gemexport.report.outcomes import artifact_report, model_report
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
+from gemexport.shared.node import Call, Events, Node, StepError, value_of
 
 
 def run(asked: Request, events: Events | None = None, workers: Workers | None = None) -> Report:

@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemexport.report.describe.print_plan", interrupt)
+    monkeypatch.setattr("gemexport.plan.print_plan", interrupt)
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tiny_gemma4)])
     assert ended.value.code == 130

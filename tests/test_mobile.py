@@ -19,7 +19,6 @@ import transformers
 
 import gemexport
 from gemexport.demo import mobile as demo_mobile
-from gemexport.engine.place import Place
 from gemexport.exporters import compressed_tensors, onnx
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import find_grids
 from gemexport.formats.tensor import Floats, Tensor
 from gemexport.registry import TARGETS
+from gemexport.shared.place import Place
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import quiet, reference
 from gemexport.validators.runtimes.onnxruntime import load

@@ -14,10 +14,10 @@ from gemexport.formats import coreml, onnx
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.additive_fit import NAME
 from gemexport.formats.grids.recipe import RECIPES
-from gemexport.judge.measured import TensorReport, Validation, WeightsReport
 from gemexport.judge.verdict import bounds
 from gemexport.report.schema import Report, read_report
 from gemexport.request import request, steps
+from gemexport.shared.measured import TensorReport, Validation, WeightsReport
 
 
 def coded(**fields: float | None) -> Validation:

@@ -31,7 +31,7 @@ from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, MappedArra
 from gemexport.formats.tensor import DType
 
 if TYPE_CHECKING:
-    from gemexport.engine.place import Place
+    from gemexport.shared.place import Place
 
 METHODS = ("gptq", "awq", "rtn")
 FOLDER, MARK = "compressed", "compressed.json"

@@ -9,17 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gemexport.engine.output import RANGES
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-
-if TYPE_CHECKING:
-    from gemexport.engine.place import Place
+from gemexport.shared.place import RANGES, Place, opened
 
 CALIBRATION_TOKENS = 65536  # of a text file: what follows is not read
 OWN = frozenset({"calibration", "ranges"})  # options that say where ranges come from: then there is nothing to measure
@@ -38,7 +35,6 @@ def calibrate(
     `text` is a file to measure them on (the built-in prompts when None), `sizes` the `context` and `prefill` of the
     graphs that were asked for. Returns the number of tokens; raises InputError for a text that cannot be read.
     """
-    from gemexport.engine.place import opened
     from gemexport.exporters import onnx
     from gemexport.formats.activations.ranges import read_ranges
 

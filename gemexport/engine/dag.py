@@ -7,13 +7,12 @@ from pathlib import Path
 
 from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
-from gemexport.engine.place import Place
-from gemexport.engine.scheduler import Node
-from gemexport.engine.worker import Call
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.request import Request, Step
+from gemexport.shared.node import Call, Node
+from gemexport.shared.place import Place
 
 # Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
 EXPORT_BYTES = 600 << 20

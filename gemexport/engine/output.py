@@ -15,13 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import PARTIAL, atomic, explained, locked, remove
+from gemexport.shared.place import GRIDS, RANGES, SOURCE, VECTORS, WORK
 
-WORK = ".gemexport"
 OWNER = "model.json"
 LOCK = "lock"  # held by the run that writes
-RANGES = "ranges"
-VECTORS = "ple-codec"  # folder in it of the vector codec's fit
-SOURCE = "source"  # folder in it of what is unpacked from a model in one file
 
 
 class Owner(BaseModel):
@@ -77,7 +74,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
             ) from error
         except OSError as error:
             raise explained(error, work / LOCK) from error
-        for name in ("grids", VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
+        for name in (GRIDS, VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
             remove(work / name)
         for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
             remove(left)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from gemexport.engine.worker import PREPARE, Request
+from gemexport.engine.worker import PREPARE, Task
 
 
 @dataclass
@@ -22,10 +22,10 @@ class Worker:
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
 
-    def give(self, request: Request) -> bool:
+    def give(self, task: Task) -> bool:
         """Send it a call; False where it has ended, so that nobody will answer."""
         try:
-            self.connection.send(request)
+            self.connection.send(task)
         except ConnectionError:
             return False
         return self.process.poll() is None
@@ -43,7 +43,7 @@ class Workers:
     def __init__(self) -> None:
         self.idle: list[Worker] = []
 
-    def serve(self, request: Request, threads: int, light: bool) -> Worker:
+    def serve(self, task: Task, threads: int, light: bool) -> Worker:
         """A process that has been given the call: an idle one for a light node, else a new one with so many threads.
 
         Whatever ended an idle one (the system takes memory from those first that do nothing), another takes its place.
@@ -51,12 +51,12 @@ class Workers:
         """
         while light and self.idle:
             worker = self.idle.pop()
-            if worker.give(request):
+            if worker.give(task):
                 return worker
             worker.kill()
-        with request.log.open("ab") as output:
+        with task.log.open("ab") as output:
             worker = _start(threads, output.fileno())
-        worker.give(request)
+        worker.give(task)
         return worker
 
     def prepare(self, threads: int) -> None:

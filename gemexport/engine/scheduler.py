@@ -5,38 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
-from gemexport.engine.errors import StepError
 from gemexport.engine.processes import Worker, Workers, threads_each
-from gemexport.engine.worker import Call, Outcome, Request
-
-
-@dataclass(frozen=True)
-class Node:
-    """One step: a call, the nodes whose results it waits for, and what it takes."""
-
-    name: str
-    call: Call
-    needs: tuple[str, ...] = ()
-    memory: int = 0  # anonymous bytes, estimated
-    total: int = 0  # units of progress
-    all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
-    light: bool = False  # loads no runtime: it may share a process, one after the other, with other light ones
-
-
-@dataclass
-class Events:
-    """What the caller hears while the DAG runs."""
-
-    started: Callable[[Node], None] = lambda node: None
-    advanced: Callable[[Node, int], None] = lambda node, amount: None
-    ended: Callable[[Node, Outcome], None] = lambda node, outcome: None
+from gemexport.engine.worker import Task
+from gemexport.shared.node import Events, Node, Outcome, succeeded
 
 
 @dataclass
@@ -107,7 +84,7 @@ class Scheduler:
         log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
         threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)
-        worker = self.workers.serve(Request(node.call, log), threads, node.light)
+        worker = self.workers.serve(Task(node.call, log), threads, node.light)
         self.events.started(node)
         return _Running(node, worker, log)
 
@@ -180,30 +157,3 @@ def ending(status: int) -> str:
     if status < 0:
         return f"the process ended by a signal ({signal.strsignal(-status)})"
     return f"the process ended with status {status}"
-
-
-def value_of(name: str, outcomes: Mapping[str, Outcome]) -> Any:
-    """What a step returned; raises its InputError where it has one, else StepError."""
-    outcome = outcomes[name]
-    if outcome.error is not None:
-        raise outcome.error
-    if not succeeded(outcome):
-        raise StepError(f"the step {name} did not succeed: {outcome.reason}")
-    return outcome.value
-
-
-def succeeded(outcome: Outcome) -> bool:
-    """Whether a node has a value to go on with."""
-    return outcome.error is None and outcome.failure is None
-
-
-def available_memory() -> int:
-    """Bytes that the system can give without swapping; half of a guess of 8 GB where it does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return pages * size // 2
-    return 4 << 30

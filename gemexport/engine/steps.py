@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemexport.engine.place import Place, Progress, model_activations, opened, reference_model
 from gemexport.exporters.result import Export
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import GridIndex, find_grids
-from gemexport.judge.measured import Divergence
 from gemexport.registry import TARGETS
+from gemexport.shared.measured import Divergence
+from gemexport.shared.place import Place, Progress, model_activations, opened, reference_model
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.additive_fit import Record

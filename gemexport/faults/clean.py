@@ -12,7 +12,7 @@ import numpy as np
 from gemexport import demo
 from gemexport.demo.qat import RULES
 from gemexport.faults.matrix import COLUMNS, Bench
-from gemexport.judge.measured import LogitsReport
+from gemexport.shared.measured import LogitsReport
 
 RULED = (*sorted(RULES), None)  # None: weights on no grid, which every format has to quantize
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 from gemexport.demo import mobile as demo_mobile
 from gemexport.engine import steps as nodes
-from gemexport.engine.place import Place
 from gemexport.faults import weights
 from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge import validation
-from gemexport.judge.measured import Divergence, Validation
 from gemexport.judge.verdict import bounds
 from gemexport.judge.wording import check_wording
 from gemexport.registry import TARGETS
 from gemexport.report.schema import verdict
+from gemexport.shared.measured import Divergence, Validation
+from gemexport.shared.place import Place
 
 COLUMNS = (
     ("gguf", "Q4_0"), ("mlx", "4bit"), ("onnx", "int4"), ("onnx", "npu"), ("coreml", "int4"),

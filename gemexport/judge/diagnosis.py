@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from gemexport.judge.measured import TensorReport
+from gemexport.shared.measured import TensorReport
 
 SCALES = "scales are not the checkpoint's"
 CODES = "codes are not the checkpoint's, on its scales"

@@ -14,7 +14,7 @@ from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.gemma.architecture import Architecture, architecture
-from gemexport.judge.measured import FactReport
+from gemexport.shared.measured import FactReport
 from gemexport.validators.checks.vocabulary import GENAI, settings_of
 
 # One name for each fact of the decoder; `{type}` is the layers' attention type, `{swa}` GGUF's ending for sliding ones.

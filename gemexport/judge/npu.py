@@ -6,9 +6,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from gemexport.engine.place import Place, Progress
-from gemexport.judge.measured import Divergence, NpuComparison, NpuRefusal, NpuReport
-from gemexport.report.schema import Bound
+from gemexport.shared.bound import Bound
+from gemexport.shared.measured import Divergence, NpuComparison, NpuRefusal, NpuReport
+from gemexport.shared.place import Place, Progress
 
 
 def compile_npu(place: Place, path: Path, context: Path, architecture: str | None, progress: Progress) -> NpuReport:

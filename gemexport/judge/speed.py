@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport.engine.worker import MemoryWatch, anonymous_bytes
-from gemexport.judge.measured import Pace, SpeedReport
+from gemexport.shared.measured import Pace, SpeedReport
+from gemexport.shared.memory import MemoryWatch, anonymous_bytes
 from gemexport.validators.runtimes.protocol import Laps, Runtime
 
 

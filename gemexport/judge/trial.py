@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport.engine.place import Place, Progress, threads
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.judge.bounds import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS, TIES
-from gemexport.judge.measured import (
+from gemexport.judge.speed import Speedometer, Stopwatch
+from gemexport.judge.wording import check_wording
+from gemexport.registry import Target
+from gemexport.shared.measured import (
     ChatReport,
     DepartureReport,
     GreedyReport,
     LogitsReport,
     TokenizerReport,
 )
-from gemexport.judge.measured import Divergence as Figures
-from gemexport.judge.speed import Speedometer, Stopwatch
-from gemexport.judge.wording import check_wording
-from gemexport.registry import Target
+from gemexport.shared.measured import Divergence as Figures
+from gemexport.shared.place import Place, Progress, threads
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.checks.layers import departure
 from gemexport.validators.reference.store import ReferenceStore

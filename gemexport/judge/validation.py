@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemexport.engine.place import Place, Progress
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.judge.facts import activation_differences, differences
-from gemexport.judge.measured import (
+from gemexport.judge.speed import Stopwatch
+from gemexport.judge.trial import Trial
+from gemexport.judge.wording import check_wording
+from gemexport.registry import TARGETS
+from gemexport.shared.measured import (
     FactReport,
     TensorReport,
     Validation,
     WeightsReport,
 )
-from gemexport.judge.speed import Stopwatch
-from gemexport.judge.trial import Trial
-from gemexport.judge.wording import check_wording
-from gemexport.registry import TARGETS
+from gemexport.shared.place import Place, Progress
 from gemexport.validators.checks import weights
 
 

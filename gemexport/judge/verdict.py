@@ -21,7 +21,8 @@ from gemexport.judge.bounds import (
     VECTOR_STEPS,
 )
 from gemexport.judge.diagnosis import diagnose
-from gemexport.judge.measured import (
+from gemexport.shared.bound import Bound
+from gemexport.shared.measured import (
     ChatReport,
     DepartureReport,
     Divergence,
@@ -30,7 +31,6 @@ from gemexport.judge.measured import (
     TokenizerReport,
     Validation,
 )
-from gemexport.report.schema import Bound
 
 TEXT = 60  # characters of a text that is named
 NAMED = 3  # of the tensors, facts or texts that broke a bound

@@ -7,21 +7,17 @@ the artefact (docs/bounds.md).
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import json
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from gemexport._version import __version__
 from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.files import atomic, locked
-from gemexport.judge.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
-from gemexport.validators.checks import chat, corpus, prompts, tokenizer, vocabulary
+from gemexport.shared.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
+from gemexport.shared.texts import encoded, vocabulary_of
+from gemexport.validators.checks import chat, prompts, tokenizer, vocabulary
 from gemexport.validators.checks.tokenizer import Difference
 from gemexport.validators.runtimes.protocol import Runtime
 
@@ -150,51 +146,9 @@ class Wording:
         try:
             if copied and not vocabulary.settings_differ(self._assets, artifact.path):
                 return ()
-            return vocabulary.compare(_vocabulary(self._assets), vocabulary.read(artifact.path), self._size)
+            return vocabulary.compare(vocabulary_of(self._assets), vocabulary.read(artifact.path), self._size)
         except InputError as error:
             return (error.problem,)
-
-
-@lru_cache(maxsize=1)
-def _vocabulary(assets: Path) -> vocabulary.Vocabulary:
-    return vocabulary.read(assets)
-
-
-def encoded(checkpoint: Checkpoint, work: Path) -> dict[str, tuple[int, ...]]:
-    """Every text that tokenizers are compared on, the built-in prompts among them, with the checkpoint's ids.
-
-    Kept in the folder `work` under what they are made of, for the validators beside this one: making them takes longer
-    than all that is done with them.
-    """
-    assets, size = checkpoint.assets, checkpoint.architecture.vocab_size
-    return _encoded(work / KEPT / f"{_mark(assets / FILES[0], size)}.json", assets, size)
-
-
-@lru_cache(maxsize=1)
-def _encoded(path: Path, assets: Path, size: int) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.parent / "lock"):  # whoever comes second waits here, and then finds the file
-            if not path.is_file():
-                with atomic(path) as partial:
-                    partial.write_text(json.dumps(_encode(assets, size)), "ascii")
-    return {text: tuple(ids) for text, ids in json.loads(path.read_bytes()).items()}
-
-
-def _mark(file: Path, size: int) -> str:
-    """A digest of what the texts and their ids follow from."""
-    programs = (unicodedata.unidata_version, version("tokenizers"), __version__, str(size))
-    content = file.read_bytes() if file.is_file() else b""  # that there is none is told by who reads it
-    return hashlib.sha256("\n".join(programs).encode() + content).hexdigest()[:32]
-
-
-def _encode(assets: Path, size: int) -> dict[str, list[int]]:
-    tables = _vocabulary(assets)
-    encode = tokenizer.load(assets / FILES[0])
-    listed = (vocabulary.ADDED, vocabulary.SPECIAL)
-    added = [piece for piece, kind in zip(tables.pieces, tables.kinds, strict=True) if kind in listed]
-    texts = [*prompts.prompts(), *prompts.HARD_TEXTS, *corpus.corpus(tables.pieces[:size], added)]
-    return {text: encode(text) for text in texts}
 
 
 def _same(ours: Path, theirs: Path) -> bool:

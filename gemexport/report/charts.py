@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gemexport.judge.measured import TensorReport
 from gemexport.report.schema import ArtifactReport, Report
+from gemexport.shared.measured import TensorReport
 
 LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
 OUTSIDE = -1  # the place of what is in no layer

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from gemexport.engine.scheduler import Events, Node, succeeded
-from gemexport.engine.worker import Outcome
+from gemexport.shared.node import Events, Node, Outcome, succeeded
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import re
 from collections import Counter
 
 from gemexport.compress import Compression
-from gemexport.engine.worker import Outcome
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import GridIndex
-from gemexport.judge.measured import ChatReport, TokenizerReport
+from gemexport.shared.measured import ChatReport, TokenizerReport
+from gemexport.shared.node import Outcome
 
 
 def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> str:

@@ -21,11 +21,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from gemexport.judge.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
 from gemexport.report.charts import LAYER, Column, LayerErrors, OperatingPoints, layer_errors, operating_points
 from gemexport.report.checksums import write_sums
 from gemexport.report.junit import render_junit
 from gemexport.report.schema import ArtifactReport, Report, write_text
+from gemexport.shared.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
 
 NONE = "–"
 EXCERPT = 400  # letters of a conversation that are shown

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemexport import cli
-from gemexport.engine.scheduler import Node
-from gemexport.engine.worker import Call
+from gemexport.shared.node import Call, Node
 
 
 def test_the_log_that_a_message_points_to_is_kept(

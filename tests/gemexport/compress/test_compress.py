@@ -13,11 +13,11 @@ import pytest
 import gemexport
 from gemexport.cli import main
 from gemexport.compress import compress, compression, write_plain
-from gemexport.engine.place import Place
 from gemexport.formats import gguf, mlx
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.storage.errors import InputError
+from gemexport.shared.place import Place
 
 # Stands in for an interpreter with llm-compressor: rounds linears to int8, one scale a row, and spoils the norms a
 # little, as llm-compressor does with those of 1 + w.

@@ -9,12 +9,12 @@ import pytest
 
 from gemexport.engine.calibration import calibrate, ranges_file
 from gemexport.engine.dag import graph
-from gemexport.engine.place import Place
 from gemexport.engine.steps import grids
 from gemexport.formats.activations.ranges import read_ranges
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.storage.errors import InputError
 from gemexport.request import request, steps
+from gemexport.shared.place import Place
 
 pytest.importorskip("onnxruntime")
 

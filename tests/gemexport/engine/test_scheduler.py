@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gemexport.engine.errors import StepError
 from gemexport.engine.processes import prepared
-from gemexport.engine.scheduler import Events, Node, Scheduler, in_order, succeeded, value_of
-from gemexport.engine.worker import Call, Outcome
+from gemexport.engine.scheduler import Scheduler, in_order
 from gemexport.formats.storage.errors import InputError
+from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
 
 Progress = Callable[[int], None]
 HERE = f"{__name__}:"
@@ -218,8 +217,8 @@ def test_a_node_over_the_limit_still_runs_alone(tmp_path: Path) -> None:
 def test_workers_end_with_the_run_that_started_them(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
-        "from gemexport.engine.scheduler import Node, Scheduler\n"
-        "from gemexport.engine.worker import Call\n"
+        "from gemexport.engine.scheduler import Scheduler\n"
+        "from gemexport.shared.node import Call, Node\n"
         f"call = Call('test_scheduler:linger', {{'path': Path({str(tmp_path / 'pid')!r})}})\n"
         f"Scheduler(1, 1 << 30, Path({str(tmp_path / 'logs')!r})).run([Node('lingers', call)])\n"
     )

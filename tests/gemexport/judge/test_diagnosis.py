@@ -10,7 +10,7 @@ import pytest
 
 from gemexport.formats.tensor import DType, Floats, Grid, Rows
 from gemexport.judge.diagnosis import diagnose, fault
-from gemexport.judge.measured import GridReport, TensorReport
+from gemexport.shared.measured import GridReport, TensorReport
 from gemexport.validators.checks.weights import compare
 
 LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from gemexport.engine.worker import MemoryWatch, anonymous_bytes
 from gemexport.judge import speed
+from gemexport.shared.memory import MemoryWatch, anonymous_bytes
 from gemexport.validators.runtimes.protocol import Laps, Runtime
 
 

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 from gemexport.formats.grids.recipe import RECIPES, Recipe
-from gemexport.judge.measured import (
+from gemexport.judge.verdict import bounds
+from gemexport.registry import TARGETS
+from gemexport.report.schema import verdict
+from gemexport.shared.bound import Bound
+from gemexport.shared.measured import (
     Divergence,
     GreedyReport,
     GridReport,
@@ -17,9 +21,6 @@ from gemexport.judge.measured import (
     Validation,
     WeightsReport,
 )
-from gemexport.judge.verdict import bounds
-from gemexport.registry import TARGETS
-from gemexport.report.schema import Bound, verdict
 
 LATTICE = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)
 ROUNDED = GridReport(bits=4, block=32, scale_dtype="f16", lossless=False)

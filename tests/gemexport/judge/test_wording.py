@@ -13,11 +13,11 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES
-from gemexport.judge import wording
-from gemexport.judge.measured import ChatReport, TokenizerReport, Validation, WeightsReport
 from gemexport.judge.verdict import bounds
 from gemexport.judge.wording import Artifact, Wording
 from gemexport.report.notes import wording_notes
+from gemexport.shared import texts
+from gemexport.shared.measured import ChatReport, TokenizerReport, Validation, WeightsReport
 from gemexport.validators.checks import tokenizer
 from gemexport.validators.checks.prompts import prompts
 from gemexport.validators.runtimes.protocol import Layout, Runtime
@@ -172,14 +172,14 @@ def test_the_checkpoints_ids_are_made_once_and_again_for_another_tokenizer(
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_gemma4, folder)
-    first = wording.encoded(open_checkpoint(folder), tmp_path)
+    first = texts.encoded(open_checkpoint(folder), tmp_path)
     assert first[CAFE] == tuple(tokenizer.load(folder / "tokenizer.json")(CAFE))
-    wording._encoded.cache_clear()
+    texts._encoded.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(tokenizer, "load", lambda path: pytest.fail("tokenized again"))
-        assert wording.encoded(open_checkpoint(folder), tmp_path) == first
+        assert texts.encoded(open_checkpoint(folder), tmp_path) == first
     path = folder / "tokenizer.json"
     with path.open("a") as file:
         file.write("\n")
-    wording.encoded(open_checkpoint(folder), tmp_path)
-    assert len(list((tmp_path / wording.KEPT).glob("*.json"))) == 2
+    texts.encoded(open_checkpoint(folder), tmp_path)
+    assert len(list((tmp_path / texts.KEPT).glob("*.json"))) == 2

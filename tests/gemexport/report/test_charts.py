@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from gemexport.judge.measured import Divergence, LogitsReport, TensorReport
 from gemexport.report import charts, plots, svg
 from gemexport.report.render import render_html
 from gemexport.report.schema import ArtifactReport, ModelReport, Report
+from gemexport.shared.measured import Divergence, LogitsReport, TensorReport
 
 
 def report(points: list[tuple[str, int, float]], floor: float | None = None) -> Report:

@@ -6,7 +6,8 @@ import math
 from xml.etree import ElementTree
 
 from gemexport.report.junit import render_junit
-from gemexport.report.schema import ArtifactReport, Bound, ModelReport, Report
+from gemexport.report.schema import ArtifactReport, ModelReport, Report
+from gemexport.shared.bound import Bound
 
 HELD = Bound.at_least("tokenizer.equal", 40, 40, "every text")
 BROKEN = Bound.at_most("conversion.kld_mean in f32", math.nan, 1e-5, "two right <implementations>")

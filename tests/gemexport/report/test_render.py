@@ -12,7 +12,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gemexport.judge.measured import (
+from gemexport.report import render
+from gemexport.report.schema import (
+    ArtifactReport,
+    ExportStats,
+    FileReport,
+    LatticeReport,
+    LatticeTensor,
+    ModelReport,
+    Report,
+    ValidationReport,
+    verdict,
+)
+from gemexport.shared.bound import Bound
+from gemexport.shared.measured import (
     ChatDifference,
     ChatReport,
     DepartureReport,
@@ -27,19 +40,6 @@ from gemexport.judge.measured import (
     TokenizerDifference,
     TokenizerReport,
     WeightsReport,
-)
-from gemexport.report import render
-from gemexport.report.schema import (
-    ArtifactReport,
-    Bound,
-    ExportStats,
-    FileReport,
-    LatticeReport,
-    LatticeTensor,
-    ModelReport,
-    Report,
-    ValidationReport,
-    verdict,
 )
 
 GRID = GridReport(bits=4, block=32, scale_dtype="bf16", lossless=True)

@@ -12,11 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from gemexport.formats.storage.errors import InputError
-from gemexport.judge import measured
-from gemexport.judge.measured import Divergence, LogitsReport
 from gemexport.report import checksums
 from gemexport.report import schema as reports
-from gemexport.report.schema import ArtifactReport, Bound, ModelReport, Report
+from gemexport.report.schema import ArtifactReport, ModelReport, Report
+from gemexport.shared import measured
+from gemexport.shared.bound import Bound
+from gemexport.shared.measured import Divergence, LogitsReport
 
 MODEL = ModelReport(name="demo", architecture="gemma4", parameters=10, bytes=20, source="models/demo")
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemexport.engine.scheduler import succeeded
-from gemexport.engine.worker import Outcome
 from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.search import GridIndex
 from gemexport.judge.diagnosis import rounded_as_run
-from gemexport.judge.measured import Divergence, GridReport, NpuReport, Validation
 from gemexport.judge.npu import npu_bounds
 from gemexport.judge.verdict import bounds
 from gemexport.report.checksums import artifact_sha256, describe_files
@@ -25,6 +22,8 @@ from gemexport.report.schema import (
     verdict,
 )
 from gemexport.request import Request, Step
+from gemexport.shared.measured import Divergence, GridReport, NpuReport, Validation
+from gemexport.shared.node import Outcome, succeeded
 
 
 def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemexport.engine.output import SOURCE, VECTORS
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.search import attach
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
     from gemexport.validators.runtimes.protocol import Runtime
 
 Progress = Callable[[int], None]
+
+# The folder for what is no artefact in an output folder, and in it those of steps.
+WORK = ".gemexport"
+GRIDS = "grids"
+RANGES = "ranges"
+VECTORS = "ple-codec"  # of the vector codec's fit
+SOURCE = "source"  # of what is unpacked from a model in one file
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Place:
     @property
     def grids(self) -> Path:
         """Folder of the scales that the lattice search found."""
-        return self.work / "grids"
+        return self.work / GRIDS
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
@@ -59,7 +65,7 @@ class Place:
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
         """The token sequences that every model is judged on."""
-        from gemexport.judge.wording import encoded
+        from gemexport.shared.texts import encoded
         from gemexport.validators.checks import prompts
 
         ids = encoded(checkpoint, self.work)

@@ -1,0 +1,58 @@
+"""The DAG of a request in words: `gemexport plan`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gemexport.engine.dag import graph
+from gemexport.formats.tensor import ITEM_BYTES, Tensor
+from gemexport.report.render import size
+from gemexport.request import Request, steps
+from gemexport.shared.place import WORK
+
+
+def print_plan(asked: Request, as_json: bool) -> None:
+    """Print the DAG of a request with sizes and memory estimates; nothing is run or written."""
+    checkpoint = asked.checkpoint()
+    wanted = steps(asked, checkpoint)
+    nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
+    expected = {step.export_node: _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    rows = [
+        {
+            "step": node.name,
+            "after": list(node.needs),
+            "memory_bytes": node.memory,
+            "output_bytes": expected.get(node.name, 0),
+        }
+        for node in nodes
+    ]
+    if as_json:
+        print(json.dumps({"jobs": asked.jobs, "memory_bytes": asked.memory, "steps": rows}, indent=2))
+        return
+    console = Console(highlight=False)
+    table = Table("step", "after", "memory", "writes about", box=None, pad_edge=False, header_style="bold")
+    for node in nodes:
+        written = expected.get(node.name)
+        table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
+    console.print(table)
+    limits = f"{asked.jobs} at a time, within {size(asked.memory)}"
+    console.print(f"\n{limits}; artefacts go to {escape(str(asked.out))}", soft_wrap=True)
+    without = [step.key for step in wanted if step.target.missing()]
+    if without:
+        console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
+
+
+def _expected_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
+    """What the weights of a variant come to: 4 bit and a 16-bit scale for 32 weights, or a plain dtype."""
+    plain = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}.get(variant.lower())
+    total = 0.0
+    for tensor in tensors.values():
+        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) != 2 else 18 / 32
+        total += math.prod(tensor.shape) * (plain or own)
+    return int(total)
