@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gemexport.shared.measured import Pace, SpeedReport
-from gemexport.shared.memory import MemoryWatch, anonymous_bytes
+from gemexport.shared.memory import MemoryWatch, step_bytes
 from gemexport.validators.runtimes.protocol import Laps, Runtime
 
 
@@ -40,7 +40,7 @@ class Speedometer:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._before = anonymous_bytes()
+        self._before = step_bytes()
         self._started = time.perf_counter()
         self._load_seconds = 0.0
         self._judged = 0
@@ -54,8 +54,7 @@ class Speedometer:
     def generating(self, runtime: Runtime) -> Iterator[None]:
         """The block is the greedy continuation; what the runtime computed before are the sequences."""
         self._judged = len(runtime.laps.laps)
-        # mlx-lm computes in a process of its own.
-        with MemoryWatch(children=getattr(runtime, "children", ())) as memory:
+        with MemoryWatch() as memory:
             yield
         self._peak = memory.peak
 

@@ -50,6 +50,8 @@ class Trial:
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, arithmetic: str | None) -> Runtime:
+        """The artefact's runtime; no reference is held beside it: a machine that can hold one model can do this."""
+        self._free_references()
         context = max(map(len, self._sequences)) + GREEDY_TOKENS
         options = {} if arithmetic is None else {"arithmetic": arithmetic}
         runtime: Runtime = self._target.adapter().load(self._path, threads=threads(), context=context, **options)
@@ -58,8 +60,8 @@ class Trial:
     def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
         """Run every sequence and compare with both references.
 
-        The runtime is closed before a reference is loaded: a machine that can hold one model can do this. So what a
-        reference has said already is compared at once, and for the other the runtime's logits are kept.
+        One model is loaded at a time, a reference or the runtime. So what a reference has said already is compared at
+        once, and for the other the runtime's logits are kept.
         """
         watch, speed = self._watch, Speedometer(threads())
         with watch.time("load"):
@@ -68,7 +70,7 @@ class Trial:
         with watch.time("tokenizer"):
             self.wording = self.wording or check_wording(self._place.work, self._checkpoint, self._path, runtime)
         conversion, loss = Divergence(tie=self._tie), Divergence()
-        judged = ((conversion, self._read_back), (loss, self._source))
+        judged = ((loss, self._source), (conversion, self._read_back))  # which then judges the continuation too
         now: list[tuple[Divergence, ReferenceStore]] = []
         later: list[tuple[Divergence, ReferenceStore]] = []
         for pair in judged:
@@ -92,6 +94,7 @@ class Trial:
             continuation = runtime.greedy(prompt, GREEDY_TOKENS)
         runtime.close()
         for total, store in later:
+            self._free_references()
             for sequence, output in kept:
                 with watch.time("reference"):
                     expected = store.logits(sequence)
@@ -149,8 +152,11 @@ class Trial:
         chosen = judged[np.arange(len(continuation)), continuation]
         return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= self._tie).sum()))
 
-    def close(self) -> None:
-        """Free the references and the scratch files."""
+    def _free_references(self) -> None:
         self._source.close()
         self._read_back.close()
+
+    def close(self) -> None:
+        """Free the references and the scratch files."""
+        self._free_references()
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -49,7 +49,6 @@ class MlxRuntime:
             env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
         )
         self._requests, self._answers = cast(IO[bytes], self._child.stdin), cast(IO[bytes], self._child.stdout)
-        self.children = (self._child.pid,)
         greeting = self._answer()
         if "error" in greeting:
             self.close()
