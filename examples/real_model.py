@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.demo import qat
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic, explained
 from gemexport.formats.storage.safetensors import Entry, ShardedWriter

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from gemexport.formats.activations import Activations
-from gemexport.formats.gemma.architecture import Architecture, architecture, text_config
+from gemexport.formats.gemma.architecture import Architecture, TensorSpec
+from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import ITEM_BYTES, Tensor
@@ -45,17 +46,6 @@ READERS: dict[str, str] = {
     "gptq": "gemexport.formats.gptq",
     "mlx": "gemexport.formats.mlx",
 }
-# The same decoder under the names of transformers' classes: alone, inside a multimodal model of today and of before,
-# and either without a head (AutoModel).
-_SPELLINGS = (
-    (re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
-    (re.compile(r"^language_model\.model\.(.+)$"), r"model.\1"),
-    (re.compile(r"^language_model\.(lm_head\..+)$"), r"\1"),
-    (
-        re.compile(r"^(?:language_model\.)?((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"),
-        r"model.\1",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -76,8 +66,8 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]  # config.json as it is, but for how the weights are quantized
     text_config: dict[str, Any]  # the decoder's own part of it
-    architecture: Architecture
-    tensors: Mapping[str, Tensor]  # exactly architecture.tensor_shapes(), in that order
+    model: Model
+    tensors: Mapping[str, Tensor]  # exactly those of model.specs, in that order
     unpack: Callable[[], Path]  # the folder with tokenizer.json and the other settings, made when it is first wanted
     files: tuple[Path, ...] = ()  # that hold the weights, where they are not those of a folder
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
@@ -86,6 +76,11 @@ class Checkpoint:
     activations: Activations | None = None  # static scales of activations and caches, where it came with any
     adapter: str | None = None  # digest of the LoRA that is merged in
     bases: Mapping[str, Tensor] = field(default_factory=dict)  # what it was added to, by the names of these tensors
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the decoder computes."""
+        return self.model.decoder
 
     @property
     def assets(self) -> Path:
@@ -104,14 +99,6 @@ class Checkpoint:
     def plain_nbytes(self) -> int:
         """Bytes of the decoder's tensors in their dtypes, without codes: what an exporter's progress counts."""
         return sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in self.tensors.values())
-
-
-def canonical_name(name: str) -> str:
-    """The name that transformers' text model gives to a tensor of any of the classes that contain it."""
-    for pattern, replacement in _SPELLINGS:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return name
 
 
 def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: str | Path | None = None) -> Checkpoint:
@@ -169,18 +156,18 @@ def _gguf(path: Path, scratch: Path | None) -> Checkpoint:
 def _folder(folder: Path) -> Checkpoint:
     """The checkpoint in a folder in Hugging Face layout."""
     config = read_config(folder)
-    decoder = architecture(config, folder / "config.json")
+    model = describe(config, folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
         remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         raise InputError(folder, "there is no tokenizer.json", remedy)
-    found = _source(folder, config, decoder)
+    found = _source(folder, config, model)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
         name=checkpoint_name(folder),
         path=folder,
         config=plain,
         text_config=text_config(plain, folder / "config.json"),
-        architecture=decoder,
+        model=model,
         tensors=found.tensors,
         unpack=lambda: folder,
         left_out=found.left_out,
@@ -189,11 +176,11 @@ def _folder(folder: Path) -> Checkpoint:
     )
 
 
-def _source(folder: Path, config: dict[str, Any], decoder: Architecture) -> Source:
+def _source(folder: Path, config: dict[str, Any], model: Model) -> Source:
     """The tensors of a folder, by the reader for the way in which they are quantized."""
     method = quantization_method(config)
     if method is None:
-        return _plain(folder, decoder)
+        return _plain(folder, model)
     if method not in READERS:
         problem = f"the weights are quantized in a way that is not known here ({method})"
         raise InputError(folder / "config.json", problem, "give the bf16 checkpoint it was made from")
@@ -210,23 +197,28 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     return "mlx" if isinstance(config.get("quantization"), dict) else None
 
 
-def _plain(folder: Path, decoder: Architecture) -> Source:
+def _plain(folder: Path, model: Model) -> Source:
     """Tensors that are stored as floats."""
-    stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
-    check_head(folder, decoder, stored)
+    stored = stored_arrays(folder, model)
+    check_head(folder, model, stored)
     tensors: dict[str, Tensor] = {}
-    for name, shape in decoder.tensor_shapes().items():
-        tensors[name] = plain_tensor(folder, name, shape, stored.pop(name, None))
+    for spec in model.specs.values():
+        tensors[spec.name] = plain_tensor(folder, spec, stored.pop(spec.name, None))
     return Source(tensors, left_out=tuple(sorted(stored)))
 
 
-def check_head(folder: Path, decoder: Architecture, stored: Mapping[str, MappedArray]) -> None:
+def stored_arrays(folder: Path, model: Model) -> dict[str, MappedArray]:
+    """What the files of a checkpoint hold, by canonical name."""
+    return {model.family.canonical_name(name): array for name, array in read_folder(folder).items()}
+
+
+def check_head(folder: Path, model: Model, stored: Mapping[str, MappedArray]) -> None:
     """Raise InputError for a head of its own where config.json says that it is the embedding table.
 
     A head that was saved with the model all the same is a copy, byte for byte; one that was trained, or quantized in
     another way, is not, and transformers and mlx-lm would compute with it. `stored` is by canonical name.
     """
-    if not decoder.tied:
+    if not model.decoder.tied:
         return
     for name, array in stored.items():
         head, _, key = name.rpartition(".")
@@ -249,8 +241,9 @@ def _same_bytes(one: MappedArray, other: MappedArray) -> bool:
     )
 
 
-def plain_tensor(folder: Path, name: str, shape: tuple[int, ...], array: MappedArray | None) -> Tensor:
+def plain_tensor(folder: Path, spec: TensorSpec, array: MappedArray | None) -> Tensor:
     """A tensor that is stored as floats; InputError when it is missing, or is no tensor of that shape."""
+    name, shape = spec.name, spec.shape
     if array is None:
         raise InputError(folder, f"the tensor {name} is missing", "save the whole model, or mend config.json")
     if array.entry.dtype not in FLOAT_DTYPES:

@@ -16,14 +16,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
-from gemexport.formats.checkpoint import HEAD, Source, canonical_name, check_head
-from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.checkpoint import HEAD, Source, check_head, stored_arrays
+from gemexport.formats.gemma.architecture import Architecture, TensorSpec
+from gemexport.formats.gemma.families import by_type
+from gemexport.formats.gemma.model import Model, describe
+from gemexport.formats.gemma.names import WEIGHT
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.bitpack import signed, unpack
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16, on_grid
 
-EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")
 SAVE_AGAIN, OWN_CONFIG = "save or download the model again", "use the config.json that came with the model"
 # A converted module of transformers: at the start up to a border, by a pattern with that border, or at the end.
 _BORDER = r"(?:(?<=\.)|(?=\.|$))"
@@ -61,7 +64,9 @@ class Widths:
             first = error.errors()[0]
             where = ".".join(map(str, ("quantization_config", *first["loc"])))
             raise InputError(path, f"{where}: {first['msg'].lower()}", OWN_CONFIG) from error
-        wrapped = config.get("model_type") in ("gemma3", "gemma4")
+        kind = str(config.get("model_type"))
+        family = by_type(kind)
+        wrapped = family is not None and kind == family.whole_type
         self._prefix = "model.language_model." if wrapped else "model."
         patterns = self._settings.module_quant_configs or {}
         named = [f"(?P<g{i}>{pattern})" for i, pattern in enumerate(patterns)]
@@ -71,11 +76,12 @@ class Widths:
             skipped = [HEAD, f"{self._prefix}embed_tokens"] if tied else [HEAD]
         self._skipped = [(_compile(f"(?:{key}){_BORDER}", path, "modules_to_not_convert"), key) for key in skipped]
 
-    def bits(self, module: str) -> int | None:
-        """The width of a module's codes, by its canonical name; None for one in floating point."""
-        if module in EMBEDDINGS and not self._settings.quantize_embeddings:
+    def bits(self, spec: TensorSpec) -> int | None:
+        """The width of a matrix' codes; None for one in floating point."""
+        if spec.role.is_looked_up and not self._settings.quantize_embeddings:
             return None
-        name = f"{self._prefix}{module.removeprefix('model.')}" if module != HEAD else module
+        module = spec.name.removesuffix(WEIGHT)
+        name = f"{self._prefix}{module.removeprefix('model.')}" if spec.role is not Role.HEAD else module
         if any(pattern.match(name) or name.endswith(key) for pattern, key in self._skipped):
             return None
         match = self._matcher.search(name) if self._matcher else None
@@ -123,20 +129,20 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
     and patterns that are no regular expressions.
     """
     path = folder / "config.json"
-    decoder = architecture(config, path)
-    widths = Widths(config, path, decoder.tied)
-    files = _Files(folder)
-    check_head(folder, decoder, files.arrays)
+    model = describe(config, path)
+    widths = Widths(config, path, model.decoder.tied)
+    files = _Files(folder, model)
+    check_head(folder, model, files.arrays)
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearActivations] = {}
-    for name, shape in decoder.tensor_shapes().items():
-        module = name.removesuffix(".weight")
-        bits = widths.bits(module) if len(shape) == 2 else None
-        tensors[name] = files.plain(name, shape) if bits is None else files.packed(name, shape, bits)
-        if bits is not None and module not in EMBEDDINGS:
+    for name, spec in model.specs.items():
+        module = name.removesuffix(WEIGHT)
+        bits = widths.bits(spec) if spec.role.is_matrix else None
+        tensors[name] = files.plain(name, spec.shape) if bits is None else files.packed(spec, bits)
+        if bits is not None and not spec.role.is_looked_up:
             sides = (files.quantizer(f"{module}.{side}_activation_scale") for side in ("input", "output"))
             linears[name] = LinearActivations(*sides)
-    caches, notes = _caches(decoder, files)
+    caches, notes = _caches(model.decoder, files)
     activations = Activations({name: both for name, both in linears.items() if both.input or both.output}, caches)
     return Source(tensors, files.left_out(), notes, activations or None)
 
@@ -144,9 +150,9 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
 class _Files:
     """What the files of a checkpoint hold, by canonical name, and what of it was asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Model) -> None:
         self.folder = folder
-        self.arrays = {canonical_name(name): array for name, array in read_folder(folder).items()}
+        self.arrays = stored_arrays(folder, model)
         self._taken: set[str] = set()
 
     def left_out(self) -> tuple[str, ...]:
@@ -174,11 +180,12 @@ class _Files:
             raise InputError(array.path, problem, OWN_CONFIG)
         return MappedTensor(array, name)
 
-    def packed(self, name: str, shape: tuple[int, ...], bits: int) -> PackedRows:
+    def packed(self, spec: TensorSpec, bits: int) -> PackedRows:
         """A matrix of codes of `bits` bits with its scales."""
-        module, kind = name.removesuffix(".weight"), "weight"
+        name, shape = spec.name, spec.shape
+        module, kind = name.removesuffix(WEIGHT), "weight"
         codes_name = name
-        if module in EMBEDDINGS:
+        if spec.role.is_looked_up:
             kind, codes_name = "embedding", f"{module}.embedding_quantized"
         codes, scales = self._take(codes_name), self._floats(f"{module}.{kind}_scale")
         dtype, per = ("I8", 1) if bits == 8 else ("U8", 8 // bits)

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_name
+from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint
+from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
 from gemexport.formats.storage.errors import InputError
@@ -154,8 +155,8 @@ def _floats(stored: MappedArray) -> Floats:
     return MappedTensor(stored).numpy()
 
 
-def open_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`; reads its config and headers.
+def open_adapter(folder: Path, family: Family[Any]) -> Adapter:
+    """The adapter in `folder` of a model of `family`; reads its config and headers.
 
     Raises InputError for a folder that is none, for factors that are missing or of another rank than the config says,
     and for a kind of adapter whose merged weights are not w + scaling * B @ A.
@@ -178,18 +179,18 @@ def open_adapter(folder: Path) -> Adapter:
                 raise InputError(path, f"the factor {name} is there twice", _SAVE)
             found[key] = array
         elif copy is not None:
-            copies[_canonical(copy[1] or copy[2])] = array
+            copies[_canonical(copy[1] or copy[2], family)] = array
         else:
             raise InputError(path, f"the tensor {name} is no factor of a LoRA", _MERGE)
-    modules = {_canonical(name): _factors(path, name, found, config) for name, found in pairs.items()}
+    modules = {_canonical(name, family): _factors(path, name, found, config) for name, found in pairs.items()}
     if not modules or len(modules) != len(pairs):
         problem = "holds a module under two names" if modules else "holds no factors of a LoRA"
         raise InputError(path, problem, "give the folder of a LoRA adapter of peft")
     return Adapter(folder, modules, copies)
 
 
-def _canonical(module: str) -> str:
-    return canonical_name(f"{module}.weight").removesuffix(".weight")
+def _canonical(module: str, family: Family[Any]) -> str:
+    return family.canonical_name(f"{module}.weight").removesuffix(".weight")
 
 
 def _config(folder: Path) -> Settings:
@@ -252,7 +253,7 @@ def adapted(base: Checkpoint, folder: Path) -> Checkpoint:
     Raises InputError for what `open_adapter` refuses, and for an adapter of another base: one that changes what the
     base does not have, in other shapes, or that brings other embeddings along.
     """
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, base.model.family)
     merged: dict[str, Tensor] = {}
     towers = 0
     for module, factors in adapter.modules.items():

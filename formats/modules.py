@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gemexport.formats.checkpoint import Source, canonical_name, check_head, plain_tensor
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.checkpoint import Source, check_head, plain_tensor, stored_arrays
+from gemexport.formats.gemma.model import describe
 from gemexport.formats.quantized import Layout
 from gemexport.formats.storage.bitpack import Unsigned
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.minifloat import is_nan_e4m3
-from gemexport.formats.storage.safetensors import MappedArray, read_folder
+from gemexport.formats.storage.safetensors import MappedArray
 from gemexport.formats.tensor import Tensor
 
 NARROWEST = 16  # the narrowest block that any format has a container for
@@ -63,21 +63,21 @@ def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], T
     Raises InputError for a tensor that is missing or has not the shape that `config` says, for a linear with a bias,
     which a Gemma does not have, for a head of its own that `config` does not know of, and whatever `read` raises.
     """
-    stored = {canonical_name(name): array for name, array in read_folder(folder).items()}
-    decoder = architecture(config, folder / "config.json")
-    check_head(folder, decoder, stored)
+    model = describe(config, folder / "config.json")
+    stored = stored_arrays(folder, model)
+    check_head(folder, model, stored)
     modules: dict[str, dict[str, MappedArray]] = {}
     for name, array in stored.items():
         module, _, key = name.rpartition(".")
         modules.setdefault(module, {})[key] = array
     tensors: dict[str, Tensor] = {}
     used: dict[str, set[str]] = {}
-    for name, shape in decoder.tensor_shapes().items():
+    for name, spec in model.specs.items():
         stem, _, key = name.rpartition(".")
         arrays = modules.get(stem, {})
-        tensor = read(Module(name, shape, arrays)) if arrays and len(shape) == 2 else None
+        tensor = read(Module(name, spec.shape, arrays)) if arrays and spec.role.is_matrix else None
         if tensor is None:
-            tensors[name] = plain_tensor(folder, name, shape, arrays.get(key))
+            tensors[name] = plain_tensor(folder, spec, arrays.get(key))
             used.setdefault(stem, set()).add(key)
         else:
             _refuse_bias(stem, arrays)

@@ -104,7 +104,7 @@ def model_report(
     decoder = checkpoint.architecture
     return ModelReport(
         name=source.name,
-        architecture=decoder.family,
+        architecture=checkpoint.model.family.name,
         parameters=decoder.parameters(),
         bytes=source.nbytes(),
         source=str(asked.model),

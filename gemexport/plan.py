@@ -23,12 +23,19 @@ def print_plan(asked: Request, as_json: bool) -> None:
     wanted = steps(asked, checkpoint)
     nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
     expected = {step.export_node: _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    without = [step.key for step in wanted if step.target.missing()]
+    refused = {
+        step.export_node: reason
+        for step in wanted
+        if step.key not in without and (reason := step.target.supports(checkpoint.model, step.variant))
+    }
     rows = [
         {
             "step": node.name,
             "after": list(node.needs),
             "memory_bytes": node.memory,
-            "output_bytes": expected.get(node.name, 0),
+            "output_bytes": 0 if node.name in refused else expected.get(node.name, 0),
+            **({"refused": refused[node.name]} if node.name in refused else {}),
         }
         for node in nodes
     ]
@@ -38,12 +45,13 @@ def print_plan(asked: Request, as_json: bool) -> None:
     console = Console(highlight=False)
     table = Table("step", "after", "memory", "writes about", box=None, pad_edge=False, header_style="bold")
     for node in nodes:
-        written = expected.get(node.name)
+        written = None if node.name in refused else expected.get(node.name)
         table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
     console.print(table)
     limits = f"{asked.jobs} at a time, within {size(asked.memory)}"
     console.print(f"\n{limits}; artefacts go to {escape(str(asked.out))}", soft_wrap=True)
-    without = [step.key for step in wanted if step.target.missing()]
+    for name, reason in refused.items():
+        console.print(f"{escape(name)} will be refused: {escape(reason)}", style="yellow", soft_wrap=True)
     if without:
         console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
 

@@ -19,6 +19,7 @@ from gemexport.formats.storage.errors import InputError
 
 if TYPE_CHECKING:
     from gemexport.formats.activations import Activations
+    from gemexport.formats.gemma.model import Model
     from gemexport.formats.tensor import DType, Grid
 
 
@@ -82,6 +83,11 @@ class Target:
         container = self.exporter().container
         known = variant if variant in self.known_variants else self.variants[0]
         return lambda grid, width: not isinstance(container(grid, width, known), str)
+
+    def supports(self, model: Model, variant: str) -> str | None:
+        """Why the format's program does not run a model, or its artefact does not hold it; None where all is well."""
+        reason: str | None = self.exporter().supports(model, variant)
+        return reason
 
     def plain(self, variant: str) -> DType | None:
         """The dtype that a variant of plain numbers is called by; None for one of codes."""

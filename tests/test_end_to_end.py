@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_json_is_all_there_is_on_standard_output(
     assert run("gguf", tiny_gemma3, "-o", tmp_path / "out", "--no-validate", "--json") == 0
     printed = Report.model_validate_json(capsys.readouterr().out)
     assert printed == read_report(tmp_path / "out" / "report.json")
+
+
+def test_plan_says_what_a_format_will_refuse(
+    tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_gemma4, model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["sliding_attention"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    (model / "config.json").write_text(json.dumps(config))
+    assert run("plan", str(model), "--json", "--only", "gguf,mlx") == 0
+    steps = {step["step"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert steps["export gguf:Q4_0"]["refused"] == (
+        "llama.cpp cannot run this decoder: the RoPE of its sliding layers is scaled"
+    )
+    assert "refused" not in steps["export mlx:4bit"]
+    assert run("plan", str(model), "--only", "gguf") == 0
+    assert "export gguf:Q4_0 will be refused: llama.cpp cannot run" in capsys.readouterr().out
 
 
 def test_plan_runs_nothing(

@@ -29,14 +29,15 @@ from gemexport.exporters.compressed_tensors.schemes import (
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
-CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight")
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"  # a tensor that no format quantizes: it has the model's own dtype
@@ -76,6 +77,7 @@ def export(
     Static activation scales, those of caches too, are written where transformers computes with them: not where it
     unpacks while it loads. A model whose scales its own dtype does not hold is then to be loaded in float32.
     """
+    require(checkpoint, supports(checkpoint.model, variant), "compressed-tensors")
     if variant == "bf16":
         plan = _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
     else:
@@ -87,6 +89,12 @@ def export(
     call = f'pipeline("text-generation", {json.dumps(str(path))})("The capital of France is")[0]["generated_text"]'
     run = f"python -c {quote(f'from transformers import pipeline; print({call})')}"
     return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, plan.model)], files)
+
+
+def supports(model: Model, variant: str) -> str | None:
+    """Why the format does not hold a model; None where it does."""
+    found = experts(model)
+    return None if found is None else f"compressed-tensors does not hold this decoder: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:
@@ -258,7 +266,7 @@ def _config(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     """config.json of the decoder alone, in the spelling it came in."""
     kept = {key: value for key, value in checkpoint.text_config.items() if key != "torch_dtype"}
     dtypes = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-    config = {**kept, "architectures": [CLASSES[checkpoint.architecture.family]], "dtype": dtypes[plan.model]}
+    config = {**kept, "architectures": [checkpoint.model.family.reference_class], "dtype": dtypes[plan.model]}
     if plan.packed:
         config["quantization_config"] = _quantization(checkpoint, plan)
     return config

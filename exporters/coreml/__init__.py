@@ -21,10 +21,12 @@ from gemexport.exporters.coreml.weights import Sources
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.graphs.decoder import logits
 from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
 from gemexport.formats.coreml.package import coremltools
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -55,6 +57,7 @@ def export(
     """
     if variant not in VARIANTS:
         raise InputError(path, f"there is no Core ML variant {variant!r}", f"choose one of {', '.join(VARIANTS)}")
+    require(checkpoint, supports(checkpoint.model, variant), "coreml")
     longest = checkpoint.architecture.max_positions
     context = min(CONTEXT, longest) if context is None else context
     if not 0 < context <= longest:
@@ -83,6 +86,12 @@ def placed(activations: Activations | None, wanted: Placing) -> Activations:
     """The static scales that the program gets: 8-bit integers, as far as they are wanted; MIL has no others."""
     found = Activations() if activations is None or wanted == "none" else activations
     return (found.without_caches() if wanted == "linears" else found).where(lambda item: item.bits == 8)
+
+
+def supports(model: Model, variant: str) -> str | None:
+    """Why no program is written of a model; None where it does."""
+    found = experts(model)
+    return None if found is None else f"the program does not compute this decoder: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.gguf.facts import (
-    check,
     metadata,
+    problem,
     q_norm_factor,
     rope_frequencies,
 )
@@ -28,7 +28,9 @@ from gemexport.exporters.gguf.kquants import KQuants
 from gemexport.exporters.gguf.mix import MIXES
 from gemexport.exporters.gguf.tokenizer import tokenizer
 from gemexport.exporters.result import Export, Progress, ignore
+from gemexport.exporters.support import experts, require
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import StoredTensor, file_names, norm_shift
 from gemexport.formats.gguf.blocks import (
     BLOCK,
@@ -97,16 +99,16 @@ def export(
     if variant not in VARIANTS:
         raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
     path = Path(path)
-    decoder = checkpoint.architecture
-    check(decoder, checkpoint.path)
+    model = checkpoint.model
+    require(checkpoint, supports(model, variant), "gguf")
     tokens, notes = tokenizer(checkpoint)
-    values = metadata(decoder, checkpoint.name, variant) | tokens
-    names = file_names(decoder.family, len(decoder.layers))
+    values = metadata(model, checkpoint.name, variant) | tokens
+    names = file_names(model.family, len(model.decoder.layers))
     kquants = _kquants(checkpoint, variant, names, imatrix)
     if kquants:
         values |= kquants.metadata()
         notes += kquants.notes()
-    frequencies = rope_frequencies(decoder)
+    frequencies = rope_frequencies(model)
     tensors, dropped = _fitting(checkpoint, variant)
     notes += dropped
     shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
@@ -119,7 +121,7 @@ def export(
             elif len(tensor.shape) == 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
-                offset, factor = norm_shift(decoder.family, name, q_norm_factor(decoder))
+                offset, factor = norm_shift(model.family, name, q_norm_factor(model))
                 notes += _write_vector(out, names[name], tensor, offset, factor)
             progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
         if frequencies is not None:
@@ -165,6 +167,12 @@ def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor:
     back = (stored.astype(np.float64) / factor - offset).astype(np.float32)
     lost = int((round_to(back, tensor.dtype) != values).sum())
     return [f"{tensor.name}: {lost} of {values.size} weights are lost in 1 + weight as float32"] if lost else []
+
+
+def supports(model: Model, variant: str) -> str | None:
+    """Why llama.cpp does not run a model; None where it does."""
+    found = experts(model) or problem(model)
+    return None if found is None else f"llama.cpp cannot run this decoder: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -7,16 +7,15 @@ shared layer takes its keys from, the attention scale, which layers slide. What 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType, RopeScalingType
 
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import Q_NORM_FACTOR
-from gemexport.formats.gguf.config import GEMMA3_PATTERN, NOT_ROTATED, attention_scale
+from gemexport.formats.gguf.config import GEMMA3_PATTERN, NOT_ROTATED
 from gemexport.formats.gguf.container import Value, boolean, float32, string, uint32
-from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Floats
 
 FILE_TYPES = {
@@ -32,8 +31,9 @@ FILE_TYPES = {
 }
 
 
-def check(decoder: Architecture, path: Path) -> None:
-    """Raise InputError for a decoder that llama.cpp's graph of this family would compute differently."""
+def problem(model: Model) -> str | None:
+    """What llama.cpp's graph of this family would compute differently, if anything."""
+    decoder = model.decoder
     owners = [layer.index for layer in decoder.layers if layer.owns_cache]
     shared = [layer for layer in decoder.layers if not layer.owns_cache]
     ropes = {sliding: {layer.rope for layer in decoder.layers if layer.sliding == sliding} for sliding in (True, False)}
@@ -41,11 +41,11 @@ def check(decoder: Architecture, path: Path) -> None:
     tables = decoder.per_layer
     problems = {
         "its attention scores are soft-capped": decoder.attention_softcap is not None,
-        "it has fewer than two layers that compute keys and values": decoder.family == "gemma4" and len(owners) < 2,
+        "it has fewer than two layers that compute keys and values": len(owners) < model.family.gguf_owners,
         "layers of one attention type differ in their RoPE": any(len(rope) > 1 for rope in ropes.values()),
         "the RoPE of its sliding layers is scaled": any(rope.factor != 1.0 for rope in ropes[True]),
         # Proportional RoPE is what the full layers of Gemma 4 have; see rope_frequencies.
-        "a head is rotated only in part": any(layer.sliding or decoder.family == "gemma3" for layer in in_part),
+        "a head is rotated only in part": any(layer.sliding or not model.family.partial_rope for layer in in_part),
         # gemma4.cpp takes the last two layers before the shared ones: first a sliding one, then a full one.
         "its shared layers do not read the last two layers before them": any(
             layer.kv_source != len(owners) - (2 if layer.sliding else 1) for layer in shared
@@ -53,27 +53,25 @@ def check(decoder: Architecture, path: Path) -> None:
         "the per-layer embeddings have another vocabulary than the embeddings": tables is not None
         and tables.vocab_size != decoder.vocab_size,
     }
-    for problem, present in problems.items():
-        if present:
-            problem = f"llama.cpp cannot run this decoder: {problem}"
-            raise InputError(path / "config.json", problem, "leave GGUF out (--skip gguf)")
+    return next((problem for problem, present in problems.items() if present), None)
 
 
-def q_norm_factor(decoder: Architecture) -> float:
+def q_norm_factor(model: Model) -> float:
     """What the query norms must be multiplied by so that llama.cpp's attention scale comes out as the model's.
 
     Queries are normed, so a factor on the norm's weight is a factor on the scores.
     """
+    decoder = model.decoder
     head_dim = decoder.layers[0].head_dim
-    built_in = attention_scale(decoder.family, len(decoder.layers), head_dim, decoder.hidden_size, decoder.heads)
+    built_in = model.family.gguf_attention_scale(len(decoder.layers), head_dim, decoder.hidden_size, decoder.heads)
     factor = float(np.float32(decoder.attention_scale / built_in))
     return 1.0 if abs(factor - 1.0) < 1e-6 else factor
 
 
-def rope_frequencies(decoder: Architecture) -> Floats | None:
+def rope_frequencies(model: Model) -> Floats | None:
     """Divisors `[head_dim / 2]` of the full layers' angles: proportional RoPE turns only the first pairs of a head."""
-    full = next((layer for layer in decoder.layers if not layer.sliding), None)
-    if decoder.family != "gemma4" or full is None:
+    full = next((layer for layer in model.decoder.layers if not layer.sliding), None)
+    if not model.family.partial_rope or full is None:
         return None
     turned = full.rope.rotary_dims // 2
     divisors = np.full(full.head_dim // 2, NOT_ROTATED, np.float32)
@@ -86,9 +84,9 @@ def _one_or_many(values: Sequence[int]) -> Value:
     return uint32(values[0] if len(set(values)) == 1 else list(values))
 
 
-def metadata(decoder: Architecture, name: str, variant: str) -> dict[str, Value]:
+def metadata(model: Model, name: str, variant: str) -> dict[str, Value]:
     """Keys and values of the decoder (everything but the tokenizer), in the order in which they are written."""
-    arch = decoder.family
+    decoder, arch = model.decoder, model.family.gguf
     layers = decoder.layers
     sliding = next((layer for layer in layers if layer.sliding), None)
     full = next((layer for layer in layers if not layer.sliding), None)
@@ -112,8 +110,9 @@ def metadata(decoder: Architecture, name: str, variant: str) -> dict[str, Value]
     }
     if sliding is not None:
         values[Keys.Rope.FREQ_BASE_SWA] = float32(sliding.rope.theta)
-    values |= _gemma3(decoder, first.rope) if arch == "gemma3" else _gemma4(decoder, sliding or first, first)
-    factor = q_norm_factor(decoder)
+    own = _gemma4(decoder, sliding or first, first) if model.family.partial_rope else _gemma3(decoder, first.rope)
+    values |= own
+    factor = q_norm_factor(model)
     if factor != 1.0:
         values[Q_NORM_FACTOR] = float32(factor)
     return {key.format(arch=arch): value for key, value in values.items()}

@@ -53,7 +53,7 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
     with uncollected():
         vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
         merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
-        values, notes = _model(vocabulary, merges, checkpoint.architecture.family)
+        values, notes = _model(vocabulary, merges, checkpoint.model.family.name)
     generation = read_settings(checkpoint.assets / "generation_config.json")
     values |= _special(checkpoint, source, settings, generation, vocabulary)
     values |= sampling(generation)

@@ -13,11 +13,13 @@ from shlex import quote
 from typing import Any
 
 from gemexport.exporters.fitting import Answer, Container, fitting
-from gemexport.exporters.mlx.config import text_config
+from gemexport.exporters.mlx.config import problem, text_config
 from gemexport.exporters.mlx.modes import Mode, columns, default_scales, holds_scales, mode_of
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Column, Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.exporters.support import experts, require
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -57,6 +59,7 @@ def export(
     """
     if scales is not None and scales not in ITEM_BYTES:
         raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
+    require(checkpoint, supports(checkpoint.model, variant), "mlx")
     if variant in PLAIN:
         plan = _Plan(PLAIN[variant])
     else:
@@ -71,6 +74,14 @@ def export(
     run = f"mlx_lm.generate --model {quote(str(path))} --prompt 'The capital of France is'"
     notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
     return Export(Path(path), variant, run, notes, files)
+
+
+def supports(model: Model, variant: str) -> str | None:
+    """Why mlx-lm does not run a model; None where it does."""
+    if found := experts(model):
+        return f"mlx-lm cannot run this decoder: {found}"
+    found = problem(model)
+    return None if found is None else f"the model {found}, which mlx-lm does not run"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

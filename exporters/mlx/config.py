@@ -1,7 +1,7 @@
 """config.json as mlx-lm's `gemma3_text` and `gemma4_text` read it: the older spelling, and nothing left to defaults.
 
 mlx-lm's defaults are not those of transformers, and it knows attention types by one pattern and head sizes by one
-number for each type. A decoder that cannot be said so is refused here rather than run wrongly there.
+number for each type. A decoder that cannot be said so is refused (`problem`) rather than run wrongly there.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.gemma.architecture import Layer, Rope
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.model import Model
 
 # How weights were stored, not what the decoder is; and `per_layer_config`, which is the newer spelling.
 DROPPED = (
@@ -21,20 +21,16 @@ DROPPED = (
     "quantization_config",
     "transformers_version",
 )
-CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
 
 
 def text_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json for the decoder alone, without quantization.
-
-    Raises InputError for a decoder that mlx-lm has no way to say.
-    """
+    """config.json for the decoder alone, without quantization; of a decoder that mlx-lm has a way to say."""
     decoder = checkpoint.architecture
     kept = {key: value for key, value in checkpoint.text_config.items() if key not in DROPPED}
-    own = _gemma3(checkpoint) if decoder.family == "gemma3" else _gemma4(checkpoint)
+    own = _gemma3(checkpoint) if not checkpoint.model.family.partial_rope else _gemma4(checkpoint)
     return {
         **kept,
-        "architectures": [CLASSES[decoder.family]],
+        "architectures": [checkpoint.model.family.reference_class],
         "hidden_size": decoder.hidden_size,
         "intermediate_size": min(layer.intermediate_size for layer in decoder.layers),
         "layer_types": ["sliding_attention" if layer.sliding else "full_attention" for layer in decoder.layers],
@@ -51,18 +47,14 @@ def text_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _gemma3(checkpoint: Checkpoint) -> dict[str, Any]:
     decoder = checkpoint.architecture
-    sliding, full = _kinds(checkpoint)
-    if decoder.final_softcap is not None or decoder.attention_softcap is not None:
-        raise _unsayable(checkpoint, "has a soft cap")
-    if sliding is not None and sliding.rope.factor != 1.0:
-        raise _unsayable(checkpoint, "scales the positions of sliding layers")
+    sliding, full = _kinds(decoder)
     first = decoder.layers[0]
     own: dict[str, Any] = {
         "head_dim": first.head_dim,
         "num_key_value_heads": first.kv_heads,
         "query_pre_attn_scalar": checkpoint.text_config.get("query_pre_attn_scalar", 256),
         "rope_scaling": None,
-        "sliding_window_pattern": _pattern(checkpoint),
+        "sliding_window_pattern": _pattern(decoder),
     }
     if sliding is not None:
         own["rope_local_base_freq"] = sliding.rope.theta
@@ -75,12 +67,10 @@ def _gemma3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
     decoder = checkpoint.architecture
-    sliding, full = _kinds(checkpoint)
+    sliding, full = _kinds(decoder)
     first, last = sliding or decoder.layers[0], full or decoder.layers[-1]
     shared = sum(not layer.owns_cache for layer in decoder.layers)
     k_eq_v = any(layer.k_eq_v for layer in decoder.layers)
-    if last.kv_heads != first.kv_heads and not k_eq_v:
-        raise _unsayable(checkpoint, "has more key/value heads in one attention type than in the other")
     return {
         "attention_k_eq_v": k_eq_v,
         "enable_moe_block": False,
@@ -100,22 +90,39 @@ def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _kinds(checkpoint: Checkpoint) -> tuple[Layer | None, Layer | None]:
-    """A sliding and a full layer to speak for all of their kind; InputError when layers of one kind differ."""
-    spoken: dict[bool, Layer] = {}
-    for layer in checkpoint.architecture.layers:
-        other = spoken.setdefault(layer.sliding, layer)
+def problem(model: Model) -> str | None:
+    """What of a decoder mlx-lm has no way to say, as a predicate of the model."""
+    decoder = model.decoder
+    sliding, full = _kinds(decoder)
+    for layer in decoder.layers:
+        other = sliding if layer.sliding else full
+        assert other is not None
         if (layer.head_dim, layer.kv_heads, layer.rope) != (other.head_dim, other.kv_heads, other.rope):
-            raise _unsayable(checkpoint, f"has layers of one attention type that differ ({other.index}, {layer.index})")
-    return spoken.get(True), spoken.get(False)
+            return f"has layers of one attention type that differ ({other.index}, {layer.index})"
+    first, last = sliding or decoder.layers[0], full or decoder.layers[-1]
+    if model.family.partial_rope:
+        differ = last.kv_heads != first.kv_heads and not any(layer.k_eq_v for layer in decoder.layers)
+        return "has more key/value heads in one attention type than in the other" if differ else None
+    problems = {
+        "has a soft cap": decoder.final_softcap is not None or decoder.attention_softcap is not None,
+        "scales the positions of sliding layers": sliding is not None and sliding.rope.factor != 1.0,
+        "does not repeat one pattern of sliding and full attention": _pattern(decoder) is None,
+    }
+    return next((problem for problem, present in problems.items() if present), None)
 
 
-def _pattern(checkpoint: Checkpoint) -> int:
-    """Every how many layers one is a full one, the last of each run; InputError when there is no such number."""
-    layers = checkpoint.architecture.layers
+def _kinds(decoder: Architecture) -> tuple[Layer | None, Layer | None]:
+    """A sliding and a full layer to speak for all of their kind."""
+    sliding = next((layer for layer in decoder.layers if layer.sliding), None)
+    return sliding, next((layer for layer in decoder.layers if not layer.sliding), None)
+
+
+def _pattern(decoder: Architecture) -> int | None:
+    """Every how many layers one is a full one, the last of each run; None when there is no such number."""
+    layers = decoder.layers
     pattern = next((layer.index + 1 for layer in layers if not layer.sliding), 0)
     if not pattern or any(layer.sliding == ((layer.index + 1) % pattern == 0) for layer in layers):
-        raise _unsayable(checkpoint, "does not repeat one pattern of sliding and full attention")
+        return None
     return pattern
 
 
@@ -127,8 +134,3 @@ def _rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     if rope.factor != 1.0:
         return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
     return {"rope_type": "default", "rope_theta": rope.theta}
-
-
-def _unsayable(checkpoint: Checkpoint, what: str) -> InputError:
-    remedy = "export it for another runtime (--skip mlx)"
-    return InputError(checkpoint.path, f"the model {what}, which mlx-lm does not run", remedy)

@@ -29,9 +29,11 @@ from gemexport.exporters.onnx.quantized import PRECISIONS, measured, write_quant
 from gemexport.exporters.onnx.runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.streaming import read_settings
+from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.tensor import Grid
@@ -64,6 +66,7 @@ def export(
     the folder cannot be written or the disk is full, and for a `range_method` that does not exist.
     """
     path = Path(path)
+    require(checkpoint, supports(checkpoint.model, variant), "onnx")
     if range_method not in get_args(Method):
         raise InputError(path, f"there is no range method {range_method}", f"use one of {', '.join(get_args(Method))}")
     context = min(context, checkpoint.architecture.max_positions)
@@ -127,6 +130,12 @@ def placed(activations: Activations | None, wanted: Placing) -> Activations:
         {name: both for name, both in found.linears.items() if fits(both)},
         {layer: both for layer, both in found.caches.items() if fits(both)},
     )
+
+
+def supports(model: Model, variant: str) -> str | None:
+    """Why no graph is written of a model; None where it does."""
+    found = experts(model)
+    return None if found is None else f"the graphs do not compute this decoder: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -22,7 +22,7 @@ from gemexport.formats.checkpoint import Source
 from gemexport.formats.checkpoint import read_config as read_json
 from gemexport.formats.compressed_tensors.activations import caches, quantizer
 from gemexport.formats.compressed_tensors.settings import Args, Quantization, Scheme, quantization
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture
 from gemexport.formats.modules import Module, apart, finite_e4m3, read_source, reordered_note
 from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float, misshapen, runs
 from gemexport.formats.storage.bitpack import Unsigned, unpack, words, zero_code

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
-from gemexport.formats.checkpoint import canonical_name, read_config
+from gemexport.formats.checkpoint import read_config
 from gemexport.formats.compressed_tensors.settings import Args
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.names import canonical_name
 from gemexport.formats.quantized import floats
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, read_folder

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from gguf.constants import MODEL_ARCH, GGMLQuantizationType, Keys, LlamaFileType
+from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, LlamaFileType
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 
+from gemexport.formats.gemma.families import FAMILIES, by_gguf
+from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gguf.blocks import BLOCK, Bytes
 from gemexport.formats.gguf.container import MENDED, Container, Description, Writer
 from gemexport.formats.gguf.layouts import LAYOUTS
@@ -21,8 +24,7 @@ from gemexport.formats.gguf.parts import Parts, read_parts
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16
 
-ARCHITECTURES = {"gemma3": MODEL_ARCH.GEMMA3, "gemma4": MODEL_ARCH.GEMMA4}
-NORM_OFFSETS = {"gemma3": 1.0, "gemma4": 0.0}
+_ARCHITECTURES = {name: key for key, name in MODEL_ARCH_NAMES.items()}
 SLICE_BYTES = 16 << 20  # of numbers evaluated at once
 MAX_LAYERS = 512  # llama.cpp's own limit
 
@@ -65,10 +67,10 @@ FLOATS: dict[GGMLQuantizationType, DType] = {
 }
 
 
-def file_names(family: str, layers: int) -> dict[str, str]:
+def file_names(family: Family[Any], layers: int) -> dict[str, str]:
     """The file's name of every tensor that a decoder of `layers` layers may have, by canonical name."""
     stems = [*_GLOBAL, *(f"model.layers.{i}.{stem}" for i in range(layers) for stem in _PER_LAYER)]
-    names = get_tensor_name_map(ARCHITECTURES[family], layers)
+    names = get_tensor_name_map(_ARCHITECTURES[family.gguf], layers)
     found = {}
     for stem in stems:
         name = names.get_name(stem)
@@ -77,9 +79,9 @@ def file_names(family: str, layers: int) -> dict[str, str]:
     return found
 
 
-def norm_shift(family: str, name: str, q_norm_factor: float = 1.0) -> tuple[float, float]:
+def norm_shift(family: Family[Any], name: str, q_norm_factor: float = 1.0) -> tuple[float, float]:
     """`(offset, factor)` of a canonical 1-D tensor: the file holds `(value + offset) * factor`."""
-    offset = NORM_OFFSETS[family] if name.endswith("norm.weight") else 0.0
+    offset = family.norm_offset if name.endswith("norm.weight") else 0.0
     return offset, q_norm_factor if name.endswith("q_norm.weight") else 1.0
 
 
@@ -186,18 +188,19 @@ def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
     return found
 
 
-def family_of(parts: Parts) -> str:
-    """The architecture, one of ARCHITECTURES."""
-    family = str(parts.metadata.get(Keys.General.ARCHITECTURE))
-    if family not in ARCHITECTURES:
-        known = " or ".join(ARCHITECTURES)
-        raise InputError(parts.path, f"the architecture {family!r} is not known", f"give a GGUF file of {known}")
+def family_of(parts: Parts) -> Family[Any]:
+    """The family that llama.cpp's name of the graph stands for."""
+    name = str(parts.metadata.get(Keys.General.ARCHITECTURE))
+    family = by_gguf(name)
+    if family is None:
+        known = " or ".join(dict.fromkeys(family.gguf for family in FAMILIES))
+        raise InputError(parts.path, f"the architecture {name!r} is not known", f"give a GGUF file of {known}")
     return family
 
 
 def layers_of(parts: Parts) -> int:
     """How many layers the file says that it has: not more than it has tensors."""
-    layers = parts.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family_of(parts)))
+    layers = parts.metadata.get(Keys.LLM.BLOCK_COUNT.format(arch=family_of(parts).gguf))
     if not isinstance(layers, int) or not 0 < layers <= min(len(parts.stored), MAX_LAYERS):
         raise InputError(parts.path, f"says that it has {layers} layers", MENDED)
     return layers

@@ -13,7 +13,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import Keys, RopeScalingType, TokenType
 
-from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.model import Model, describe
 from gemexport.formats.gguf import FLOATS, family_of, layers_of, q_norm_factor_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.metadata import Metadata
@@ -38,24 +39,14 @@ EOS_IDS = "gemexport.eos_token_ids"
 TURN_ENDS = ("<end_of_turn>", "<turn|>")
 
 
-def attention_scale(family: str, layers: int, head_dim: int, hidden: int, heads: int) -> float:
-    """What llama.cpp multiplies attention scores by: it has no key for it.
-
-    1 for Gemma 4, head_dim ** -0.5 for Gemma 3, and for the 62 layers of the 27B one it follows from its width.
-    """
-    if family == "gemma4":
-        return 1.0
-    return 1.0 / math.sqrt(max(1, hidden // heads) if layers == 62 else head_dim)
-
-
 def config_json(parts: Parts) -> dict[str, Any]:
     """The config of the decoder in a GGUF file; InputError for metadata that are missing or contradict each other."""
     family, layers = family_of(parts), layers_of(parts)
-    facts = Metadata(parts.path, parts.metadata, family)
+    facts = Metadata(parts.path, parts.metadata, family.gguf)
     types = _types(facts, family, layers)
     vocabulary = _rows(parts, EMBEDDING)
     config: dict[str, Any] = {
-        "architectures": ["Gemma3ForCausalLM" if family == "gemma3" else "Gemma4ForCausalLM"],
+        "architectures": [family.reference_class],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "dtype": _dtype(parts),
@@ -64,7 +55,7 @@ def config_json(parts: Parts) -> dict[str, Any]:
         "hidden_size": facts.count(Keys.LLM.EMBEDDING_LENGTH),
         "layer_types": types,
         "max_position_embeddings": facts.count(Keys.LLM.CONTEXT_LENGTH),
-        "model_type": f"{family}_text",
+        "model_type": family.reference_type,
         "num_attention_heads": facts.count(Keys.Attention.HEAD_COUNT),
         "num_hidden_layers": layers,
         "rms_norm_eps": facts.positive(Keys.Attention.LAYERNORM_RMS_EPS),
@@ -75,20 +66,20 @@ def config_json(parts: Parts) -> dict[str, Any]:
     if SLIDING in types:
         config["sliding_window"] = facts.count(Keys.Attention.SLIDING_WINDOW)
     config |= _special_ids(facts, parts, vocabulary)
-    config |= _gemma3(facts, config) if family == "gemma3" else _gemma4(facts, parts, config)
+    config |= _gemma4(facts, parts, config) if family.partial_rope else _gemma3(facts, config)
     # A factor in the query norms stands for another attention scale than llama.cpp's; see exporters/gguf/facts.
-    if family == "gemma3":
-        config["query_pre_attn_scalar"] = _scalar(config, q_norm_factor_of(parts))
+    if not family.partial_rope:
+        config["query_pre_attn_scalar"] = _scalar(family, config, q_norm_factor_of(parts))
     _check(facts, config)
     return config
 
 
-def _types(facts: Metadata, family: str, layers: int) -> list[str]:
+def _types(facts: Metadata, family: Family[Any], layers: int) -> list[str]:
     """Which layers slide: an array of truth values, or a period (Gemma 3 only)."""
     key = Keys.Attention.SLIDING_WINDOW_PATTERN
-    if family == "gemma3" and facts.count(Keys.Attention.SLIDING_WINDOW, 0, least=0) == 0:
+    if not family.partial_rope and facts.count(Keys.Attention.SLIDING_WINDOW, 0, least=0) == 0:
         return [FULL] * layers
-    if family == "gemma4" or facts.has_array(key):
+    if family.partial_rope or facts.has_array(key):
         slides = facts.array(key, layers, "biu", "truth values, one a layer of block_count")
     else:
         period = facts.count(key, GEMMA3_PATTERN, least=0)
@@ -96,8 +87,8 @@ def _types(facts: Metadata, family: str, layers: int) -> list[str]:
     return [SLIDING if one else FULL for one in slides]
 
 
-def _softcap(facts: Metadata, family: str) -> float | None:
-    cap = facts.number(Keys.LLM.FINAL_LOGIT_SOFTCAPPING, 0.0 if family == "gemma3" else GEMMA4_SOFTCAP)
+def _softcap(facts: Metadata, family: Family[Any]) -> float | None:
+    cap = facts.number(Keys.LLM.FINAL_LOGIT_SOFTCAPPING, GEMMA4_SOFTCAP if family.partial_rope else 0.0)
     if cap < 0:
         raise facts.wrong(Keys.LLM.FINAL_LOGIT_SOFTCAPPING, "0 or more")
     return cap or None
@@ -195,10 +186,10 @@ def _proportional(facts: Metadata, parts: Parts, head_dim: int) -> dict[str, Any
     return found if factor == 1.0 else {**found, "factor": factor}
 
 
-def _scalar(config: dict[str, Any], factor: float) -> float:
+def _scalar(family: Family[Any], config: dict[str, Any], factor: float) -> float:
     """`query_pre_attn_scalar`: the shortest number of which llama.cpp's scale times `factor` is the root's inverse."""
     sizes = (config[key] for key in ("num_hidden_layers", "head_dim", "hidden_size", "num_attention_heads"))
-    built_in = attention_scale("gemma3", *sizes)
+    built_in = family.gguf_attention_scale(*sizes)
     exact = (built_in * factor) ** -2
     for digits in range(1, 17):
         candidate = float(f"{exact:.{digits}g}")
@@ -249,7 +240,7 @@ def _dtype(parts: Parts) -> str:
 
 def _check(facts: Metadata, config: dict[str, Any]) -> None:
     """Raise InputError where the metadata say what a config cannot."""
-    decoder = decoder_of(facts, config)
+    decoder = model_of(facts, config).decoder
     layers = config["num_hidden_layers"]
     said = {
         Keys.LLM.FEED_FORWARD_LENGTH: [layer.intermediate_size for layer in decoder.layers],
@@ -261,9 +252,9 @@ def _check(facts: Metadata, config: dict[str, Any]) -> None:
             raise facts.wrong(key, "what block_count and attention.shared_kv_layers make of it")
 
 
-def decoder_of(facts: Metadata, config: dict[str, Any]) -> Architecture:
-    """The architecture of a config; an InputError is about the GGUF file, which has no config.json to mend."""
+def model_of(facts: Metadata, config: dict[str, Any]) -> Model:
+    """The model of a config; an InputError is about the GGUF file, which has no config.json to mend."""
     try:
-        return architecture(config, facts.path)
+        return describe(config, facts.path)
     except InputError as error:
         raise InputError(facts.path, error.problem, MENDED) from error

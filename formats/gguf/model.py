@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name
-from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import family_of, stored_tensors
-from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, decoder_of
+from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, model_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import Parts, read_parts
@@ -34,17 +34,17 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
     Raises InputError for what is damaged, contradictory, or not a whole Gemma decoder.
     """
     parts = read_parts(path)
-    facts = Metadata(parts.path, parts.metadata, family_of(parts))
+    facts = Metadata(parts.path, parts.metadata, family_of(parts).gguf)
     config = config_json(parts)
-    decoder = decoder_of(facts, config)
-    check(facts, decoder.vocab_size)
-    tensors, left_out = _tensors(parts, decoder)
+    model = model_of(facts, config)
+    check(facts, model.decoder.vocab_size)
+    tensors, left_out = _tensors(parts, model)
     return Checkpoint(
         name=checkpoint_name(path),
         path=path,
         config=config,
         text_config=config,
-        architecture=decoder,
+        model=model,
         tensors=tensors,
         unpack=_unpacking(parts, facts, config, scratch),
         files=tuple(container.path for container in parts.containers),
@@ -52,16 +52,16 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
     )
 
 
-def _tensors(parts: Parts, decoder: Architecture) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _tensors(parts: Parts, model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The decoder's tensors in its order, and the names of those in the file that it does not have."""
     found = stored_tensors(parts)
     tensors: dict[str, Tensor] = {}
-    for name, shape in decoder.tensor_shapes().items():
+    for name, spec in model.specs.items():
         tensor = found.get(name)
         if tensor is None:
             raise InputError(parts.path, f"the tensor {name} is missing", "give the file of a whole model")
-        if tensor.shape != shape:
-            problem = f"tensor {name} has the shape {list(tensor.shape)} where the metadata say {list(shape)}"
+        if tensor.shape != spec.shape:
+            problem = f"tensor {name} has the shape {list(tensor.shape)} where the metadata say {list(spec.shape)}"
             raise InputError(parts.path, problem, MENDED)
         tensors[name] = tensor
     used = {found[name].stored_name for name in tensors}

@@ -11,6 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from gemexport.formats.gemma.families import by_type
+from gemexport.formats.gemma.names import role_of
 from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor
 
 if TYPE_CHECKING:
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
 PRODUCER = "onnxruntime-genai"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = ".self_attn.qkv_proj.weight"
-OFFSET_FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3_text")  # whose norms multiply by 1 + weight
 
 
 class RowRange:
@@ -40,14 +43,14 @@ class RowRange:
 def conform(found: dict[str, Tensor], graph: ir.Graph, folder: Path) -> dict[str, Tensor]:
     """The tensors of a builder's graph as the checkpoint has them."""
     heads = _heads(graph)
-    family = _family(folder)
+    offset = _norm_offset(folder)
     result: dict[str, Tensor] = {}
     for name, tensor in found.items():
         layer = name.removesuffix(STACKED)
         if layer != name and layer in heads:
             result |= _unstacked(layer, tensor, *heads[layer])
-        elif len(tensor.shape) == 1 and name.endswith("norm.weight") and family in OFFSET_FAMILIES:
-            result[name] = ArrayTensor(name, tensor.numpy() - 1.0, tensor.dtype)
+        elif offset and (role := role_of(name)) is not None and role.is_norm:
+            result[name] = ArrayTensor(name, tensor.numpy() - np.float32(offset), tensor.dtype)
         else:
             result[name] = tensor
     if HEAD in result and EMBEDDING not in result:
@@ -80,9 +83,11 @@ def _unstacked(layer: str, tensor: Tensor, heads: int, kv_heads: int) -> dict[st
     return result
 
 
-def _family(folder: Path) -> str:
-    """The model type that genai_config.json names; empty when there is none."""
+def _norm_offset(folder: Path) -> float:
+    """What the builder added to norms: that of the family that genai_config.json names; 0 when there is none."""
     try:
-        return str(json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["type"])
+        kind = str(json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["type"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return 0.0
+    family = by_type(kind)
+    return 0.0 if family is None else family.norm_offset

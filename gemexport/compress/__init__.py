@@ -41,7 +41,6 @@ CALIBRATION_TOKENS = 1 << 14
 PERCENT = 100
 _SCRIPT = Path(__file__).with_name("llm_compressor.py")
 _TORCH: dict[DType, str] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-_CLASSES = {"gemma3": "Gemma3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -244,4 +243,4 @@ def write_plain(checkpoint: Checkpoint, folder: Path, dtype: DType | None = None
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The decoder's own config, under the name of its class alone."""
-    return {**checkpoint.text_config, "architectures": [_CLASSES[checkpoint.architecture.family]]}
+    return {**checkpoint.text_config, "architectures": [checkpoint.model.family.reference_class]}

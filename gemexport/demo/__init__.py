@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from gemexport.demo import qat
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.model import architecture, describe
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ArrayTensor, DType, Floats, Grid, Tensor, to_bf16
@@ -52,7 +53,7 @@ GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
 # Chosen by measurement, see `make`: how far logits spread, how peaked attention is, how much a layer adds.
 LOGIT_SPREAD = 6.0
 ATTENTION_SPREAD = 1.0
-LAYER_SHARE = {"gemma3": 6.0, "gemma4": 1.0}  # Gemma 3 has no layer scalar that lets the embedding fade
+LAYER_SHARE, LAYER_SHARE_OF_SCALED = 6.0, 1.0  # where no layer scalar lets the embedding fade, and where one does
 LAYER_SCALARS = (0.5, 0.9)
 QUIET = 0.25
 LOUDNESS = 0.2
@@ -131,7 +132,7 @@ def _norm_size(name: str, width: int, model: Architecture) -> float:
     if name == "model.norm.weight":
         return LOGIT_SPREAD
     if "post_" in name:
-        return LAYER_SHARE[model.family]
+        return LAYER_SHARE_OF_SCALED if model.layer_scalar else LAYER_SHARE
     return 1.0
 
 
@@ -195,12 +196,12 @@ def write_generation_config(folder: Path, config: dict[str, Any]) -> None:
 
 def in_memory(config: dict[str, Any], bits: int) -> Checkpoint:
     """A random decoder of `config` that is nowhere on disk: matrices of `bits`-bit codes with one scale a row."""
-    model = architecture(config, "a random decoder")
+    model = describe(config, "a random decoder")
     tensors: dict[str, Tensor] = {}
-    for name, shape in model.tensor_shapes().items():
+    for name, spec in model.specs.items():
         stream = np.random.Generator(np.random.PCG64([0, *name.encode()]))
-        values = random_values(name, shape, model, [], stream).astype(np.float32)
-        tensors[name] = ArrayTensor(name, values) if len(shape) != 2 else _in_rows(name, values, bits)
+        values = random_values(name, spec.shape, model.decoder, [], stream).astype(np.float32)
+        tensors[name] = ArrayTensor(name, values) if not spec.role.has_rows else _in_rows(name, values, bits)
     return Checkpoint("random", Path("nowhere"), config, config, model, tensors, lambda: Path("nowhere"))
 
 

@@ -20,8 +20,9 @@ from transformers.utils.quantization_config import GemmaQuantizationConfig
 
 from gemexport import demo
 from gemexport.demo import tokenizer as demo_tokenizer
-from gemexport.formats.checkpoint import canonical_name
-from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.model import architecture
+from gemexport.formats.gemma.names import canonical_name
 from gemexport.formats.storage.bitpack import pack
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import Entry, ShardedWriter

@@ -40,13 +40,9 @@ def _text(config: Json) -> Json:
     return text
 
 
-def rope_base(config: Json, subject: Subject) -> str:
+def rope_base(config: Json, _: Subject) -> str:
     """The full layers' base is the sliding ones'."""
-    text = _text(config)
-    if subject.decoder.family == "gemma4":
-        text["rope_parameters"][FULL]["rope_theta"] = 10_000.0
-    else:
-        _flat(text)["rope_theta"] = 10_000.0
+    _flat(_text(config))["rope_theta"] = 10_000.0
     return "rope_theta"
 
 
@@ -59,7 +55,7 @@ def _flat(text: Json) -> Json:
 def rope_scaling(config: Json, subject: Subject) -> str:
     """The angles of the full layers eight times too small."""
     text = _text(config)
-    if subject.decoder.family == "gemma4":
+    if subject.model.family.partial_rope:
         text["rope_parameters"][FULL]["factor"] = 8.0
     elif FULL in (text.get("rope_parameters") or {}):
         text["rope_parameters"][FULL] |= {"rope_type": "linear", "factor": 8.0}

@@ -52,7 +52,7 @@ def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32, name
     """A fault that gives one key another value; `value` may be a function of the old one."""
 
     def fault(subject: Subject) -> str:
-        name = key.format(arch=subject.decoder.family)
+        name = key.format(arch=subject.model.family.gguf)
 
         def edit(fields: Fields, _: Tensors) -> None:
             old = fields.get(name, (None, kind, None))
@@ -66,12 +66,13 @@ def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32, name
 
 def rope_scaling(subject: Subject) -> str:
     """The angles of the full layers eight times too small."""
-    if subject.decoder.family == "gemma4":
+    if subject.model.family.partial_rope:
         return _frequencies(subject, lambda divisors: np.where(divisors < 2, np.float32(8), divisors))
 
     def edit(fields: Fields, _: Tensors) -> None:
-        fields["gemma3.rope.scaling.type"] = ("linear", GGUFValueType.STRING, None)
-        fields["gemma3.rope.scaling.factor"] = (8.0, GGUFValueType.FLOAT32, None)
+        arch = subject.model.family.gguf
+        fields[f"{arch}.rope.scaling.type"] = ("linear", GGUFValueType.STRING, None)
+        fields[f"{arch}.rope.scaling.factor"] = (8.0, GGUFValueType.FLOAT32, None)
 
     rewrite(subject.path, edit)
     return "rope.scaling.factor"
@@ -99,7 +100,7 @@ def layers_exchanged(subject: Subject) -> str:
     kinds = [layer.sliding for layer in subject.decoder.layers]
     first, other = kinds.index(True), kinds.index(False)
     kinds[first], kinds[other] = False, True
-    key = f"{subject.decoder.family}.attention.sliding_window_pattern"
+    key = f"{subject.model.family.gguf}.attention.sliding_window_pattern"
 
     def edit(fields: Fields, _: Tensors) -> None:
         fields[key] = (kinds, GGUFValueType.ARRAY, GGUFValueType.BOOL)

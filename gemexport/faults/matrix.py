@@ -98,7 +98,7 @@ class Bench:
         (shutil.copytree if clean.is_dir() else shutil.copyfile)(clean, path)
         for file in clean.parent.glob("*.json"):  # a Core ML package has its tokenizer beside it
             shutil.copyfile(file, path.parent / file.name)
-        return path, str(fault(Subject(target, path, self.checkpoint.architecture)))
+        return path, str(fault(Subject(target, path, self.checkpoint.model)))
 
     def judge(self, target: str, variant: str, path: Path, wording: bool = False) -> tuple[str, str]:
         """Status and reason, as `gemexport validate` gives them; `wording`: try the tokenizer before the runtime."""
@@ -173,11 +173,11 @@ def catalogue() -> list[str]:
 
 def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | str:
     """The function that makes a fault in an artefact, or why there is none."""
-    decoder = bench.checkpoint.architecture
+    decoder, partial = bench.checkpoint.architecture, bench.checkpoint.model.family.partial_rope
     missing = {
         "layer scalar lost": not decoder.layer_scalar,
         "per-layer embedding shifted by a layer": decoder.per_layer is None,
-        "RoPE partial factor wrong": decoder.family == "gemma3" and target != "onnx" and target != "coreml",
+        "RoPE partial factor wrong": not partial and target not in ("onnx", "coreml"),
         "soft cap lost": decoder.final_softcap is None,
         "shared KV layer reads the wrong donor": all(layer.owns_cache for layer in decoder.layers),
     }

@@ -26,7 +26,7 @@ def gguf(path: Path, name: str) -> Place:
 
 def folder(path: Path, name: str) -> Place:
     """A tensor of an MLX or a compressed-tensors folder."""
-    from gemexport.formats.checkpoint import canonical_name
+    from gemexport.formats.gemma.names import canonical_name
     from gemexport.formats.storage.safetensors import read_folder
 
     arrays = {canonical_name(key): item.array for key, item in read_folder(path).items()}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gemexport.faults.places import PLACES
 from gemexport.faults.stored import Numbers, Place, floats, like
 from gemexport.formats.gemma.architecture import Architecture, Layer
+from gemexport.formats.gemma.model import Model
 
 NOISE = 0.02  # of a weight, in a head that should be the embedding
 
@@ -27,7 +28,12 @@ class Subject:
 
     target: str
     path: Path
-    decoder: Architecture
+    model: Model
+
+    @property
+    def decoder(self) -> Architecture:
+        """What the model computes."""
+        return self.model.decoder
 
     def place(self, name: str) -> Place:
         """Where a tensor lies."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
-from gemexport.formats.gemma.architecture import Architecture, architecture
+from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.model import Model, describe
 from gemexport.shared.measured import FactReport
 from gemexport.validators.checks.vocabulary import GENAI, settings_of
 
@@ -64,20 +65,20 @@ NOT_COMPARED = frozenset(("bos_token_id", "eos_token_ids", "pad_token_id", "inde
 ALIKE = 1e-6
 
 
-def differences(target: str, path: Path, model: Architecture) -> tuple[FactReport, ...]:
+def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]:
     """Every fact that the artefact at `path` states otherwise than the checkpoint.
 
     Raises InputError for metadata that are damaged or contradict each other.
     """
     if target == "coreml":
-        return tuple(_core_ml(path, model))
+        return tuple(_core_ml(path, model.decoder))
     if target == "onnx":
-        return tuple(_genai(path, model))
+        return tuple(_genai(path, model.decoder))
     if target == "gguf":
         return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text("utf-8"))
-        return tuple(_decoders(model, architecture(config, path / "config.json"), CONFIG_KEYS))
+        return tuple(_decoders(model, describe(config, path / "config.json"), CONFIG_KEYS))
     return ()
 
 
@@ -113,14 +114,14 @@ def _quantizer(found: Quantizer | None) -> str:
     return f"{found.bits} bits, scale {found.scale:.7g}, zero point {found.zero_point}"
 
 
-def _gguf(path: Path) -> Architecture:
+def _gguf(path: Path) -> Model:
     from gemexport.formats.gguf import family_of
-    from gemexport.formats.gguf.config import config_json, decoder_of
+    from gemexport.formats.gguf.config import config_json, model_of
     from gemexport.formats.gguf.metadata import Metadata
     from gemexport.formats.gguf.parts import read_parts
 
     parts = read_parts(path)
-    return decoder_of(Metadata(parts.path, parts.metadata, family_of(parts)), config_json(parts))
+    return model_of(Metadata(parts.path, parts.metadata, family_of(parts).gguf), config_json(parts))
 
 
 def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
@@ -172,22 +173,25 @@ def _genai_names(path: Path, decoder: dict[str, Any]) -> Iterator[FactReport]:
                 yield FactReport(name=name, found=called, expected=f"one of the graph's {side}")
 
 
-def _decoders(model: Architecture, stored: Architecture, keys: dict[str, str]) -> Iterator[FactReport]:
+def _decoders(model: Model, stored: Model, keys: dict[str, str]) -> Iterator[FactReport]:
     """Facts of the whole decoder, then of its layers, one for each group of layers that differ alike."""
-    ours, theirs = model.model_dump(exclude={"layers"}), stored.model_dump(exclude={"layers"})
-    slides = any(layer.sliding for layer in (*model.layers, *stored.layers))
+    if model.family.reference_type != stored.family.reference_type:
+        yield FactReport(name="family", found=stored.family.name, expected=model.family.name)
+    ours, theirs = (one.decoder.model_dump(exclude={"layers"}) for one in (model, stored))
+    mine, other = model.decoder.layers, stored.decoder.layers
+    slides = any(layer.sliding for layer in (*mine, *other))
     for name, found, expected in _unlike("", theirs, ours):
         if name == "sliding_window" and not slides:
             continue  # of nobody
         yield FactReport(name=_key(name, keys, model, ""), found=_text(found), expected=_text(expected))
-    if len(model.layers) != len(stored.layers):
+    if len(mine) != len(other):
         name = _key("layers", keys, model, "")
-        yield FactReport(name=name, found=str(len(stored.layers)), expected=str(len(model.layers)))
+        yield FactReport(name=name, found=str(len(other)), expected=str(len(mine)))
         return
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for layer, other in zip(model.layers, stored.layers, strict=True):
+    for layer, stated in zip(mine, other, strict=True):
         kind = "sliding_attention" if layer.sliding else "full_attention"
-        for name, found, expected in _unlike("", other.model_dump(), layer.model_dump()):
+        for name, found, expected in _unlike("", stated.model_dump(), layer.model_dump()):
             fact = (_key(name, keys, model, kind), _text(found), _text(expected))
             groups.setdefault(fact, []).append(layer.index)
     for (name, text, wanted), layers in groups.items():
@@ -207,9 +211,9 @@ def _unlike(stem: str, found: Any, expected: Any) -> Iterator[tuple[str, Any, An
         yield stem, found, expected
 
 
-def _key(name: str, keys: dict[str, str], model: Architecture, kind: str) -> str:
+def _key(name: str, keys: dict[str, str], model: Model, kind: str) -> str:
     """What the format calls a fact."""
-    return keys.get(name, name).format(arch=model.family, type=kind, swa="_swa" if kind.startswith("sl") else "")
+    return keys.get(name, name).format(arch=model.family.gguf, type=kind, swa="_swa" if kind.startswith("sl") else "")
 
 
 def _text(value: Any) -> str:

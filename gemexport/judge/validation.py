@@ -60,5 +60,5 @@ def check_weights(place: Place, target: str, path: Path, progress: Progress) -> 
 
 def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
     """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
-    stated = differences(target, path, checkpoint.architecture)
+    stated = differences(target, path, checkpoint.model)
     return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))

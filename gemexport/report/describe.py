@@ -77,7 +77,7 @@ def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]
         grids[name] = f"int4, {_block(block, width)} (sampled)" if block else _stored(tensor)
     return {
         "model": checkpoint.name,
-        "architecture": decoder.family,
+        "architecture": checkpoint.model.family.name,
         "parameters": quantity(decoder.parameters()),
         "bytes": size(checkpoint.nbytes()),
         "layers": f"{len(decoder.layers)} ({sliding} sliding, {shared} share keys and values)",

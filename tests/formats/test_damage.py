@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture
 from gemexport.formats.storage.errors import InputError
 
 READERS = ("awq", "compressed-tensors", "gguf", "gptq", "imatrix", "lora", "mlx", "mobile", "safetensors")

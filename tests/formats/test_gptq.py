@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport.formats import awq, gptq
-from gemexport.formats.checkpoint import canonical_name, open_checkpoint
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.gemma.names import canonical_name
 from gemexport.formats.modules import Module
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import Entry, ShardedWriter, read_folder

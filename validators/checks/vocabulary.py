@@ -217,7 +217,7 @@ def _gguf(path: Path) -> Vocabulary:
     from gemexport.formats.gguf.parts import read_parts
 
     parts = read_parts(path)
-    facts = Metadata(parts.path, parts.metadata, family_of(parts))
+    facts = Metadata(parts.path, parts.metadata, family_of(parts).gguf)
     size = len(facts.texts(Keys.Tokenizer.LIST))
     stored.check(facts, size)
     key = Keys.Tokenizer

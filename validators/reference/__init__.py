@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gemexport.formats.activations import Activations
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture
 from gemexport.formats.tensor import Floats, Tensor, slices
 from gemexport.validators.reference import activation_rounding, experts
 from gemexport.validators.runtimes import protocol as runtime

@@ -246,7 +246,7 @@ def test_attention_scores_are_capped_where_the_model_says_so(
     # transformers knows no cap for Gemma 3's scores: one that is never reached must change nothing.
     for cap in (1e4, 0.5):
         decoder = checkpoint.architecture.model_copy(update={"attention_softcap": cap})
-        capped = dataclasses.replace(checkpoint, architecture=decoder)
+        capped = dataclasses.replace(checkpoint, model=dataclasses.replace(checkpoint.model, decoder=decoder))
         path = coreml.export(capped, tmp_path / f"{cap}.mlpackage", context=128).path
         assert "softmax" in {operation.type for operation in open_package(path).operations}
         wanted = reference(checkpoint.text_config, tensors(path), threads=1).logits(TOKENS)

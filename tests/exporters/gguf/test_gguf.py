@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import TokenType
 
 from gemexport.exporters import gguf as exporter
-from gemexport.exporters.gguf.facts import check, metadata, q_norm_factor, rope_frequencies
+from gemexport.exporters.gguf.facts import metadata, problem, q_norm_factor, rope_frequencies
 from gemexport.exporters.gguf.tokenizer import (
     build_vocabulary,
     sentencepiece_scores,
@@ -23,6 +23,7 @@ from gemexport.exporters.gguf.tokenizer import (
 )
 from gemexport.formats import gguf
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf.container import read
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
@@ -191,7 +192,7 @@ def test_nothing_is_left_of_an_export_that_fails(gemma3: Checkpoint, tmp_path: P
 
 def test_metadata_describes_every_feature(gemma4: Checkpoint) -> None:
     decoder = gemma4.architecture
-    values = {key: value.value for key, value in metadata(decoder, "name", "Q4_0").items()}
+    values = {key: value.value for key, value in metadata(gemma4.model, "name", "Q4_0").items()}
     assert values["general.architecture"] == "gemma4"
     assert values["gemma4.attention.shared_kv_layers"] == sum(not layer.owns_cache for layer in decoder.layers)
     assert values["gemma4.attention.sliding_window_pattern"] == [layer.sliding for layer in decoder.layers]
@@ -199,7 +200,7 @@ def test_metadata_describes_every_feature(gemma4: Checkpoint) -> None:
     assert values["gemma4.attention.key_length"] == 2 * values["gemma4.attention.key_length_swa"]
     assert values["gemma4.embedding_length_per_layer_input"] == decoder.per_layer.dim
     assert values["gemma4.final_logit_softcapping"] == 30.0
-    frequencies = rope_frequencies(decoder)
+    frequencies = rope_frequencies(gemma4.model)
     full = next(layer for layer in decoder.layers if not layer.sliding)
     assert frequencies.shape == (full.head_dim // 2,)
     assert (frequencies == 1).sum() == full.rope.rotary_dims // 2
@@ -208,24 +209,29 @@ def test_metadata_describes_every_feature(gemma4: Checkpoint) -> None:
 
 def test_an_attention_scale_that_llama_cpp_lacks_goes_into_the_query_norm(gemma3: Checkpoint, tmp_path: Path) -> None:
     scale = gemma3.architecture.attention_scale
-    changed = replace(gemma3, architecture=gemma3.architecture.model_copy(update={"attention_scale": scale / 3}))
-    assert q_norm_factor(gemma3.architecture) == 1.0
-    assert q_norm_factor(changed.architecture) == pytest.approx(1 / 3)
+    decoder = gemma3.architecture.model_copy(update={"attention_scale": scale / 3})
+    changed = replace(gemma3, model=replace(gemma3.model, decoder=decoder))
+    assert q_norm_factor(gemma3.model) == 1.0
+    assert q_norm_factor(changed.model) == pytest.approx(1 / 3)
     path = exporter.export(changed, tmp_path / "scaled.gguf").path
     judged = compare(gemma3.tensors, gguf.tensors(path))
     assert all(item.exact == item.compared for item in judged.tensors)
 
 
-def test_decoders_that_llama_cpp_would_compute_differently_are_refused(gemma4: Checkpoint) -> None:
+def test_decoders_that_llama_cpp_would_compute_differently_are_refused(gemma4: Checkpoint, tmp_path: Path) -> None:
     decoder = gemma4.architecture
     last = decoder.layers[-1]
     wrong_donor = last.model_copy(update={"kv_source": 0})
     layers = (*decoder.layers[:-1], wrong_donor)
-    with pytest.raises(InputError, match="shared layers"):
-        check(decoder.model_copy(update={"layers": layers}), gemma4.path)
-    with pytest.raises(InputError, match="soft-capped"):
-        check(decoder.model_copy(update={"attention_softcap": 50.0}), gemma4.path)
-    check(decoder, gemma4.path)
+
+    def changed(**update: Any) -> Model:
+        return replace(gemma4.model, decoder=decoder.model_copy(update=update))
+
+    assert "shared layers" in (problem(changed(layers=layers)) or "")
+    with pytest.raises(InputError, match=r"llama\.cpp cannot run this decoder: its attention scores are soft-capped"):
+        exporter.export(replace(gemma4, model=changed(attention_softcap=50.0)), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+    assert problem(gemma4.model) is None
 
 
 def _tokenizer_json(**model: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_the_bytes_are_llama_quantizes(column: str, plain: Checkpoint, tmp_path:
     variant, *weighted = column.split()
     imatrix = None
     if weighted:
-        names = gguf.file_names("gemma4", len(plain.architecture.layers))
+        names = gguf.file_names(plain.model.family, len(plain.architecture.layers))
         widths = {names[name]: item.shape[1] for name, item in plain.tensors.items() if len(item.shape) == 2}
         imatrix = _imatrix(tmp_path / "i.gguf", {n: width for n, width in widths.items() if "token_embd" not in n})
     path = exporter.export(plain, tmp_path / "model.gguf", variant=variant, imatrix=imatrix).path
@@ -108,7 +108,7 @@ def test_the_bytes_are_llama_quantizes(column: str, plain: Checkpoint, tmp_path:
 def test_slices_and_threads_do_not_show(plain: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "slices", lambda tensor: [(i, i + 32) for i in range(0, tensor.shape[0], 32)])
     container = read(exporter.export(plain, tmp_path / "model.gguf", variant="Q4_K_M").path)
-    names = gguf.file_names("gemma4", len(plain.architecture.layers))
+    names = gguf.file_names(plain.model.family, len(plain.architecture.layers))
     quantized = 0
     for name, tensor in plain.tensors.items():
         item = container.tensors[names[name]]

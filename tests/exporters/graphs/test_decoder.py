@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gemexport.exporters.graphs.decoder import logits
-from gemexport.formats.gemma.architecture import Architecture, Layer, architecture
+from gemexport.formats.gemma.architecture import Architecture, Layer
+from gemexport.formats.gemma.model import architecture
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from gemexport.exporters import mlx as exporter
 from gemexport.exporters.mlx.config import text_config
 from gemexport.formats import mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
@@ -173,7 +173,7 @@ def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
 def test_what_mlx_lm_has_no_words_for_is_refused(gemma3: Checkpoint, gemma4: Checkpoint, tmp_path: Path) -> None:
     def changed(checkpoint: Checkpoint, **settings: Any) -> Checkpoint:
         decoder = checkpoint.architecture.model_copy(update=settings)
-        return replace(checkpoint, architecture=decoder)
+        return replace(checkpoint, model=replace(checkpoint.model, decoder=decoder))
 
     layers = gemma3.architecture.layers
     full = next(layer for layer in layers if not layer.sliding)

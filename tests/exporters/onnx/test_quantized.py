@@ -190,7 +190,8 @@ def test_pieces_cover_every_token_and_none_is_padding() -> None:
 
 def test_a_capped_attention_has_integers_too(two_layers: Any, tmp_path: Path) -> None:
     checkpoint = two_layers()
-    capped = replace(checkpoint, architecture=checkpoint.architecture.model_copy(update={"attention_softcap": 0.5}))
+    decoder = checkpoint.architecture.model_copy(update={"attention_softcap": 0.5})
+    capped = replace(checkpoint, model=replace(checkpoint.model, decoder=decoder))
     graph = decoders(export(capped, tmp_path / "npu-a16"))["prefill"]
     assert sum(node.op_type == "Tanh" for node in graph.node) >= len(capped.architecture.layers)
 

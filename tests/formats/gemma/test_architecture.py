@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemexport.demo import SIZES, config_json
-from gemexport.formats.gemma.architecture import architecture
+from gemexport.formats.gemma.model import architecture, describe
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Kind, Role
 from gemexport.formats.storage.errors import InputError
 
 
@@ -33,6 +35,33 @@ def test_tensors_are_those_of_transformers(family: Any) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     theirs = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
     assert architecture(config, "config.json").tensor_shapes() == theirs
+
+
+def test_experts_are_those_of_transformers() -> None:
+    config = gemma4(enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=48)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    found = describe(config, "config.json")
+    assert {name: spec.shape for name, spec in found.specs.items()} == theirs
+    kinds = {spec.role.kind for spec in found.specs.values()}
+    assert kinds == set(Kind) - {Kind.HEAD}
+    for spec in found.specs.values():
+        assert spec.role.has_rows == (len(spec.shape) > 1)
+        assert CANONICAL.find(spec.name) == (spec.role, spec.layer)
+
+
+def test_every_role_has_one_name_and_every_name_one_role() -> None:
+    for role in Role:
+        layer = 12 if role.in_layer else None
+        assert CANONICAL.find(CANONICAL.name(role, layer)) == (role, layer)
+    for wrong in (
+        "model.layers.07.layer_scalar",
+        "model.layers.1.layer_scalar.weight",
+        "model.layers.layer_scalar",
+        "",
+    ):
+        assert CANONICAL.find(wrong) is None
 
 
 def test_rope_frequencies_are_those_of_transformers() -> None:
@@ -77,7 +106,7 @@ def test_what_the_whole_model_says_of_head_and_stops_decides() -> None:
     ("changes", "problem"),
     [
         ({"model_type": "llama"}, "the architecture 'llama' is not known"),
-        ({"enable_moe_block": True}, "it has experts"),
+        ({"enable_moe_block": True}, "it has experts, and does not say how many"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"hidden_size": -5}, "hidden_size"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),

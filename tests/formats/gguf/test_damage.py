@@ -32,7 +32,7 @@ class Sample:
     def __init__(self, folder: Path, family: demo.Family) -> None:
         checkpoint = open_checkpoint(demo.make(folder / "model", family=family, size=SMALL))
         self.path = exporter.export(checkpoint, folder / "model.gguf", variant="BF16").path
-        self.values = metadata(checkpoint.architecture, "model", "BF16") | tokenizer(checkpoint)[0]
+        self.values = metadata(checkpoint.model, "model", "BF16") | tokenizer(checkpoint)[0]
         self.container: Container = read(self.path)
         self.data = self.path.read_bytes()
         self.header = min(item.offset for item in self.container.tensors.values())

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport.formats import gguf
+from gemexport.formats.gemma.families.gemma3 import Gemma3
 from gemexport.formats.gguf.blocks import (
     half,
     pack_q4_0,
@@ -140,7 +141,7 @@ def test_tensors_have_canonical_names_values_and_grids(written: Path) -> None:
     assert found["model.norm.weight"].numpy().tolist() == [0.5, 1, -0.75]
     for name, tensor in found.items():
         if len(tensor.shape) == 2:
-            kind = read(written).tensors[gguf.file_names("gemma3", 1)[name]]
+            kind = read(written).tensors[gguf.file_names(Gemma3(), 1)[name]]
             expected = reference.dequantize(read(written).rows(kind, 2, 5), kind.type)
             rows = tensor.rows(2, 5)
             assert np.array_equal(rows.values, expected)

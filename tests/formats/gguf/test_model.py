@@ -21,6 +21,7 @@ from gemexport.exporters.gguf.facts import metadata
 from gemexport.exporters.gguf.tokenizer import tokenizer
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, is_gguf, open_checkpoint
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.model import describe
 from gemexport.formats.gguf.container import Value, Writer, boolean, float32, int32, read, string, uint32
 from gemexport.formats.gguf.vocabulary import Vocabulary, sentencepiece_merges
 from gemexport.formats.grids.recipe import RECIPES
@@ -113,9 +114,7 @@ def test_a_gemma4_of_other_heads_comes_back(same: bool, heads: int, tmp_path: Pa
 
 
 def read_architecture(config: dict[str, object]) -> Architecture:
-    from gemexport.formats.gemma.architecture import architecture
-
-    return architecture(config, "config.json")
+    return describe(config, "config.json").decoder
 
 
 def written(config: dict[str, object], source: Checkpoint, path: Path, **changes: Value | None) -> Path:
@@ -124,12 +123,12 @@ def written(config: dict[str, object], source: Checkpoint, path: Path, **changes
     from gemexport.formats.gguf import file_names
     from gemexport.formats.gguf.config import ROPE_FREQUENCIES
 
-    decoder = read_architecture(config)
-    tokens, _ = tokenizer(replace(source, architecture=decoder))
-    values = {**metadata(decoder, "model", "F32"), **tokens, **changes}
-    names = file_names(decoder.family, len(decoder.layers))
-    arrays = {names[name]: np.zeros(shape, np.float32) for name, shape in decoder.tensor_shapes().items()}
-    frequencies = rope_frequencies(decoder)
+    model = describe(config, "config.json")
+    tokens, _ = tokenizer(replace(source, model=model))
+    values = {**metadata(model, "model", "F32"), **tokens, **changes}
+    names = file_names(model.family, len(model.decoder.layers))
+    arrays = {names[name]: np.zeros(spec.shape, np.float32) for name, spec in model.specs.items()}
+    frequencies = rope_frequencies(model)
     if frequencies is not None:
         arrays[ROPE_FREQUENCIES] = frequencies
     kept = {key: value for key, value in values.items() if value is not None}

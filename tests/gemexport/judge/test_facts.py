@@ -11,6 +11,7 @@ import pytest
 from gemexport.exporters import mlx
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.model import Model
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge.facts import activation_differences, differences
 
@@ -25,8 +26,12 @@ def checkpoint(tiny_gemma4: Path) -> Checkpoint:
     return open_checkpoint(tiny_gemma4)
 
 
+def changed(checkpoint: Checkpoint, **update: object) -> Model:
+    return replace(checkpoint.model, decoder=checkpoint.architecture.model_copy(update=update))
+
+
 def test_a_right_artefact_says_what_the_checkpoint_says(folder: Path, checkpoint: Checkpoint) -> None:
-    assert differences("mlx", folder, checkpoint.architecture) == ()
+    assert differences("mlx", folder, checkpoint.model) == ()
 
 
 def test_a_fact_is_named_with_its_layers_and_both_values(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -34,7 +39,7 @@ def test_a_fact_is_named_with_its_layers_and_both_values(folder: Path, checkpoin
     config["rope_parameters"]["full_attention"]["rope_theta"] = 10_000.0
     config["final_logit_softcapping"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert [str(fact) for fact in differences("mlx", tmp_path, checkpoint.architecture)] == [
+    assert [str(fact) for fact in differences("mlx", tmp_path, checkpoint.model)] == [
         "final_logit_softcapping is None, the checkpoint says 30",
         "rope_theta of full_attention is 10000 in layers 2, 4, 7, the checkpoint says 1000000",
     ]
@@ -44,7 +49,7 @@ def test_onnxruntime_genai_is_told_of_the_graph_that_is_there(checkpoint: Checkp
     """Of another graph, input or output it raises an error, or starts each token with an empty cache."""
     export = pytest.importorskip("gemexport.exporters.onnx").export
     folder = export(checkpoint, tmp_path / "onnx").path
-    assert differences("onnx", folder, checkpoint.architecture) == ()
+    assert differences("onnx", folder, checkpoint.model) == ()
     said = json.loads((folder / "genai_config.json").read_text())
     for wrong, fact in (
         ({"filename": "other.onnx"}, "decoder.filename"),
@@ -53,23 +58,22 @@ def test_onnxruntime_genai_is_told_of_the_graph_that_is_there(checkpoint: Checkp
     ):
         decoder = {**said["model"]["decoder"], **wrong}
         (folder / "genai_config.json").write_text(json.dumps({"model": {**said["model"], "decoder": decoder}}))
-        found = differences("onnx", folder, checkpoint.architecture)
+        found = differences("onnx", folder, checkpoint.model)
         assert [item.name for item in found] == [f"genai_config.json: {fact}"]
     (folder / "genai_config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
-        differences("onnx", folder, checkpoint.architecture)
+        differences("onnx", folder, checkpoint.model)
 
 
 def test_the_last_bit_of_f32_is_no_difference(folder: Path, checkpoint: Checkpoint) -> None:
-    model = checkpoint.architecture.model_copy(update={"rms_norm_eps": 9.9999999e-7})
+    model = changed(checkpoint, rms_norm_eps=9.9999999e-7)
     assert differences("mlx", folder, model) == ()
-    model = checkpoint.architecture.model_copy(update={"rms_norm_eps": 1.00001e-6})
+    model = changed(checkpoint, rms_norm_eps=1.00001e-6)
     assert [fact.name for fact in differences("mlx", folder, model)] == ["rms_norm_eps"]
 
 
 def test_a_window_that_no_layer_has_is_nobodys(folder: Path, checkpoint: Checkpoint) -> None:
-    model = checkpoint.architecture
-    wider = model.model_copy(update={"sliding_window": 9})
+    wider = changed(checkpoint, sliding_window=9)
     assert [fact.name for fact in differences("mlx", folder, wider)] == ["sliding_window"]
 
 

@@ -61,7 +61,8 @@ def test_plain_weights_and_a_capped_attention(checkpoint: Checkpoint, tmp_path: 
     plain = open_checkpoint(checkpoint.path)
     path = export(plain, tmp_path / variant, variant=variant, context=128, prefill=16).path
     agrees(plain, path)
-    capped = replace(plain, architecture=plain.architecture.model_copy(update={"attention_softcap": 0.5}))
+    decoder = plain.architecture.model_copy(update={"attention_softcap": 0.5})
+    capped = replace(plain, model=replace(plain.model, decoder=decoder))
     other = export(capped, tmp_path / f"capped-{variant}", variant=variant, context=128, prefill=16).path
     first, second = (adapter.load(p, threads=1, context=128).logits(TOKENS[:20]) for p in (path, other))
     np.testing.assert_allclose(first[0], second[0], atol=1e-4)  # one key: its share is 1 whatever the score

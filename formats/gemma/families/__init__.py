@@ -1,0 +1,45 @@
+"""The families of Gemma models that are known, by the `model_type` of a config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.families.gemma3 import Gemma3
+from gemexport.formats.gemma.families.gemma4 import Gemma4
+from gemexport.formats.storage.errors import InputError
+
+FAMILIES: list[Family[Any]] = [Gemma3(), Gemma4()]
+
+
+def register(family: Family[Any]) -> None:
+    """Make a family known; ValueError when one of its model types is another's."""
+    taken = {kind for other in FAMILIES for kind in _types(other)}
+    if clash := taken & set(_types(family)):
+        raise ValueError(f"{', '.join(sorted(clash))}: there is such a family")
+    FAMILIES.append(family)
+
+
+def by_type(model_type: str) -> Family[Any] | None:
+    """The family of a `model_type`, of a decoder's own config or a multimodal one; None when there is none."""
+    return next((family for family in FAMILIES if model_type in _types(family)), None)
+
+
+def by_gguf(architecture: str) -> Family[Any] | None:
+    """The family of a GGUF file, by `general.architecture`: of several that are computed alike, the first."""
+    return next((family for family in FAMILIES if family.gguf == architecture), None)
+
+
+def family_of(config: dict[str, Any], path: str | Path) -> Family[Any]:
+    """The family of a config.json; InputError, naming `path`, for an architecture that is none of those here."""
+    kind = str(config.get("model_type"))
+    family = by_type(kind)
+    if family is None or (kind == family.whole_type and not isinstance(config.get("text_config"), dict)):
+        known = ", ".join(sorted(kind for other in FAMILIES for kind in _types(other)))
+        raise InputError(path, f"the architecture {kind!r} is not known", f"use a checkpoint of one of these: {known}")
+    return family
+
+
+def _types(family: Family[Any]) -> list[str]:
+    return [kind for kind in (family.text_type, family.whole_type) if kind is not None]

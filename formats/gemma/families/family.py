@@ -1,0 +1,135 @@
+"""What a family of Gemma models says of itself: all that differs between one and another is here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope
+from gemexport.formats.gemma.fields import TextFields
+from gemexport.formats.gemma.names import CANONICAL, Dialect, canonical_name
+from gemexport.formats.storage.errors import InputError
+
+F = TypeVar("F", bound=TextFields)
+
+MENDED = "use the config.json that came with the model"
+
+
+class Family(ABC, Generic[F]):
+    """One family; an instance without state is registered under its model types."""
+
+    name: ClassVar[str]  # what reports call it
+    text_type: ClassVar[str]  # `model_type` of a decoder's own config.json
+    whole_type: ClassVar[str | None] = None  # of the config of a multimodal model that holds one as its `text_config`
+    # What its artefacts call themselves. A family may be computed as another one is, and then says so in these.
+    reference_type: ClassVar[str]  # `model_type` of the transformers class that computes it
+    reference_class: ClassVar[str]
+    gguf: ClassVar[str]  # llama.cpp's name of the graph, which is `general.architecture`
+    mlx_type: ClassVar[str]  # mlx-lm's module
+    genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
+
+    fields: type[F]
+    partial_rope: ClassVar[bool]  # full layers may rotate a part of a head (proportional RoPE)
+    gguf_owners: ClassVar[int] = 1  # layers with keys and values of their own that llama.cpp's graph asks for
+    default_vocabulary: ClassVar[int]
+    default_window: ClassVar[int]
+    norm_offset: ClassVar[float]  # a norm multiplies by this plus its weight
+    value_norm: ClassVar[bool]
+    layer_scalar: ClassVar[bool]
+    names: ClassVar[Dialect] = CANONICAL  # of the tensors in its checkpoints
+
+    def spelt(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A decoder's own config as the reference's class spells it."""
+        return config
+
+    def canonical_name(self, name: str) -> str:
+        """The canonical name of an array of a checkpoint; the name as it is where the decoder has no such tensor."""
+        name = canonical_name(name)
+        if self.names is CANONICAL:
+            return name
+        if (place := self.names.find(name)) is not None:
+            return CANONICAL.name(*place)
+        module, _, key = name.rpartition(".")  # an array beside the weight, perhaps: `….weight_scale`
+        place = self.names.find(f"{module}.weight")
+        return name if place is None else f"{CANONICAL.name(*place).removesuffix('.weight')}.{key}"
+
+    def decoder(self, config: dict[str, Any], path: str | Path) -> Architecture:
+        """The decoder of a config in the reference's spelling; InputError for what is contradictory or not done."""
+        try:
+            fields = self.fields.model_validate(config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(path, f"{where}: {first['msg'].lower()}", MENDED) from error
+        for problem, present in self.refused(fields).items():
+            if present:
+                raise InputError(
+                    path, f"{problem}, which is not supported", "use a dense Gemma 3 or Gemma 4 text decoder"
+                )
+        try:
+            layers = self.layers(fields)
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise InputError(path, f"the layers are contradictory ({error})", MENDED) from error
+        return Architecture(
+            vocab_size=fields.vocab_size or self.default_vocabulary,
+            hidden_size=fields.hidden_size,
+            heads=fields.num_attention_heads,
+            layers=layers,
+            rms_norm_eps=fields.rms_norm_eps,
+            norm_offset=self.norm_offset,
+            attention_scale=self.attention_scale(fields),
+            sliding_window=fields.sliding_window or self.default_window,
+            final_softcap=fields.final_logit_softcapping,
+            attention_softcap=self.attention_softcap(fields),
+            embed_scale=fields.hidden_size**0.5,
+            tied=fields.tie_word_embeddings,
+            per_layer=self.per_layer(fields),
+            value_norm=self.value_norm,
+            experts=self.experts(fields),
+            layer_scalar=self.layer_scalar,
+            max_positions=fields.max_position_embeddings,
+            bos_token_id=fields.bos_token_id,
+            eos_token_ids=fields.stops(),
+            pad_token_id=fields.pad_token_id,
+        )
+
+    def refused(self, fields: F) -> dict[str, bool]:
+        """What a config may ask and the decoder here does not do, each with whether this one asks it."""
+        return fields.refused()
+
+    @abstractmethod
+    def layers(self, fields: F) -> tuple[Layer, ...]:
+        """The layers; ValueError and its like for fields that contradict each other."""
+
+    @abstractmethod
+    def attention_scale(self, fields: F) -> float:
+        """What attention scores are multiplied by."""
+
+    @abstractmethod
+    def gguf_attention_scale(self, layers: int, head_dim: int, hidden: int, heads: int) -> float:
+        """What llama.cpp's graph multiplies attention scores by, whatever the file says: there is no key for it."""
+
+    def attention_softcap(self, fields: F) -> float | None:
+        """What attention scores are capped at."""
+        return None
+
+    def per_layer(self, fields: F) -> PerLayerEmbeddings | None:
+        """The per-layer embeddings, of a model that has them."""
+        return None
+
+    def experts(self, fields: F) -> Experts | None:
+        """The experts, of a model that has them."""
+        return None
+
+
+def rope(given: dict[str, Any], head_dim: int) -> Rope:
+    """RoPE of a layer out of transformers' settings for its attention type; ValueError for a kind that is not done."""
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "proportional"):
+        raise ValueError(f"rope_type {kind} is not supported")
+    part = float(given.get("partial_rotary_factor", 1.0)) if kind == "proportional" else 1.0
+    factor = 1.0 if kind == "default" else float(given.get("factor", 1.0))
+    return Rope(theta=float(given["rope_theta"]), rotary_dims=2 * int(part * head_dim // 2), factor=factor)
