@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.coreml.arrays import Array, Palette, Stored
 from gemexport.formats.coreml.grids import coded
-from gemexport.formats.coreml.package import Package, Value, constant, open_package
+from gemexport.formats.coreml.package import Package, Value, constant, everything, open_package
 from gemexport.formats.grids.additive import AdditiveTensor, Indices
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.storage.errors import InputError
@@ -135,7 +135,7 @@ def _additive(name: str, codec: Codec, package: Package, values: dict[str, Value
 def constants(package: Package) -> dict[str, Value]:
     """Every constant of the main function by name, quantized ones as arrays that dequantize when read."""
     known: dict[str, Value] = {}
-    for operation in package.operations:
+    for operation in everything(package.operations):
         known |= constant(package, operation, known)
     return known
 

@@ -192,6 +192,11 @@ class Masked:
         self.kind, self.shape = dense.kind, dense.shape
         self._dense, self._mask = dense, mask
 
+    def elements(self) -> Array:
+        """The elements that are stored, in row-major order, as the operation that gives them has them: `[count]`."""
+        values = self.numpy()[self._mask.numpy() != 0]
+        return Stored("fp32" if values.dtype == np.float32 else self.kind, values.shape, values)
+
     def rows(self, start: int, stop: int) -> NDArray:
         values = self._dense.rows(start, stop)
         return np.where(self._mask.rows(start, stop) != 0, values, np.zeros((), values.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -106,6 +106,14 @@ class Package:
         if path not in self._files:
             self._files[path] = BlobFile(path)
         return self._files[path]
+
+
+def everything(operations: Iterable[Any]) -> Iterator[Any]:
+    """The operations and those in their blocks (MIL_pb2.Operation), in order."""
+    for operation in operations:
+        yield operation
+        for block in operation.blocks:
+            yield from everything(block.operations)
 
 
 def open_package(path: str | Path) -> Package:

@@ -11,50 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemexport.validators.mil.registry import Weight, flag, integer, op
+from gemexport.validators.mil.registry import Unsupported, Weight, flag, integer, op
 
 
-def _counted(index: Tensor, size: int) -> Tensor:
-    """Indices counted from the front; before iOS 17 negative ones counted from the end."""
-    return torch.where(index < 0, index + size, index)
+def _counted(index: Tensor, size: int, validate: Any) -> Tensor:
+    """Indices counted from the front; before iOS 17, which `validate_indices` came with, negative ones from the end.
+
+    What lies outside is an error with `validate_indices`, and not documented without.
+    """
+    if validate is None:
+        index = torch.where(index < 0, index + size, index)
+    if ((index < 0) | (index >= size)).any():
+        raise Unsupported(f"an index lies outside of the {size} places there are")
+    return index
 
 
 @op("gather", by_rows=("x",))
 def gather(
-    x: Tensor | Weight, indices: Tensor, axis: Any = 0, batch_dims: Any = 0, validate_indices: Any = False
+    x: Tensor | Weight, indices: Tensor, axis: Any = 0, batch_dims: Any = 0, validate_indices: Any = None
 ) -> Tensor:
     at, batch = integer(axis), integer(batch_dims)
     index = indices.long()
     if isinstance(x, Weight):
         if at == 0 and batch == 0:
-            return x.pick(_counted(index, x.shape[0]))
+            return x.pick(_counted(index, x.shape[0], validate_indices))
         x = x.whole()
     at %= x.ndim
-    index = _counted(index, x.shape[at])
+    index = _counted(index, x.shape[at], validate_indices)
     if batch == 0:
         return x.index_select(at, index.reshape(-1)).reshape(*x.shape[:at], *index.shape, *x.shape[at + 1 :])
     lead = x.shape[:batch]
     flat = x.reshape(-1, *x.shape[batch:])
     wanted = index.reshape(flat.shape[0], *index.shape[batch:])
-    parts = [gather(one, rows, at - batch) for one, rows in zip(flat, wanted, strict=True)]
+    parts = [gather(one, rows, at - batch, 0, validate_indices) for one, rows in zip(flat, wanted, strict=True)]
     return torch.stack(parts).reshape(*lead, *parts[0].shape)
 
 
 @op("gather_along_axis")
-def gather_along_axis(x: Tensor, indices: Tensor, axis: Any = 0, validate_indices: Any = False) -> Tensor:
-    return torch.take_along_dim(x, _counted(indices.long(), x.shape[integer(axis)]), integer(axis))
+def gather_along_axis(x: Tensor, indices: Tensor, axis: Any = 0, validate_indices: Any = None) -> Tensor:
+    return torch.take_along_dim(x, _counted(indices.long(), x.shape[integer(axis)], validate_indices), integer(axis))
 
 
 @op("gather_nd")
-def gather_nd(x: Tensor, indices: Tensor, batch_dims: Any = 0, validate_indices: Any = False) -> Tensor:
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: Any = 0, validate_indices: Any = None) -> Tensor:
     if integer(batch_dims):
-        return torch.stack([gather_nd(a, b, integer(batch_dims) - 1) for a, b in zip(x, indices, strict=True)])
-    return x[_places(x, indices)]
+        pairs, batch = zip(x, indices, strict=True), integer(batch_dims) - 1
+        return torch.stack([gather_nd(a, b, batch, validate_indices) for a, b in pairs])
+    return x[_places(x, indices, validate_indices)]
 
 
-def _places(x: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+def _places(x: Tensor, indices: Tensor, validate: Any) -> tuple[Tensor, ...]:
     """The last axis of `indices` as one index for each of the first axes of `x`."""
-    return tuple(_counted(part.long(), x.shape[axis]) for axis, part in enumerate(indices.unbind(-1)))
+    return tuple(_counted(part.long(), x.shape[axis], validate) for axis, part in enumerate(indices.unbind(-1)))
 
 
 def _combine(flat: Tensor, index: Tensor, updates: Tensor, mode: str) -> Tensor:
@@ -89,12 +97,12 @@ def _mesh(shape: torch.Size | tuple[int, ...]) -> list[Tensor]:
 
 @op("scatter")
 def scatter(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Any = 0, mode: str = "add", validate_indices: Any = False
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Any = 0, mode: str = "add", validate_indices: Any = None
 ) -> Tensor:
     """Slices of `data` across an axis; `updates` has the indices' shape in the place of that axis."""
     at = integer(axis) % data.ndim
     flat = updates.reshape(*data.shape[:at], -1, *data.shape[at + 1 :])
-    index = _counted(indices.long().reshape(-1), data.shape[at])
+    index = _counted(indices.long().reshape(-1), data.shape[at], validate_indices)
     places = _mesh(flat.shape)
     places[at] = index[places[at]]
     return _scattered(data, tuple(places), flat, mode)
@@ -102,22 +110,24 @@ def scatter(
 
 @op("scatter_along_axis")
 def scatter_along_axis(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Any = 0, mode: str = "add", validate_indices: Any = False
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Any = 0, mode: str = "add", validate_indices: Any = None
 ) -> Tensor:
     at = integer(axis) % data.ndim
     places = _mesh(indices.shape)
-    places[at] = _counted(indices.long(), data.shape[at])
+    places[at] = _counted(indices.long(), data.shape[at], validate_indices)
     return _scattered(data, tuple(places), updates, mode)
 
 
 @op("scatter_nd")
 def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Any = False
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Any = None
 ) -> Tensor:
     depth, lead = indices.shape[-1], indices.shape[:-1]
     rest = data.shape[depth:]
     whole = _mesh((*lead, *rest))
-    found = [part.reshape(*lead, *[1] * len(rest)).expand(*lead, *rest) for part in _places(data, indices)]
+    found = [
+        part.reshape(*lead, *[1] * len(rest)).expand(*lead, *rest) for part in _places(data, indices, validate_indices)
+    ]
     return _scattered(data, (*found, *whole[len(lead) :]), updates, mode)
 
 

@@ -148,8 +148,9 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
 
 @op("matmul", by_rows=("y",))
 def matmul(x: Tensor, y: Tensor | Weight, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
-    """`x` times `y`; of a stack of matrices in a file, one after the other."""
-    x = x.transpose(-1, -2) if flag(transpose_x) else x
+    """`x` times `y`; of a stack of matrices in a file, one after the other. Integers times floats are floats."""
+    # A vector is not transposed.
+    x = x.transpose(-1, -2) if flag(transpose_x) and x.ndim > 1 else x
     if isinstance(y, Weight):
         if y.held is None and len(y.shape) == 3 == x.ndim and x.shape[0] in (1, y.shape[0]):
             each = x.expand(y.shape[0], *x.shape[1:])
@@ -157,7 +158,9 @@ def matmul(x: Tensor, y: Tensor | Weight, transpose_x: Any = False, transpose_y:
                 [matmul(one[None], y.rows(i, i + 1), transpose_y=transpose_y) for i, one in enumerate(each)]
             )
         y = y.whole()
-    return torch.matmul(x, y.transpose(-1, -2) if flag(transpose_y) else y)
+    y = y.transpose(-1, -2) if flag(transpose_y) and y.ndim > 1 else y
+    kind = torch.promote_types(x.dtype, y.dtype)
+    return torch.matmul(x.to(kind), y.to(kind))
 
 
 @op("einsum")

@@ -60,7 +60,14 @@ def l2_norm(x: Tensor, epsilon: Any = 1e-6) -> Tensor:
 
 @op("local_response_norm")
 def local_response_norm(x: Tensor, size: Any, alpha: Any = 1e-4, beta: Any = 0.75, k: Any = 1.0) -> Tensor:
-    return F.local_response_norm(x, integer(size), number(alpha), number(beta), number(k))
+    """Over a channel and `(size - 1) // 2` on either side, divided by `size` in any case.
+
+    The documentation does not say what an even size takes in; coremltools' test of it has the numbers of Core ML
+    (iOS14/test_normalization.py), which PyTorch's `local_response_norm` does not give.
+    """
+    reach = (integer(size) - 1) // 2
+    squares = F.pad((x * x).movedim(1, -1), [reach, reach]).unfold(-1, 2 * reach + 1, 1).sum(-1).movedim(-1, 1)
+    return x / (number(k) + number(alpha) / integer(size) * squares) ** number(beta)
 
 
 @op("scaled_dot_product_attention")

@@ -21,9 +21,11 @@ def shape(x: Tensor | Weight) -> Tensor:
 
 @op("reshape")
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """A zero copies the size of x at its place; one -1 takes what is left."""
+    """A zero copies the size of x at its place, counted from the last, or is 1 beyond it; one -1 takes what is left."""
     sizes = integers(shape)
-    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
+    ones = [1] * max(0, len(sizes) - x.ndim)
+    kept = [*ones, *x.shape][-len(sizes) :]
+    return x.reshape([kept[i] if size == 0 else size for i, size in enumerate(sizes)])
 
 
 @op("transpose")
@@ -53,6 +55,7 @@ def flatten2d(x: Tensor, axis: Any = 1) -> Tensor:
 
 @op("concat")
 def concat(values: list[Tensor], axis: Any, interleave: Any = False) -> Tensor:
+    values = [value.reshape(1) if value.ndim == 0 else value for value in values]
     if flag(interleave):
         at = integer(axis) % values[0].ndim
         return torch.stack(values, at + 1).flatten(at, at + 1)
@@ -164,9 +167,21 @@ def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Any = 0.0)
     order = [size for pair in reversed(pairs) for size in pair]
     if mode == "constant":
         return F.pad(x, order, value=number(constant_val))
-    while len(order) > 2 and order[-2:] == [0, 0]:
-        order = order[:-2]
-    return F.pad(x, order, mode="replicate" if mode == "replicate" else "reflect")
+    for at, (before, after) in enumerate(reversed(pairs)):
+        x = _extended(x, x.ndim - 1 - at, before, after, mode)
+    return x
+
+
+def _extended(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """More elements at both ends of an axis: the first and the last again, or mirrored at them."""
+    size = x.shape[axis]
+    places = torch.arange(-before, size + after)
+    if mode == "replicate":
+        return x.index_select(axis, places.clamp(0, size - 1))
+    if max(before, after) >= size:
+        raise Unsupported("a mirror image longer than what it mirrors is not documented")
+    folded = (size - 1) - ((size - 1) - places.abs()).abs()
+    return x.index_select(axis, folded)
 
 
 @op("range_1d")

@@ -146,6 +146,43 @@ def test_scatter_nd(mode: str) -> None:
     )
 
 
+def test_scalars() -> None:
+    got = found("gather", x=X, indices=np.int32(1), axis=1)
+    assert got.shape == (2, 4)
+    assert (got == X[:, 1]).all()
+    assert found("concat", values=[np.array(3), np.array(4)], axis=0).tolist() == [3, 4]
+    assert found("matmul", x=np.array([1, 2]), y=np.array([0.5, 0.25], np.float32)).tolist() == 1
+
+
+def test_a_zero_in_a_shape_counts_from_the_last_axis() -> None:
+    # The example of coremltools' documentation (iOS17/tensor_transformation.py).
+    assert found("reshape", x=normal(2, 50), shape=[1, 0, -1, 0]).shape == (1, 1, 2, 50)
+    assert found("reshape", x=normal(2, 6), shape=[0, 2, -1]).shape == (1, 2, 6)
+    assert found("reshape", x=X, shape=[0, -1]).shape == (3, 8)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize(("mode", "numpy"), [("reflect", "reflect"), ("replicate", "edge")])
+def test_padding_with_what_is_there(mode: str, numpy: Any, shape: tuple[int, ...]) -> None:
+    x = normal(*shape)
+    around = [(0, 0)] * (len(shape) - 1) + [(2, 3)]
+    got = found("pad", x=x, pad=[2, 3], mode=mode)
+    assert (got == np.pad(x, around, mode=numpy)).all()
+    if len(shape) > 1:
+        around[-2] = (1, 0)
+        assert (found("pad", x=x, pad=[1, 0, 2, 3], mode=mode) == np.pad(x, around, mode=numpy)).all()
+    with pytest.raises(Unsupported, match="longer than what it mirrors"):
+        found("pad", x=x, pad=[x.shape[-1], 0], mode="reflect")
+
+
+def test_indices_outside_are_refused() -> None:
+    for index in (-1, 3):
+        with pytest.raises(Unsupported, match="outside of the 3 places"):
+            found("scatter", data=normal(3, 2), indices=np.array([index]), updates=normal(1, 2), validate_indices=False)
+    with pytest.raises(Unsupported, match="outside of the 3 places"):
+        found("gather", x=X, indices=np.array([3]), axis=1)
+
+
 def test_indices_may_count_from_the_end() -> None:
     got = found("scatter", data=np.zeros((3, 2), np.float32), indices=np.array([-1]), updates=normal(1, 2) * 0 + 1)
     assert got.tolist() == [[0, 0], [0, 0], [1, 1]]
@@ -168,6 +205,10 @@ def test_norms_over_channels() -> None:
 
 
 def test_local_response_norm() -> None:
+    # Of an even size, coremltools' test of MIL (iOS14/test_normalization.py) has the numbers.
+    one = np.array([[[1.0, -7.0], [5.0, -6.0], [-3.0, -5.0]]], np.float32)
+    even = [[[0.99996257, -6.98716545], [4.99531746, -5.99191284], [-2.99898791, -4.99531746]]]
+    np.testing.assert_allclose(found("local_response_norm", x=one, size=2), even, rtol=1e-6)
     x = normal(2, 6, 3)
     got = found("local_response_norm", x=x, size=3, alpha=np.float32(0.5), beta=np.float32(0.6), k=np.float32(2))
     for n, c, d in places(x.shape):
@@ -335,8 +376,11 @@ def test_nearest_pixels() -> None:
     got = found("upsample_nearest_neighbor", x=x, scale_factor_height=2, scale_factor_width=3)
     assert (got == np.repeat(np.repeat(x, 2, 1), 3, 2)).all()
     assert (found("resize_nearest_neighbor", x=x, target_size_height=6, target_size_width=6) == got).all()
-    with pytest.raises(Unsupported, match="factors that are no integers"):
-        found("resize_nearest_neighbor", x=x, target_size_height=4, target_size_width=2)
+    uneven = found("resize_nearest_neighbor", x=x, target_size_height=4, target_size_width=1)
+    assert (uneven == x[:, [0, 0, 1, 2], :1]).all()
+    # Half a pixel is nowhere documented.
+    with pytest.raises(Unsupported, match="two pixels at the same distance"):
+        found("resize", x=x, shape=[4, 4], resized_dims=2, interpolation_mode="NEAREST_NEIGHBOR")
 
 
 def test_attention_ignores_what_is_masked_with_minus_infinity() -> None:
