@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gemexport.engine.dag import graph
-from gemexport.formats.tensor import ITEM_BYTES, Tensor
+from gemexport.engine.disk import artifact_bytes
 from gemexport.report.render import size
 from gemexport.request import Request, steps
 from gemexport.shared.place import WORK
@@ -22,7 +20,7 @@ def print_plan(asked: Request, as_json: bool) -> None:
     checkpoint = asked.checkpoint()
     wanted = steps(asked, checkpoint)
     nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
-    expected = {step.export_node: _expected_bytes(checkpoint.tensors, step.variant) for step in wanted}
+    expected = {step.export_node: artifact_bytes(checkpoint.tensors, step.variant) for step in wanted}
     without = [step.key for step in wanted if step.target.missing()]
     refused = {
         step.export_node: reason
@@ -54,13 +52,3 @@ def print_plan(asked: Request, as_json: bool) -> None:
         console.print(f"{escape(name)} will be refused: {escape(reason)}", style="yellow", soft_wrap=True)
     if without:
         console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")
-
-
-def _expected_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
-    """What the weights of a variant come to: 4 bit and a 16-bit scale for 32 weights, or a plain dtype."""
-    plain = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}.get(variant.lower())
-    total = 0.0
-    for tensor in tensors.values():
-        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) != 2 else 18 / 32
-        total += math.prod(tensor.shape) * (plain or own)
-    return int(total)

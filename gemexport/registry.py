@@ -52,6 +52,7 @@ class Target:
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
+    copies: int = 0  # bytes of a weight in the copy that its runtime maps to compute in another arithmetic
     computes_with_scales: bool = False  # of activations: there is formats.MODULE.activations to read them back
     settings: tuple[Setting, ...] = ()
 
@@ -127,7 +128,7 @@ TARGETS: dict[str, Target] = {
             "gguf", "GGUF", "llama.cpp and Ollama", ("Q4_0",), ("Q4_0", "Q8_0", "BF16", "F32", *_K_QUANTS),
             "gguf/{name}-{variant}.gguf",
             "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
-            arithmetics=(None, "f32"), noises=("bf16", "int8-activations"),
+            arithmetics=(None, "f32"), noises=("bf16", "int8-activations"), copies=4,
             variant_noises=(("int8-activations-256", _K_QUANTS),),
             settings=(
                 Setting("imatrix", "Importances for K-quants, from llama-imatrix; docs/kquants.md.", Path, "FILE"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from gemexport.engine.dag import graph, judgement, logits_memory
+from gemexport.engine.disk import check_room
 from gemexport.engine.output import claim
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
@@ -24,7 +27,9 @@ from gemexport.registry import Target
 from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
-from gemexport.shared.node import Call, Events, Node, StepError, value_of
+from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
+from gemexport.shared.place import WORK
+from gemexport.shared.scratch import keep_log
 
 
 def run(asked: Request, events: Events | None = None, workers: Workers | None = None) -> Report:
@@ -42,10 +47,12 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     with ExitStack() as held:
         with _undone_on_error(asked.out):
             work = held.enter_context(claim(asked.out, checkpoint, asked.fresh))
-            scheduler = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events(), workers or Workers())
+            nodes = graph(asked, checkpoint, work, wanted)
+            check_room(work, nodes, asked.jobs)
+            scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), workers or Workers())
             with ThreadPoolExecutor(1) as beside:
                 renderer = beside.submit(_renderer)
-                outcomes = scheduler.run(graph(asked, checkpoint, work, wanted))
+                outcomes = scheduler.run(nodes)
             source, notes = checkpoint, []
             for name in ("compress", "grids") if asked.compression is not None else ("grids",):
                 value_of(name, outcomes)
@@ -103,8 +110,7 @@ def validate(
     checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
-    with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
-        work = Path(folder)
+    with _work_beside(artifact) as work:
         place = asked.place(work, checkpoint.name)
         step = Step(target, artifact.stem, artifact)
         nodes = judgement(asked, checkpoint, work, step)
@@ -112,11 +118,31 @@ def validate(
             arguments = {"place": place, "path": artifact, "context": qnn_context.absolute(), "architecture": qnn_arch}
             call = Call("gemexport.judge.npu:compile_npu", arguments)
             nodes.append(Node("npu", call, ("grids",), logits_memory(checkpoint, asked.tokens), asked.tokens))
-        outcomes = Scheduler(asked.jobs, asked.memory, work / "logs", events or Events()).run(nodes)
+        check_room(work, nodes, asked.jobs)
+        outcomes = Scheduler(asked.jobs, asked.memory, work, events or Events()).run(nodes)
+        outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
     for name, outcome in outcomes.items():
         if outcome.error or name == "grids":
             value_of(name, outcomes)
     return artifact_report(asked, step, outcomes)
+
+
+@contextmanager
+def _work_beside(artifact: Path) -> Iterator[Path]:
+    """A folder for what judging leaves on the way, as large as a model: beside the artefact, or where we are."""
+    place = next((folder for folder in (artifact.parent, Path.cwd()) if os.access(folder, os.W_OK)), None)
+    if place is None:
+        raise InputError(artifact.parent, "cannot be written, nor can the current folder", "go to one that can")
+    with tempfile.TemporaryDirectory(prefix=f"{WORK}-", dir=place) as folder:
+        yield Path(folder)
+
+
+def _with_kept_log(name: str, outcome: Outcome) -> Outcome:
+    """An outcome whose log, where it speaks of one, outlives the work folder."""
+    if outcome.log is None:
+        return outcome
+    text = outcome.log.read_text("utf-8", errors="replace")
+    return replace(outcome, log=keep_log(re.sub(r"\W", "-", name), text))
 
 
 @contextmanager

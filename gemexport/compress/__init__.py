@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from gemexport.exporters.result import ignore
@@ -29,6 +28,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, MappedArray, ShardedWriter, read_folder
 from gemexport.formats.tensor import DType
+from gemexport.shared.scratch import keep_log
 
 if TYPE_CHECKING:
     from gemexport.shared.place import Place
@@ -185,9 +185,8 @@ def _call(asked: Compression, task: Path, progress: Callable[[int], None]) -> No
     if process.returncode:
         errors = [line.strip() for line in printed if re.match(r"\w[\w.]*(Error|Exception)\b", line)]
         reason = errors[-1] if errors else f"status {process.returncode}"
-        with NamedTemporaryFile("w", prefix="gemexport-compress-", suffix=".log", delete=False) as log:
-            log.writelines(printed)
-        raise InputError(f"--compress {asked.method}", f"llm-compressor gave up ({reason})", f"see {log.name}")
+        log = keep_log("compress", "".join(printed))
+        raise InputError(f"--compress {asked.method}", f"llm-compressor gave up ({reason})", f"see {log}")
     progress(PERCENT - done)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
+from gemexport.engine.disk import artifact_bytes, replaced
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
@@ -26,16 +27,19 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     before: tuple[str, ...] = ()
     if asked.compression is not None:
         call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
-        room = logits_memory(checkpoint, asked.tokens)
-        nodes.append(Node("compress", call, (), room, PERCENT, all_cores=True))
+        room, plain = logits_memory(checkpoint, asked.tokens), checkpoint.plain_nbytes()
+        # A copy for llm-compressor and what it makes of that; then that again, with what it left as it was.
+        nodes.append(Node("compress", call, (), room, PERCENT, writes=plain // 2, scratch=2 * plain, all_cores=True))
         # The codes are ours, not those of a maker who left the rest as it is on purpose.
         before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.engine.steps:grids", {"place": place, "recipe": recipe})
-    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, light=True))
+    scales = replaced(weights // 16, place.grids)[0]  # of 16 bits, one for 32 weights
+    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, writes=scales, light=True))
     for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
         call = Call("gemexport.engine.steps:fit_codec", {"place": replace(place, codec=codec)})
         coded = _per_layer_weights(checkpoint)
-        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, all_cores=True))
+        codes = coded * codec.codebooks * codec.bits // (8 * codec.vector)
+        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, writes=codes, all_cores=True))
     nodes += calibrations(asked, checkpoint, place, recipe, wanted)
     for step in wanted:
         options = asked.options.get(step.target.name, {})
@@ -48,7 +52,11 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
         call = Call("gemexport.engine.steps:export", arguments)
         coded_by = () if step.codec is None else (f"codec {step.codec}",)
         needs = ("grids", *coded_by, *((calibration_name(step.codec),) if measures(asked, step) else ()))
-        nodes.append(Node(step.export_node, call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), light=True))
+        writes, scratch = replaced(artifact_bytes(checkpoint.tensors, step.variant), step.path)
+        nodes.append(
+            Node(step.export_node, call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), writes=writes,
+                 scratch=scratch, light=True)
+        )  # fmt: skip
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
     return nodes
@@ -96,6 +104,7 @@ def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) ->
 def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[tuple[Step, str]]) -> list[Node]:
     """The reference, and the validators of artefacts, each with the node that it waits for."""
     weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
+    logits = 4 * asked.tokens * checkpoint.architecture.vocab_size
     affordable = room <= asked.memory
     # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
     own = bool(checkpoint.files)
@@ -106,7 +115,8 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
     nodes = []
     if affordable:
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
-        nodes.append(Node("reference", call, (), room, asked.tokens * (1 + len(noises)), all_cores=True))
+        total, writes = asked.tokens * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
+        nodes.append(Node("reference", call, (), room, total, writes=writes, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))
         call = Call(
@@ -115,7 +125,10 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         )
         total = weights * (1 + len(step.target.arithmetics))
         memory = room if affordable else EXPORT_BYTES
-        nodes.append(Node(step.validate_node, call, needs, memory, total))
+        # The reference's logits with the weights read back stay, the runtime's until they are compared.
+        kept = logits if affordable else 0
+        copied = weights * step.target.copies if affordable else 0
+        nodes.append(Node(step.validate_node, call, needs, memory, total, writes=kept, scratch=kept + copied))
     return nodes
 
 

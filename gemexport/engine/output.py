@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import PARTIAL, atomic, explained, locked, remove
+from gemexport.shared import scratch
 from gemexport.shared.place import GRIDS, RANGES, SOURCE, VECTORS, WORK
 
 OWNER = "model.json"
@@ -76,7 +77,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
             raise explained(error, work / LOCK) from error
         for name in (GRIDS, VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
             remove(work / name)
-        for left in (work / SOURCE).glob(f"*{PARTIAL}"):  # by a run that was killed
+        for left in [*(work / SOURCE).glob(f"*{PARTIAL}"), work / scratch.FOLDER]:  # by a run that was killed
             remove(left)
         with atomic(marker) as partial:
             partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,10 @@ from pathlib import Path
 
 from gemexport.engine.processes import Worker, Workers, threads_each
 from gemexport.engine.worker import Task
+from gemexport.shared import scratch
 from gemexport.shared.node import Events, Node, Outcome, succeeded
+
+LOGS = "logs"  # folder in the work folder
 
 
 @dataclass
@@ -28,12 +32,12 @@ class Scheduler:
     """Runs nodes as soon as what they need is there, `jobs` at a time, their estimates within `memory` bytes.
 
     A node whose estimate alone is over the limit runs by itself. When a node fails, those that need it are left out;
-    all others run on.
+    all others run on. The folder `work` gets their logs, and the temporary files that are gone when the run ends.
     """
 
     jobs: int
     memory: int
-    logs: Path
+    work: Path
     events: Events = field(default_factory=Events)
     workers: Workers = field(default_factory=Workers)  # perhaps with one that is ready
 
@@ -43,7 +47,7 @@ class Scheduler:
         ValueError, before anything runs, for nodes that wait for each other, or for one that there is not.
         """
         order, named = in_order(nodes), {node.name: node for node in nodes}
-        self.logs.mkdir(parents=True, exist_ok=True)
+        (self.work / LOGS).mkdir(parents=True, exist_ok=True)
         ready: set[str] = set()
         running: dict[int, _Running] = {}
         outcomes: dict[str, Outcome] = {}
@@ -67,6 +71,7 @@ class Scheduler:
             for item in running.values():
                 item.worker.kill()
             self.workers.dismiss()
+            shutil.rmtree(self.work / scratch.FOLDER, ignore_errors=True)
         return outcomes
 
     def _startable(self, ready: list[Node], running: dict[int, _Running]) -> list[Node]:
@@ -81,10 +86,10 @@ class Scheduler:
         return chosen
 
     def _start(self, node: Node) -> _Running:
-        log = self.logs / f"{node.name.replace('/', '-').replace(':', '-')}.log"
+        log = self.work / LOGS / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
         threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)
-        worker = self.workers.serve(Task(node.call, log), threads, node.light)
+        worker = self.workers.serve(Task(node.call, log, self.work / scratch.FOLDER), threads, node.light)
         self.events.started(node)
         return _Running(node, worker, log)
 

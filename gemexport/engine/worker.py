@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.shared import scratch
 from gemexport.shared.memory import MemoryWatch
 from gemexport.shared.node import Call, Outcome
 
@@ -33,10 +34,11 @@ PREPARE = "prepare"
 
 @dataclass(frozen=True)
 class Task:
-    """A call, and the file that takes what it prints."""
+    """A call, the file that takes what it prints, and the folder for its temporary files."""
 
     call: Call
     log: Path
+    scratch: Path
 
 
 def run(call: Call, report: Callable[[int], None]) -> Outcome:
@@ -80,6 +82,7 @@ def main() -> None:
         with task.log.open("ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        scratch.use(task.scratch)
         _serve(connection, task.call)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -47,6 +47,8 @@ class Node:
     needs: tuple[str, ...] = ()
     memory: int = 0  # anonymous bytes, estimated
     total: int = 0  # units of progress
+    writes: int = 0  # bytes that it adds to the disk until the run ends, estimated
+    scratch: int = 0  # bytes on the disk while it runs, estimated
     all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
     light: bool = False  # loads no runtime: it may share a process, one after the other, with other light ones
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gemexport import cli
-from gemexport.shared.node import Call, Node
+from gemexport import cli, validate
+from gemexport.shared.node import Call, Node, StepError
 
 
 def test_the_log_that_a_message_points_to_is_kept(
@@ -25,4 +25,30 @@ def test_the_log_that_a_message_points_to_is_kept(
     assert said.count("\n") == 1
     log = Path(said.strip().partition("; see ")[2])
     assert log.parent == out / ".gemexport" / "logs"
+    assert "Traceback" in log.read_text()
+
+
+def test_what_judging_leaves_on_the_way_lies_beside_the_artefact(
+    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as large as a model, and TMPDIR may be a disk in memory. A log that a message points to outlives it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "everybodys"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "everybodys").mkdir()
+    places: list[Path] = []
+
+    def broken(asked: object, checkpoint: object, work: Path, step: object) -> list[Node]:
+        places.append(work)
+        return [Node("grids", Call("gemexport.engine.steps:grids", {"no": "argument of its"}))]
+
+    monkeypatch.setattr("gemexport.run.judgement", broken)
+    artifact = tmp_path / "models" / "model.gguf"
+    artifact.parent.mkdir()
+    artifact.touch()
+    with pytest.raises(StepError, match="the step grids did not succeed: TypeError") as caught:
+        validate(tiny_gemma3, artifact)
+    assert places[0].parent == artifact.parent
+    assert list(artifact.parent.iterdir()) == [artifact]
+    log = Path(str(caught.value).partition("; see ")[2])
+    assert list((tmp_path / "everybodys").iterdir()) == [log]
     assert "Traceback" in log.read_text()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -83,6 +84,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def put_aside(progress: Progress) -> Path:
+    """Leave a temporary file, and have a child leave one."""
+    subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkstemp(prefix='child')"], check=True)
+    return Path(tempfile.mkdtemp())
+
+
 def swallow_memory(progress: Progress) -> int:
     taken = bytearray(200 << 20)
     time.sleep(0.2)
@@ -102,7 +109,7 @@ def call(name: str, **arguments: object) -> Call:
 
 
 def scheduler(folder: Path, jobs: int = 2, memory: int = 1 << 30) -> Scheduler:
-    return Scheduler(jobs, memory, folder / "logs")
+    return Scheduler(jobs, memory, folder)
 
 
 def test_values_come_back_and_order_is_kept(tmp_path: Path) -> None:
@@ -275,6 +282,22 @@ def test_a_worker_that_got_ready_for_nothing_ends(tmp_path: Path) -> None:
         (ready,) = (worker.process for worker in workers.idle)
         assert ready.poll() is None
     assert ready.poll() is not None
+
+
+def test_temporary_files_lie_in_the_work_folder_until_the_run_ends(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def ended(node: Node, outcome: Outcome) -> None:
+        seen.extend(sorted(item.name[:5] for item in (tmp_path / "tmp").iterdir()))
+        assert outcome.value.parent == tmp_path / "tmp"
+
+    with prepared(1) as workers:  # which has started before it is known where the work folder is
+        node = Node("aside", call("put_aside"), light=True)
+        outcomes = Scheduler(1, 1 << 30, tmp_path, Events(ended=ended), workers).run([node])
+    assert succeeded(outcomes["aside"])
+    assert "child" in seen
+    assert len(seen) == 2
+    assert not (tmp_path / "tmp").exists()
 
 
 def test_peak_memory_is_measured(tmp_path: Path) -> None:
