@@ -41,10 +41,10 @@ def fitting(
         tensors[name] = tensor
         if tensor.grid is None:
             continue
-        answer = container(tensor.grid, tensor.shape[1])
+        answer = container(tensor.grid, tensor.shape[-1])
         if isinstance(answer, str):
             second = checkpoint.fallbacks.get(name)
-            again = container(second.grid, second.shape[1]) if second is not None and second.grid is not None else ""
+            again = container(second.grid, second.shape[-1]) if second is not None and second.grid is not None else ""
             if second is not None and second.grid is not None and isinstance(again, Container):
                 tensors[name], containers[name] = second, again
                 becomes = f"is rounded to {second.grid.bits} bit, blocks of {second.grid.block}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,19 +66,14 @@ def write_plain(
     out: ShardedWriter, tensor: Tensor, dtype: DType, notes: list[str], progress: Callable[[int], None]
 ) -> None:
     """Write a tensor's own values in `dtype`; a note says how many had to be rounded."""
-    parts: Iterable[Floats] = [tensor.numpy()] if len(tensor.shape) != 2 else _slices(tensor)
     exact, rounded = dtype in (tensor.dtype, "f32"), 0
-    for values in parts:
+    for bounds in slices(tensor):
+        values = tensor.rows(*bounds).values
         rounded += 0 if exact else count_rounded(values, dtype)
         out.write(tensor.name, stored(values, dtype, exact))
         progress(values.size * ITEM_BYTES[tensor.dtype])
     if rounded:
         notes.append(f"{tensor.name}: {rounded} weights are not {dtype} numbers and were rounded")
-
-
-def _slices(tensor: Tensor) -> Iterator[Floats]:
-    for start, stop in slices(tensor):
-        yield tensor.rows(start, stop).values
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
-from gemexport.formats.tensor import ITEM_BYTES, Tensor
+from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -233,7 +233,7 @@ def _same_bytes(one: MappedArray, other: MappedArray) -> bool:
     """Whether two matrices are stored alike."""
     if (one.entry.dtype, one.entry.shape) != (other.entry.dtype, other.entry.shape):
         return False
-    rows = one.entry.shape[0]
+    rows = row_count(one.entry.shape)
     step = max(1, COMPARED_BYTES * rows // max(one.entry.nbytes, 1))
     return all(
         one.read(start, start + step).tobytes() == other.read(start, start + step).tobytes()
@@ -253,7 +253,7 @@ def plain_tensor(folder: Path, spec: TensorSpec, array: MappedArray | None) -> T
         found, wanted = list(array.entry.shape), list(shape)
         problem = f"tensor {name} has the shape {found} where config.json says {wanted}"
         raise InputError(array.path, problem, "use the config.json that came with the model")
-    return MappedTensor(array, name)
+    return MappedTensor(array, name, shape)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.bitpack import signed, unpack
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16, on_grid
+from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from_bf16, on_grid
 
 SAVE_AGAIN, OWN_CONFIG = "save or download the model again", "use the config.json that came with the model"
 # A converted module of transformers: at the start up to a border, by a pattern with that border, or at the end.
@@ -101,7 +101,7 @@ def _compile(pattern: str, path: Path, where: str) -> re.Pattern[str]:
         raise InputError(path, problem.replace("\n", " "), OWN_CONFIG) from error
 
 
-class PackedRows:
+class PackedRows(TensorBase):
     """A matrix `[out, in]` of packed codes and their scales, mapped."""
 
     dtype: DType = "f32"
@@ -117,9 +117,6 @@ class PackedRows:
         scales = self._scales.array[start:stop]
         floats = from_bf16(scales) if self._scale_dtype == "bf16" else np.asarray(scales, np.float32)
         return on_grid(self.grid, codes, floats)
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def source(folder: Path, config: dict[str, Any]) -> Source:
@@ -178,7 +175,7 @@ class _Files:
         if array.entry.shape != shape and not (shape == (1,) and array.entry.shape == ()):
             problem = f"tensor {name} has the shape {list(array.entry.shape)} where config.json says {list(shape)}"
             raise InputError(array.path, problem, OWN_CONFIG)
-        return MappedTensor(array, name)
+        return MappedTensor(array, name, shape)
 
     def packed(self, spec: TensorSpec, bits: int) -> PackedRows:
         """A matrix of codes of `bits` bits with its scales."""

@@ -26,7 +26,7 @@ from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_file
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, slices
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, slices
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The factors of a linear, and of an embedding, whose rows are the columns of its A.
@@ -113,7 +113,7 @@ class Adapter:
         return digest.hexdigest()
 
 
-class MergedTensor:
+class MergedTensor(TensorBase):
     """A tensor of the base with its adapter's product added, in float32 and on no grid; the base stays as it is."""
 
     grid: Grid | None = None
@@ -127,10 +127,6 @@ class MergedTensor:
         """Rows `start` to `stop`, merged now."""
         values = np.ascontiguousarray(self._base.rows(start, stop).values, dtype=np.float32)
         return Rows(_merged(values, self._factors.left(start, stop), self._factors.right(), self._factors.scaling))
-
-    def numpy(self) -> Floats:
-        """The whole tensor."""
-        return np.concatenate([self.rows(start, stop).values for start, stop in slices(self)])
 
 
 @jit

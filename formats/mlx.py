@@ -91,13 +91,13 @@ def _read(module: Module) -> Tensor | None:
     scales, biases = module.arrays.get("scales"), module.arrays.get("biases")
     if scales is None or weight.entry.dtype != "U32":
         raise module.wrong(f"is {weight.entry.dtype} without scales", "give a folder as mlx_lm saves it")
-    out, width = module.shape
+    *leading, width = module.shape
     row, groups = weight.entry.shape[-1:], scales.entry.shape[-1:]
     bits = row[0] * 32 // width if row else 0
     whole = (
         bits in BITS
-        and weight.entry.shape == (out, words(width, bits))
-        and scales.entry.shape == (out, *groups)
+        and weight.entry.shape == (*leading, words(width, bits))
+        and scales.entry.shape == (*leading, *groups)
         and groups[0] > 0
         and width % groups[0] == 0
         and (biases is None or biases.entry.shape == scales.entry.shape)
@@ -112,10 +112,10 @@ def _read(module: Module) -> Tensor | None:
 def _layout(
     module: Module, bits: int, group: int, weight: MappedArray, scales: MappedArray, biases: MappedArray | None
 ) -> Layout:
-    width = module.shape[1]
+    width = module.shape[-1]
 
     def codes(start: int, stop: int) -> Unsigned:
-        return unpack(weight.array[start:stop], bits, width)
+        return unpack(weight.matrix[start:stop], bits, width)
 
     if biases is not None:
         if not {scales.entry.dtype, biases.entry.dtype} <= FLOAT_DTYPES.keys():
@@ -136,7 +136,7 @@ def _layout(
         raise module.wrong(problem, f"give a folder in the mode {' or '.join(MODES)}")
 
     def numbers(start: int, stop: int) -> Floats:
-        stored = scales.array[start:stop]
+        stored = scales.matrix[start:stop]
         return from_e8m0(stored) if mode.e8m0 else from_e4m3(stored)
 
     return Layout(

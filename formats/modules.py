@@ -97,7 +97,7 @@ def _refuse_bias(stem: str, arrays: Mapping[str, MappedArray]) -> None:
 
 def apart(layout: Layout, module: Module) -> bool:
     """Whether the columns of a group lie apart, so that nothing but their own format holds them."""
-    return layout.block < min(NARROWEST, module.shape[1])
+    return layout.block < min(NARROWEST, module.shape[-1])
 
 
 def reordered_note(count: int) -> list[str]:

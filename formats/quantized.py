@@ -24,6 +24,7 @@ from gemexport.formats.tensor import (
     Kind,
     Rows,
     Tensor,
+    TensorBase,
     expand,
     from_bf16,
     on_grid,
@@ -36,7 +37,7 @@ SCALE_SLICE = 1 << 20  # scales looked at in one go
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a matrix `[out, in]` keeps its numbers. Each function reads rows `start` to `stop` now.
+    """Where a tensor `[…, in]` keeps its numbers. Each function reads rows `start` to `stop` now.
 
     Codes are unsigned. Shifts are zero points (kind "zero-point") or biases ("affine"), and there are none with a
     codebook; without `shifts`, every zero point is 2**(bits - 1).
@@ -52,8 +53,8 @@ class Layout:
     evaluated_in: DType | None = None  # what the format's runtime rounds to at each step; None: it loses nothing
 
 
-class QuantizedTensor:
-    """A matrix `[out, in]` read from codes, under its canonical name; its values are what they mean, in float32."""
+class QuantizedTensor(TensorBase):
+    """A tensor `[…, in]` read from codes, under its canonical name; its values are what they mean, in float32."""
 
     dtype: DType = "f32"
 
@@ -109,15 +110,8 @@ class QuantizedTensor:
         scales, shifts = (expand(part(start, stop), layout.block) for part in (layout.scales, layout.shifts))
         return round_to(round_to(layout.codes(start, stop) * scales, layout.evaluated_in) + shifts, layout.evaluated_in)
 
-    def numpy(self) -> Floats:
-        """The whole matrix."""
-        return np.concatenate([self.rows(start, stop).values for start, stop in slices(self)])
-
     def _scales_and_shifts(self) -> Iterator[tuple[Floats, Floats | None]]:
-        out, width = self.shape
-        step = max(1, SCALE_SLICE * self._layout.block // width)
-        for start in range(0, out, step):
-            stop = min(start + step, out)
+        for start, stop in slices(self, 4 * SCALE_SLICE * self._layout.block):
             shifts = None if self._layout.shifts is None else self._layout.shifts(start, stop)
             yield self._layout.scales(start, stop), shifts
 
@@ -147,8 +141,8 @@ def _in_the_middle(zeros: Floats, scales: Floats, bits: int) -> bool:
 
 
 def floats(stored: MappedArray, start: int, stop: int) -> Floats:
-    """Rows of an array of floats, as float32."""
-    array = stored.array[start:stop]
+    """Rows of an array of floats, or elements of a vector, as float32."""
+    array = (stored.matrix if len(stored.entry.shape) > 1 else stored.array)[start:stop]
     return from_bf16(array) if stored.entry.dtype == "BF16" else np.asarray(array, dtype=np.float32)
 
 
@@ -179,9 +173,6 @@ def read_through(tensors: Mapping[str, Tensor]) -> int:
     """Read every row of every tensor, and return how many weights there were: what a test of a broken file calls."""
     count = 0
     for tensor in tensors.values():
-        if len(tensor.shape) != 2:
-            count += tensor.numpy().size
-            continue
         for start, stop in slices(tensor):
             count += tensor.rows(start, stop).values.size
     return count

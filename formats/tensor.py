@@ -7,11 +7,16 @@ consecutive weights of a row share a scale and, on some grids, a shift of it:
     zero-point   w = scale * (code - zero)     codes and zeros unsigned integers
     affine       w = scale * code + bias       codes unsigned, any bias
     codebook     w = scale * levels[code]      codes unsigned
+
+Rows are the last axis, whatever the rank: the axes before it count as one. Experts `[128, 1408, 2816]` are 180,224 rows
+of 2,816 weights; a norm `[n]` is one row of n, a scalar `[]` one row of one. So whatever reads rows reads any tensor a
+slice at a time, and no reader or writer asks for a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -37,6 +42,16 @@ class Grid:
     lossless: bool  # what the grid stands for, rounded to the tensor's dtype, is the source's value bit for bit
     kind: Kind = "symmetric"
     levels: tuple[float, ...] = ()  # of a codebook, by code
+
+
+def row_count(shape: Sequence[int]) -> int:
+    """How many rows a tensor of this shape has: the product of all axes but the last."""
+    return math.prod(shape[:-1])
+
+
+def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor's rows, and the weights of each: its shape with the leading axes counted as one."""
+    return row_count(shape), shape[-1] if shape else 1
 
 
 class Rows:
@@ -93,7 +108,7 @@ class Tensor(Protocol):
     def grid(self) -> Grid | None: ...
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop` of a 2-D tensor `[out, in]`, read now."""
+        """Rows `start` to `stop` of `row_count(shape)`, read now."""
         ...
 
     def numpy(self) -> Floats:
@@ -101,12 +116,31 @@ class Tensor(Protocol):
         ...
 
 
-def slices(tensor: Tensor, target_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:
-    """Ranges of rows `(start, stop)` that cover a 2-D tensor, each of about `target_bytes` as float32."""
-    out, width = tensor.shape
-    step = max(1, target_bytes // (4 * max(width, 1)))
-    for start in range(0, out, step):
-        yield start, min(start + step, out)
+def slices(tensor: Tensor, target_bytes: int = 16 << 20, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows `(start, stop)` that cover a tensor, as `row_slices`."""
+    return row_slices(tensor.shape, target_bytes, multiple)
+
+
+def row_slices(shape: Sequence[int], target_bytes: int = 16 << 20, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows `(start, stop)` that cover a tensor of this shape, each of about `target_bytes` as float32.
+
+    Each but the last is a multiple of `multiple` rows.
+    """
+    count, width = matrix_of(shape)
+    step = max(1, target_bytes // (4 * max(width, 1)) // multiple) * multiple
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+class TensorBase:
+    """What tensors have in common that do not say otherwise."""
+
+    def numpy(self: Tensor) -> Floats:
+        """The whole tensor in its own shape, filled slice by slice."""
+        found = np.empty(matrix_of(self.shape), np.float32)
+        for start, stop in slices(self):
+            found[start:stop] = self.rows(start, stop).values
+        return found.reshape(self.shape)
 
 
 def expand(scales: Floats, block: int) -> Floats:
@@ -207,7 +241,10 @@ class Plain:
 
 
 class ArrayTensor:
-    """A tensor that is already in memory: small ones, and those of tests."""
+    """A tensor that is already in memory: small ones, and those of tests.
+
+    Values and codes are `[…, in]`, scales and shifts `[…, in // block]`, with the same leading axes or one for all.
+    """
 
     def __init__(
         self,
@@ -223,14 +260,13 @@ class ArrayTensor:
         self.shape: tuple[int, ...] = tuple(values.shape)
         self.dtype: DType = dtype
         self.grid = grid
-        self._rows = Rows(values, codes, scales, shifts)
+        self._values, self._beside = values, (codes, scales, shifts)
 
     def rows(self, start: int, stop: int) -> Rows:
-        def part(array: NDArray[Any] | None) -> NDArray[Any] | None:
-            return None if array is None else array[start:stop]
+        def part(array: NDArray[Any]) -> NDArray[Any]:
+            return array.reshape(matrix_of(array.shape))[start:stop]
 
-        rows = self._rows
-        return Rows(rows.values[start:stop], part(rows.codes), part(rows.scales), part(rows.shifts))
+        return Rows(part(self._values), *(None if array is None else part(array) for array in self._beside))
 
     def numpy(self) -> Floats:
-        return self._rows.values
+        return self._values

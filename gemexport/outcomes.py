@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gemexport.exporters.result import Export
@@ -121,7 +122,7 @@ def lattice_report(checkpoint: Checkpoint, index: GridIndex, seconds: float) -> 
     tensors, weights, on_grid = [], 0, 0.0
     for record in index.tensors:
         tensor = checkpoint.tensors[record.name]
-        count = tensor.shape[0] * tensor.shape[1]
+        count = math.prod(tensor.shape)
         weights, on_grid = weights + count, on_grid + count * record.lattice_fraction
         grid = GridReport.of(tensor.grid)
         if grid is None and record.bits and record.block and record.scale_dtype:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.grids.search import GridTensor
-from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
+from gemexport.formats.tensor import Floats, Grid, Rows, Tensor, slices
 
 Float = Literal["fp16", "fp32"]
 INDICES = (2, 3, 4, 6, 8)  # bits of a place in a table
@@ -107,10 +107,7 @@ def _beside(tensor: Tensor) -> Iterator[Rows]:
 
 def row_slices(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of rows of about 16 MiB as float32, whose codes fill whole bytes whatever their width."""
-    out, width = tensor.shape
-    step = max(8, (4 << 20) // max(width, 1) // 8 * 8)
-    for start in range(0, out, step):
-        yield start, min(start + step, out)
+    return slices(tensor, multiple=8)
 
 
 def held(values: NDArray[np.floating], kind: str) -> bool:

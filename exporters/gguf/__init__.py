@@ -118,7 +118,7 @@ def export(
         for name, tensor in tensors.items():
             if kquants and names[name] in kquants:
                 _stream(out, names[name], *kquants.choose(names[name]), tensor)
-            elif len(tensor.shape) == 2:
+            elif len(tensor.shape) >= 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
                 offset, factor = norm_shift(model.family, name, q_norm_factor(model))
@@ -205,7 +205,7 @@ def _type(grid: Grid, variant: str) -> Type | str:
 
 
 def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[str]:
-    """A 2-D tensor in the type of the variant, or in the source's dtype when that type cannot hold it."""
+    """A matrix in the type of the variant, or in the source's dtype when that type cannot hold it."""
     if keeps_blocks(tensor, variant):
         for start, stop in slices(tensor):
             out.write(name, tensor.type, tensor.blocks(start, stop))
@@ -232,8 +232,8 @@ def _stream(out: Writer, name: str, kind: Type, pack: Pack, tensor: Tensor) -> b
 
 
 def choose(tensor: Tensor, variant: str) -> tuple[Type, Pack, str]:
-    """The type for a 2-D tensor in a variant, the function that packs its rows, and a note if there is one to make."""
-    grid, width = tensor.grid, tensor.shape[1]
+    """The type for a matrix in a variant, the function that packs its rows, and a note if there is one to make."""
+    grid, width = tensor.grid, tensor.shape[-1]
     if variant == "F32":
         return Type.F32, _f32, ""
     if variant == "BF16":

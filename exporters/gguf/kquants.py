@@ -51,7 +51,7 @@ class KQuants:
         found = self._imatrix.entries.get(name) if self._imatrix else None
         if self._imatrix is None or found is None:
             return None
-        width = self._tensors[name].shape[1]
+        width = self._tensors[name].shape[-1]
         if found.size == width:
             return found
         if name in HEADS:  # what llama-quantize passes over

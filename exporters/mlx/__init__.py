@@ -101,7 +101,7 @@ def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> tuple[C
     for name in containers:
         tensor = tensors[name]
         assert tensor.grid is not None
-        mode = mode_of(tensor.grid, tensor.shape[1])
+        mode = mode_of(tensor.grid, tensor.shape[-1])
         assert isinstance(mode, Mode)  # `fitting` left grids that have a container
         if holds_scales(tensor, mode):
             modes[name] = mode
@@ -121,7 +121,7 @@ def _quantization(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     modules: dict[str, Any] = {}
     for name, tensor in checkpoint.tensors.items():
         own = plan.modes.get(name)
-        if len(tensor.shape) == 2 and own != usual:
+        if len(tensor.shape) >= 2 and own != usual:
             modules[_module(name)] = own.settings() if own else False
     return {**usual.settings(), **modules}
 
@@ -148,6 +148,6 @@ def _entries(tensor: Tensor, plan: _Plan, beside: dict[str, tuple[Column, ...]])
     if mode is None:
         yield Entry(tensor.name, DTYPE_NAMES[plan.dtype], tensor.shape)
         return
-    out, width = tensor.shape
-    yield Entry(tensor.name, "U32", (out, words(width, mode.bits)))
+    *leading, width = tensor.shape
+    yield Entry(tensor.name, "U32", (*leading, words(width, mode.bits)))
     yield from (column.entry for column in beside[tensor.name])

@@ -74,9 +74,9 @@ def holds_scales(tensor: Tensor, mode: Mode) -> bool:
 
 def columns(tensor: Tensor, mode: Mode, rounding: Rounding) -> Iterator[Column]:
     """What stands beside a tensor's codes; `rounding` is told the scales and biases that its dtype does not hold."""
-    grid, (out, width), module = tensor.grid, tensor.shape, tensor.name.removesuffix(".weight")
+    grid, (*leading, width), module = tensor.grid, tensor.shape, tensor.name.removesuffix(".weight")
     assert grid is not None
-    shape, form = (out, width // mode.group), _form(mode)
+    shape, form = (*leading, width // mode.group), _form(mode)
     if form is not None:
         mini = form  # a name that is never None
         yield Column(Entry(f"{module}.scales", "U8", shape), lambda rows: _exactly(_bytes(rows, grid, mini)))

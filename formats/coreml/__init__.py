@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.coreml.arrays import Array, Palette, Stored
+from gemexport.formats.coreml.arrays import Array, Palette, Stored, matrix_rows
 from gemexport.formats.coreml.grids import coded
 from gemexport.formats.coreml.package import Package, Value, constant, everything, open_package
 from gemexport.formats.grids.additive import AdditiveTensor, Indices
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor
+from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase
 
 NORM_OFFSET = "gemexport.norm_offset"  # metadata: what was added to the weights of the norms
 BIASES = "_biases"  # after a weight's stored name: the constant of what its program adds to each of its blocks
@@ -140,18 +140,16 @@ def constants(package: Package) -> dict[str, Value]:
     return known
 
 
-class CoreMLTensor:
+class CoreMLTensor(TensorBase):
     """A constant without a grid as a tensor; `norm_offset` was added to it and is taken off again."""
 
     grid: Grid | None = None
 
     def __init__(self, name: str, array: Array, norm_offset: float = 0.0) -> None:
-        self.name, self.shape = name, array.shape
+        self.name, self.shape = name, array.shape or (1,)
         self.dtype: DType = "f16" if array.kind == "fp16" else "f32"
         self._array, self._norm_offset = array, np.float32(norm_offset)
 
     def rows(self, start: int, stop: int) -> Rows:
-        return Rows(np.asarray(self._array.rows(start, stop), np.float32))
-
-    def numpy(self) -> Floats:
-        return np.asarray(self._array.numpy(), np.float32) - self._norm_offset
+        values = np.asarray(matrix_rows(self._array, start, stop), np.float32)
+        return Rows(values - self._norm_offset if self._norm_offset else values)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.coreml.blob import Blob
-from gemexport.formats.tensor import from_bf16
+from gemexport.formats.tensor import from_bf16, matrix_of
 
 
 class Array(Protocol):
@@ -31,6 +31,17 @@ class Array(Protocol):
     def numpy(self) -> NDArray:
         """The whole array."""
         ...
+
+
+def matrix_rows(array: Array, start: int, stop: int) -> NDArray:
+    """Rows `start` to `stop` of the last axis, `[rows, width]`, the axes before it counted as one."""
+    count, width = matrix_of(array.shape)
+    if len(array.shape) < 2:
+        return array.numpy().reshape(count, width)[start:stop]
+    share = count // array.shape[0] if count else 1  # rows of an element along the first axis
+    first = start // share
+    found = array.rows(first, -(-stop // share)).reshape(-1, width)
+    return found[start - first * share : stop - first * share]
 
 
 def _plain(elements: NDArray, kind: str) -> NDArray:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gemexport.formats.coreml.arrays import Array, Palette, ShiftScale
 from gemexport.formats.coreml.blob import TYPES
 from gemexport.formats.storage.bitpack import Unsigned, signed, zero_code
-from gemexport.formats.tensor import DType, Floats, Grid, Kind, Rows, on_grid
+from gemexport.formats.tensor import DType, Floats, Grid, Kind, Rows, TensorBase, on_grid
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _tabled(data: Palette) -> Coding | None:
     return Coding(bits, 0, table)
 
 
-class CodedTensor:
+class CodedTensor(TensorBase):
     """A matrix of codes and scales, and of the biases beside them where it has some."""
 
     def __init__(self, name: str, array: ShiftScale, meaning: Coding, kind: Kind, biases: Array | None) -> None:
@@ -78,9 +78,6 @@ class CodedTensor:
             return np.asarray(data.indices.rows(start, stop), np.uint8)
         found = data.rows(start, stop)
         return (found.view(np.uint8) + np.uint8(self._coding.base)) if found.dtype == np.int8 else np.asarray(found)
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def zeros(array: ShiftScale, meaning: Coding, start: int, stop: int) -> Floats:

@@ -22,10 +22,9 @@ from gemexport.formats.gguf.container import MENDED, Container, Description, Wri
 from gemexport.formats.gguf.layouts import LAYOUTS
 from gemexport.formats.gguf.parts import Parts, read_parts
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, from_bf16
+from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from_bf16, row_slices
 
 _ARCHITECTURES = {name: key for key, name in MODEL_ARCH_NAMES.items()}
-SLICE_BYTES = 16 << 20  # of numbers evaluated at once
 MAX_LAYERS = 512  # llama.cpp's own limit
 
 Q_NORM_FACTOR = "gemexport.q_norm_factor"
@@ -85,8 +84,11 @@ def norm_shift(family: Family[Any], name: str, q_norm_factor: float = 1.0) -> tu
     return offset, q_norm_factor if name.endswith("q_norm.weight") else 1.0
 
 
-class StoredTensor:
-    """A tensor of a GGUF file under its canonical name; `rows` evaluates the stored numbers without rounding."""
+class StoredTensor(TensorBase):
+    """A tensor of a GGUF file under its canonical name; `rows` evaluates the stored numbers without rounding.
+
+    Where the file holds (value + offset) * factor, as it does of norms, that is undone.
+    """
 
     def __init__(
         self, container: Container, stored: Description, name: str, offset: float = 0.0, factor: float = 1.0
@@ -97,7 +99,7 @@ class StoredTensor:
         self.type = stored.type
         self.dtype: DType = FLOATS.get(stored.type, "f32")
         self.requantized = _is_requantized(container, stored)
-        matrix = len(stored.shape) == 2  # only of rows can a part be asked for, with its codes
+        matrix = len(stored.shape) >= 2  # a vector may be shifted, and codes are not
         self.grid: Grid | None = LAYOUTS[stored.type].grid if matrix and stored.type in LAYOUTS else None
         self._container = container
         self._stored = stored
@@ -105,19 +107,14 @@ class StoredTensor:
         self._factor = factor
 
     def rows(self, start: int, stop: int) -> Rows:
-        return _evaluate(self._container, self._stored, start, stop)
+        rows = _evaluate(self._container, self._stored, start, stop)
+        if self._offset == 0.0 and self._factor == 1.0:
+            return rows
+        return Rows((rows.values.astype(np.float64) / self._factor - self._offset).astype(np.float32))
 
     def blocks(self, start: int, stop: int) -> Bytes:
         """The bytes of rows `start` to `stop` as they are in the file, `[rows, bytes of a row]`, mapped."""
         return self._container.rows(self._stored, start, stop)
-
-    def numpy(self) -> Floats:
-        count = self._stored.nbytes // self._stored.row_bytes
-        values = self.rows(0, count).values.reshape(self.shape)
-        if self._offset == 0.0 and self._factor == 1.0:
-            return values
-        undone = values.astype(np.float64) / self._factor - self._offset
-        return undone.astype(np.float32)
 
 
 def _is_requantized(container: Container, stored: Description) -> bool:
@@ -156,10 +153,8 @@ def write_f32(source: Path, target: Path) -> None:
     with Writer(target, parts.containers[0].packed, shapes) as out:
         for name, (container, stored) in parts.stored.items():
             _check_type(container, stored)
-            step = max(1, SLICE_BYTES // (4 * stored.shape[-1]))
-            count = stored.nbytes // stored.row_bytes
-            for start in range(0, count, step):
-                rows = _evaluate(container, stored, start, min(start + step, count))
+            for start, stop in row_slices(stored.shape):
+                rows = _evaluate(container, stored, start, stop)
                 out.write(name, GGMLQuantizationType.F32, rows.values)
 
 

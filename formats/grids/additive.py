@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import DType, Floats, Grid, Rows
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, TensorBase
 
 Indices = NDArray[np.uint8]
 BROKEN = "export or download it again"
@@ -34,7 +34,7 @@ class StoredCodes(Protocol):
     def __getitem__(self, rows: slice) -> Indices: ...
 
 
-class AdditiveTensor:
+class AdditiveTensor(TensorBase):
     """A matrix `[out, in]` of such codes, wherever they are stored.
 
     `codes` are `[out, in / V, M]`, `codebooks` `[M, 2**B, V]`, `scales` `[out, in / block]` in f16 or f32. `rows` gives
@@ -72,9 +72,6 @@ class AdditiveTensor:
         if codes.max(initial=0) >= self.codec.entries:
             raise InputError(self.name, "a code is in no codebook", BROKEN)
         return Rows(evaluate(codes, self.codebooks, scales).astype(np.float32), codes, scales)
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
     def nbytes(self) -> int:
         """Bytes of codes, codebooks and scales."""

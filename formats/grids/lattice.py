@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.storage.parallel import ordered
-from gemexport.formats.tensor import Codes, DType, Floats, Tensor, slices
+from gemexport.formats.tensor import Codes, DType, Floats, Tensor, matrix_of, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
 SEARCHED_BITS = 4  # of the codes that are looked for
@@ -312,7 +312,7 @@ def candidate_blocks(width: int) -> list[int]:
 
 def likely_block(tensor: Tensor) -> int | None:
     """The widest block for which a sample of rows lies on the lattice; None when there is none."""
-    out, width = tensor.shape
+    out, width = matrix_of(tensor.shape)
     starts = np.unique(np.linspace(0, max(0, out - SAMPLED_ROWS), SAMPLES).astype(int)).tolist()
     sample = np.concatenate([tensor.rows(start, min(start + SAMPLED_ROWS, out)).values for start in starts])
     for block in candidate_blocks(width):
@@ -344,13 +344,13 @@ class Found:
 
 
 def search_all(tensors: Sequence[Tensor], threads: int | None = None) -> Iterator[Found]:
-    """Search 2-D tensors on the block that each likely has, slice by slice, in order, side by side.
+    """Search tensors on the block that each likely has, slice by slice, in order, side by side.
 
     A tensor whose sample fits no block still deserves a number: it is searched on the usual one.
     """
     blocks = ordered(likely_block, tensors, threads)
     jobs = (
-        (tensor, block or next((b for b in (32, 16) if tensor.shape[1] % b == 0), tensor.shape[1]), bounds)
+        (tensor, block or next((b for b in (32, 16) if tensor.shape[-1] % b == 0), tensor.shape[-1]), bounds)
         for tensor, block in zip(tensors, blocks, strict=True)
         for bounds in slices(tensor, 8 << 20)
     )

@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     max_kld: float | None = None  # nats; budget of the mean loss
 
     def scheme(self, tensor: str) -> Scheme | None:
-        """The scheme for a 2-D tensor by its canonical name."""
+        """The scheme for a matrix by its canonical name."""
         if tensor == "model.embed_tokens_per_layer.weight":
             return self.per_layer_embedding
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):

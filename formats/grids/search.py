@@ -1,4 +1,4 @@
-"""The grid of every 2-D tensor of a checkpoint, found once for all formats and kept beside the outputs.
+"""The grid of every matrix of a checkpoint, stacked ones too, found once for all formats and kept beside the outputs.
 
 Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
 A tensor whose file has codes keeps that grid; beside it goes a grid that every format holds, for those that cannot hold
@@ -22,7 +22,7 @@ from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.parallel import ordered
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, narrowest, slices
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, matrix_of, narrowest, slices
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.lattice import Found
@@ -33,7 +33,7 @@ FALLBACK = Scheme(bits=8, group_size=32)
 
 
 class GridRecord(BaseModel):
-    """What was found out about one 2-D tensor."""
+    """What was found out about one tensor of two axes or more."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +58,7 @@ class GridIndex(BaseModel):
     tensors: list[GridRecord]
 
     def lattice_fraction(self) -> float:
-        """Fraction of the 2-D tensors that lie wholly on a lattice."""
+        """Fraction of the matrices that lie wholly on a lattice."""
         return sum(record.lossless for record in self.tensors) / max(len(self.tensors), 1)
 
 
@@ -105,7 +105,7 @@ def find_grids(
     progress: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> GridIndex:
-    """Search every 2-D tensor for its lattice, quantize the plain ones as `recipe` says, and keep it in `folder`.
+    """Search every matrix for its lattice, quantize the plain ones as `recipe` says, and keep it in `folder`.
 
     `progress` is told the weights that were searched. Raises InputError, naming the tensor, for weights that are not
     finite. A folder that holds the grids of the same checkpoint and recipe already is used as it is.
@@ -118,8 +118,9 @@ def find_grids(
     with atomic(folder) as partial:
         partial.mkdir()
         for tensor in checkpoint.tensors.values():
-            if len(tensor.shape) != 2:
-                _check_finite(tensor.numpy(), tensor, checkpoint)
+            if not _is_matrix(tensor):
+                for bounds in slices(tensor):
+                    _check_finite(tensor.rows(*bounds).values, tensor, checkpoint)
         with (partial / SCALES).open("wb") as file:
             found = []
             for record in _look(checkpoint, file, threads):
@@ -151,6 +152,11 @@ def _compared_with_base(record: GridRecord, checkpoint: Checkpoint, threads: int
     return record.model_copy(update={"left": left})
 
 
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor may lie on a grid: norms and scalars do not."""
+    return len(tensor.shape) >= 2
+
+
 def _check_finite(values: Floats, tensor: Tensor, checkpoint: Checkpoint) -> None:
     from gemexport.formats.grids.lattice import fault
 
@@ -163,10 +169,10 @@ def _not_finite(checkpoint: Checkpoint, tensor: Tensor, kind: str) -> InputError
 
 
 def _look(checkpoint: Checkpoint, file: BinaryIO, threads: int | None) -> Iterator[GridRecord]:
-    """A record for every 2-D tensor, those with codes of their own first; scales go to the end of `file`."""
+    """A record for every matrix, those with codes of their own first; scales go to the end of `file`."""
     from gemexport.formats.grids.lattice import search_all
 
-    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    matrices = [tensor for tensor in checkpoint.tensors.values() if _is_matrix(tensor)]
     for tensor in matrices:
         if tensor.grid is not None:
             yield _keep(tensor, file, checkpoint, threads)
@@ -228,7 +234,7 @@ def _quantize(tensor: Tensor, record: GridRecord, recipe: Recipe, file: BinaryIO
 
 def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, threads: int | None) -> GridRecord:
     """Scales of `scheme` for a tensor; none, and the record as it is, when its rows do not divide."""
-    if tensor.shape[1] % scheme.group_size:
+    if tensor.shape[-1] % scheme.group_size:
         return record
     offset, error, energy = file.tell(), 0.0, 0.0
     for scales, part, whole in ordered(
@@ -272,7 +278,7 @@ def read_index(folder: Path) -> GridIndex | None:
 
 
 def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """The checkpoint with the grids that `find_grids` left in `folder` on its 2-D tensors."""
+    """The checkpoint with the grids that `find_grids` left in `folder` on its matrices."""
     index = read_index(folder)
     if index is None:
         raise InputError(folder, "there are no grids", "run the export again with --fresh")
@@ -282,9 +288,9 @@ def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         if record.bits is None or record.block is None or record.scale_dtype is None:
             continue
         base = tensors[record.name]
-        out, width = base.shape
+        count, width = matrix_of(base.shape)
         scales = np.memmap(
-            folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(out, width // record.block)
+            folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(count, width // record.block)
         )
         lossless = record.lossless and not record.native
         found = GridTensor(base, Grid(record.bits, record.block, record.scale_dtype, lossless), scales)

@@ -19,7 +19,7 @@ from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
 from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import Floats, Rows, Tensor
+from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -81,7 +81,7 @@ def graph_files(path: Path) -> list[Path]:
     return files
 
 
-class CopiedTensor:
+class CopiedTensor(TensorBase):
     """A tensor that an artefact holds twice; reading rows that differ raises InputError."""
 
     def __init__(self, first: Tensor, second: Tensor, path: Path) -> None:
@@ -93,9 +93,6 @@ class CopiedTensor:
         if not np.array_equal(rows.values, self.second.rows(start, stop).values):
             raise InputError(self.path, f"{self.second.name} is not {self.name}, which it is tied to", BROKEN)
         return rows
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def canonical_name(name: str) -> str | None:

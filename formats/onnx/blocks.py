@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.storage.bitpack import fields
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Kind, Rows, from_bf16, on_grid
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Kind, Rows, TensorBase, from_bf16, matrix_of, on_grid
 
 Bytes = NDArray[np.uint8]
 
@@ -73,17 +73,17 @@ class StoredTensor:
     def __init__(self, name: str, array: NDArray[Any], transposed: bool = False, *, requantized: bool = False) -> None:
         self.name, self.requantized = name, requantized  # whether it is stored as integers fitted to its values
         self.array = array.T if transposed else array
-        self.shape: tuple[int, ...] = self.array.shape
+        self.shape: tuple[int, ...] = self.array.shape or (1,)
         self.dtype: DType = float_dtype(array)
 
     def rows(self, start: int, stop: int) -> Rows:
-        return Rows(to_floats(self.array[start:stop]))
+        return Rows(to_floats(self.array.reshape(matrix_of(self.shape))[start:stop]))
 
     def numpy(self) -> Floats:
-        return to_floats(self.array)
+        return to_floats(self.array).reshape(self.shape)
 
 
-class PackedTensor:
+class PackedTensor(TensorBase):
     """A tensor `[out, in]` of codes and scales: value = (code - zero point) * scale.
 
     `packed` is `[out, in * bits / 8]` with scales `[out, blocks]`, or transposed `[in, out * bits / 8]` with scales
@@ -141,9 +141,6 @@ class PackedTensor:
 
     def _part(self, array: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
         return np.ascontiguousarray(array[:, start:stop].T) if self.transposed else array[start:stop]
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def float_dtype(array: NDArray[Any]) -> DType:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemexport.formats.gemma.families import by_type
 from gemexport.formats.gemma.names import role_of
-from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor
+from gemexport.formats.tensor import ArrayTensor, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,7 +25,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = ".self_attn.qkv_proj.weight"
 
 
-class RowRange:
+class RowRange(TensorBase):
     """Some of the rows of another tensor, under a name of their own."""
 
     def __init__(self, name: str, base: Tensor, start: int, stop: int) -> None:
@@ -35,9 +35,6 @@ class RowRange:
 
     def rows(self, start: int, stop: int) -> Rows:
         return self.base.rows(self.start + start, self.start + stop)
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def conform(found: dict[str, Tensor], graph: ir.Graph, folder: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ that streams, and no reader of bfloat16 for NumPy, so those are here.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, from_bf16
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, from_bf16, matrix_of
 
 NUMPY_DTYPES: dict[str, str] = {
     "BF16": "<u2",  # the bit patterns: NumPy has no bfloat16
@@ -89,23 +88,34 @@ class MappedArray:
         stored = self._file.bytes[self.offset : self.offset + self.entry.nbytes]
         return stored.view(dtype).reshape(self.entry.shape or (1,))
 
+    @property
+    def matrix(self) -> NDArray[Any]:
+        """The same view as rows of the last axis, `[rows, width]`."""
+        return self.array.reshape(matrix_of(self.entry.shape))
+
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` as they are stored, read: for a single pass that takes half as long as a mapping."""
-        dtype, (out, *row) = np.dtype(NUMPY_DTYPES[self.entry.dtype]), self.entry.shape
-        width, stop = math.prod(row), min(stop, out)
+        """Rows `start` to `stop` of the last axis as they are stored, `[rows, width]`, read.
+
+        For a single pass that takes half as long as a mapping.
+        """
+        dtype, (count, width) = np.dtype(NUMPY_DTYPES[self.entry.dtype]), matrix_of(self.entry.shape)
+        stop = min(stop, count)
         offset = self.offset + start * width * dtype.itemsize
-        return np.fromfile(self.path, dtype, (stop - start) * width, offset=offset).reshape(stop - start, *row)
+        return np.fromfile(self.path, dtype, (stop - start) * width, offset=offset).reshape(stop - start, width)
 
 
 class MappedTensor:
-    """A float tensor of a safetensors file, without a grid."""
+    """A float tensor of a safetensors file, without a grid.
+
+    Canonical names and shapes may differ from the file's: a scalar `[]` is `[1]` there.
+    """
 
     grid: Grid | None = None
 
-    def __init__(self, stored: MappedArray, name: str | None = None) -> None:
+    def __init__(self, stored: MappedArray, name: str | None = None, shape: tuple[int, ...] | None = None) -> None:
         self.stored = stored
         self.name = name or stored.entry.name
-        self.shape = stored.entry.shape
+        self.shape = stored.entry.shape if shape is None else shape
         self.dtype: DType = FLOAT_DTYPES[stored.entry.dtype]
 
     def rows(self, start: int, stop: int) -> Rows:

@@ -72,7 +72,7 @@ def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]
     heads = sorted({layer.head_dim for layer in decoder.layers})
     grids = {}
     for name, tensor in checkpoint.tensors.items():
-        block = likely_block(tensor) if len(tensor.shape) == 2 and tensor.grid is None else None
+        block = likely_block(tensor) if len(tensor.shape) >= 2 and tensor.grid is None else None
         width = tensor.shape[-1] if tensor.shape else 1
         grids[name] = f"int4, {_block(block, width)} (sampled)" if block else _stored(tensor)
     return {

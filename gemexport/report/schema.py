@@ -50,7 +50,7 @@ _PACKAGES = (
 
 
 class LatticeTensor(ReportModel):
-    """One 2-D tensor of the source `[out, in]` and the share of its blocks that lie on an integer grid."""
+    """One matrix of the source, `[out, in]` or a stack of them, and the share of its blocks that lie on a grid."""
 
     name: str
     shape: tuple[int, ...]

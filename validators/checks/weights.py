@@ -7,7 +7,8 @@ source's value. Evaluated without rounding means in float64, which holds every p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -60,7 +61,7 @@ class WeightsComparison:
     """Every tensor of the decoder, and what is only on one side."""
 
     tensors: tuple[TensorComparison, ...]
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # those that are there in another shape say so behind their name
     unexpected: tuple[str, ...]
     digest: str  # of the values read back: artefacts that hold the same numbers have the same
 
@@ -176,21 +177,26 @@ def compare(
 ) -> WeightsComparison:
     """Compare every tensor of `source` with the one of the same name in `artifact`; `progress` is told weights."""
     digest = hashlib.sha256()  # which processors compute: twice as fast as BLAKE2 where it was measured
-    compared = []
+    compared, missing = [], []
     for name, tensor in source.items():
-        if name in artifact and _count(artifact[name]) == _count(tensor):
-            compared.append(_tensor(tensor, artifact[name], digest.update, threads))
+        stored = artifact.get(name)
+        if stored is None:
+            missing.append(name)
+        elif stored.shape != tensor.shape:
+            missing.append(f"{name} (has the shape {list(stored.shape)}, not {list(tensor.shape)})")
+        else:
+            compared.append(_tensor(tensor, stored, digest.update, threads))
             progress(compared[-1].compared)
     return WeightsComparison(
         tensors=tuple(compared),
-        missing=tuple(sorted(set(source) - {item.name for item in compared})),
+        missing=tuple(sorted(missing)),
         unexpected=tuple(sorted(set(artifact) - set(source))),
         digest=digest.hexdigest()[:32],
     )
 
 
 def _count(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64))
+    return math.prod(tensor.shape)
 
 
 def _tensor(
@@ -201,7 +207,7 @@ def _tensor(
     kept: int | None = 0
     as_run: int | None = 0
     for (counted, largest, squared, top, power), same, scales, running, values in ordered(
-        lambda bounds: _slice(source, stored, bounds), _bounds(source, stored), threads
+        lambda bounds: _slice(source, stored, bounds), slices(source, SLICE), threads
     ):
         update(values)
         exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
@@ -229,23 +235,12 @@ def _tensor(
     )
 
 
-def _bounds(source: Tensor, stored: Tensor) -> Iterator[tuple[int, int] | None]:
-    """The slices of rows to compare; None for the whole of what is not 2-D."""
-    if len(source.shape) == 2 and source.shape == stored.shape:
-        yield from slices(source, SLICE)
-    else:
-        yield None
-
-
 def _slice(
-    source: Tensor, stored: Tensor, bounds: tuple[int, int] | None
+    source: Tensor, stored: Tensor, bounds: tuple[int, int]
 ) -> tuple[tuple[int, float, float, float, float], bool, int | None, int | None, memoryview]:
     """What `_compare` counts in a slice, whether codes and how many weights' scales are the same; how many weights are
     exact as they run; and the values."""
-    if bounds is None:
-        wanted, found = Rows(source.numpy().reshape(1, -1)), Rows(stored.numpy().reshape(1, -1))
-    else:
-        wanted, found = source.rows(*bounds), stored.rows(*bounds)
+    wanted, found = source.rows(*bounds), stored.rows(*bounds)
     expected = _flat(wanted.values)
     values = np.empty(expected.size, np.float32)
     codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
@@ -280,7 +275,7 @@ def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bo
     pairs = [(wanted.scales, found.scales)]
     if wanted.shifts is not None or found.shifts is not None:
         pairs.append((_biases(source.grid, wanted), _biases(stored.grid, found)))
-    alike = all(_alike(ours, theirs, source.shape[1], stored.grid.scale_dtype) for ours, theirs in pairs)
+    alike = all(_alike(ours, theirs, source.shape[-1], stored.grid.scale_dtype) for ours, theirs in pairs)
     # Last, because the source's codes may have to be found first.
     return alike and wanted.codes is not None and found.codes is not None and np.array_equal(wanted.codes, found.codes)
 
@@ -306,10 +301,10 @@ def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
     return int(np.count_nonzero(same)) * stored.grid.block
 
 
-def _exact_as_run(wanted: Floats, dtype: DType, stored: Tensor, bounds: tuple[int, int] | None) -> int | None:
+def _exact_as_run(wanted: Floats, dtype: DType, stored: Tensor, bounds: tuple[int, int]) -> int | None:
     """Weights that are the source's after the runtime's own rounding; None where it does not round them."""
     evaluate = getattr(stored, "as_it_runs", None)
-    values = None if evaluate is None or bounds is None else evaluate(*bounds)
+    values = None if evaluate is None else evaluate(*bounds)
     return None if values is None else int(np.count_nonzero(round_to(values, dtype) == wanted))
 
 

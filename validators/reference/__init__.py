@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.gemma.model import architecture
-from gemexport.formats.tensor import Floats, Tensor, slices
+from gemexport.formats.tensor import Floats, Tensor, matrix_of, slices
 from gemexport.validators.reference import activation_rounding, experts
 from gemexport.validators.runtimes import protocol as runtime
 from gemexport.validators.runtimes.protocol import Laps, Layout
@@ -226,12 +226,11 @@ def _config(text_config: Mapping[str, Any]) -> Any:
 def _materialise(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor's values as a torch tensor, filled by slices of rows so that no second copy exists."""
     whole = torch.empty(tensor.shape, dtype=dtype)
-    if len(tensor.shape) != 2:
-        return whole.copy_(torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32)))
+    rows = whole.view(matrix_of(tensor.shape))
     for start, stop in slices(tensor):
         # What is mapped cannot be written to, and PyTorch has no tensors like that.
         values = np.require(tensor.rows(start, stop).values, np.float32, ["C", "W"])
-        whole[start:stop].copy_(torch.from_numpy(values))
+        rows[start:stop].copy_(torch.from_numpy(values))
     return whole
 
 
