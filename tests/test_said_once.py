@@ -1,4 +1,4 @@
-"""What is known of a Gemma is said in `formats/gemma`: nothing else asks for a family, a model type or a tensor's name."""
+"""What is known of a Gemma is said in `formats/gemma`: nothing else asks for a family, a model type or a name."""
 
 from __future__ import annotations
 
@@ -29,43 +29,41 @@ TYPES = {
 WORDS = {word for role in Role for word in re.split(r"[.{}]+", CANONICAL.stem(role)) if "_" in word}
 NAMES = re.compile(rf"(^|[^a-z_])({'|'.join(sorted(WORDS))}|model\.norm|model\.layers|norm\.weight)($|[^a-z_])")
 ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "get"}
-TO_DO = set(
-    [
-        "examples/real_model.py",
-        "exporters/compressed_tensors/__init__.py",
-        "exporters/compressed_tensors/activations.py",
-        "exporters/coreml/backend.py",
-        "exporters/gguf/tokenizer.py",
-        "exporters/mlx/__init__.py",
-        "exporters/onnx/htp.py",
-        "exporters/onnx/quantized.py",
-        "formats/checkpoint.py",
-        "formats/compressed_tensors/activations.py",
-        "formats/compressed_tensors/settings.py",
-        "formats/coreml/__init__.py",
-        "formats/gemma_mobile.py",
-        "formats/gguf/__init__.py",
-        "formats/grids/additive_fit.py",
-        "formats/grids/recipe.py",
-        "formats/lora.py",
-        "formats/onnx/__init__.py",
-        "formats/onnx/builder.py",
-        "gemexport/compress/__init__.py",
-        "gemexport/demo/__init__.py",
-        "gemexport/demo/mobile.py",
-        "gemexport/demo/tokenizer.py",
-        "gemexport/faults/coreml.py",
-        "gemexport/faults/folders.py",
-        "gemexport/faults/gguf.py",
-        "gemexport/faults/onnx.py",
-        "gemexport/faults/weights.py",
-        "gemexport/report/charts.py",
-        "validators/checks/layers.py",
-        "validators/reference/activation_rounding.py",
-        "validators/reference/experts.py",
-        "validators/runtimes/mlx/process.py",
-    ]
-)
+TO_DO = {
+    "examples/real_model.py",
+    "exporters/compressed_tensors/__init__.py",
+    "exporters/compressed_tensors/activations.py",
+    "exporters/coreml/backend.py",
+    "exporters/gguf/tokenizer.py",
+    "exporters/mlx/__init__.py",
+    "exporters/onnx/htp.py",
+    "exporters/onnx/quantized.py",
+    "formats/checkpoint.py",
+    "formats/compressed_tensors/activations.py",
+    "formats/compressed_tensors/settings.py",
+    "formats/coreml/__init__.py",
+    "formats/gemma_mobile.py",
+    "formats/gguf/__init__.py",
+    "formats/grids/additive_fit.py",
+    "formats/grids/recipe.py",
+    "formats/lora.py",
+    "formats/onnx/__init__.py",
+    "formats/onnx/builder.py",
+    "gemexport/compress/__init__.py",
+    "gemexport/demo/__init__.py",
+    "gemexport/demo/mobile.py",
+    "gemexport/demo/tokenizer.py",
+    "gemexport/faults/coreml.py",
+    "gemexport/faults/folders.py",
+    "gemexport/faults/gguf.py",
+    "gemexport/faults/onnx.py",
+    "gemexport/faults/weights.py",
+    "gemexport/report/charts.py",
+    "validators/checks/layers.py",
+    "validators/reference/activation_rounding.py",
+    "validators/reference/experts.py",
+    "validators/runtimes/mlx/process.py",
+}
 
 
 def strings(tree: ast.AST) -> Iterator[ast.Constant]:
