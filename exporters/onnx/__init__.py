@@ -36,6 +36,7 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.reading import copy
 from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
@@ -90,7 +91,7 @@ def export(
             _write_runtime(checkpoint, partial, variant == "int4", progress)
         shutil.copyfile(SCRIPT, partial / "generate.py")
         for file in checkpoint.tokenizer_files():
-            shutil.copyfile(file, partial / file.name)
+            copy(file, partial / file.name)
     run = f"python {quote(str(path / 'generate.py'))} 'The capital of France is'"
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 

@@ -6,7 +6,6 @@ Runtime GenAI's configuration some sizes. Special tokens and templates are the t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,8 +76,7 @@ def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]
     if target == "gguf":
         return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        return tuple(_decoders(model, describe(config, path / "config.json"), CONFIG_KEYS))
+        return tuple(_decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS))
     return ()
 
 
