@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
+from gemexport.formats.checkpoint import read_config
 from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.model import Model, describe
 from gemexport.shared.measured import FactReport
