@@ -20,6 +20,11 @@ from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Ent
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
 
 
+def decoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of the decoder alone, in the spelling it came in."""
+    return {**checkpoint.text_config, "architectures": [checkpoint.model.family.reference_class]}
+
+
 def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """config.json, and the checkpoint's tokenizer, chat template and generation settings as they are."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)

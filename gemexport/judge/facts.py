@@ -73,12 +73,10 @@ def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]
     if target == "coreml":
         return tuple(_core_ml(path, model.decoder))
     if target == "onnx":
-        return tuple(_genai(path, model.decoder))
+        return (*_genai(path, model.decoder), *_config(path, model))
     if target == "gguf":
         return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
-    if (path / "config.json").is_file():
-        return tuple(_decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS))
-    return ()
+    return tuple(_config(path, model))
 
 
 def activation_differences(model: Activations | None, stored: Activations | None) -> tuple[FactReport, ...]:
@@ -131,6 +129,12 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
     found = open_package(path).metadata.get(key)
     if found is not None and found != str(model.sliding_window):
         yield FactReport(name=key, found=found, expected=str(model.sliding_window))
+
+
+def _config(path: Path, model: Model) -> Iterator[FactReport]:
+    """The decoder in config.json, where there is one."""
+    if (path / "config.json").is_file():
+        yield from _decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS)
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
