@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.reading import JSON_BYTES, read_text
 
 if TYPE_CHECKING:
     from gemexport.formats.activations import Activations
@@ -211,7 +210,7 @@ def recognise(path: Path) -> Target:
         return TARGETS["onnx"]
     config = path / "config.json"
     if config.is_file():
-        text = read_text(config, JSON_BYTES)
+        text = config.read_text("utf-8", errors="replace")
         if '"quantization_config"' in text and "compressed-tensors" in text:
             return TARGETS["compressed-tensors"]
         if '"quantization"' in text or _is_mlx(path):

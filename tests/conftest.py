@@ -37,6 +37,12 @@ def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.make(tmp_path_factory.mktemp("checkpoints") / "tiny-gemma4", size="tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 4 like 26B-A4B, experts beside every MLP, in bf16 on a block-32 grid. Do not write to it."""
+    return demo.make(tmp_path_factory.mktemp("checkpoints") / "tiny-experts", size="tiny", experts=True)
+
+
 # Where the blocks of K-quants have f16 numbers.
 K_FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 MIXED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ2_0", "MXFP4", *K_FACTORS, "TQ1_0", "F16")

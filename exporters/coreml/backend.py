@@ -153,11 +153,43 @@ class MILBackend:
         y = self.scale(self._cast(y, "fp32"), 1 / HEADROOM) if wild else y
         if stored.biases is None:
             return y
-        # The same bias for all weights of a block: times the sum of what the block reads.
-        shape = (*x.shape[:1], -1, x.shape[-1] // stored.block, stored.block)
-        blocks = self._reshape(self._cast(x, "fp32"), shape)
-        sums = mb.reduce_sum(x=blocks, axes=[-1], keep_dims=False, name=self._name("sums"))
-        return self.add(y, self._times(sums, stored.biases, f"{name}_biases"))
+        return self.add(y, self._times(self._block_sums(x, stored), stored.biases, f"{name}_biases"))
+
+    def _block_sums(self, x: Var, matrix: Matrix) -> Var:
+        """`[…, in // block]`: what the bias of a block, the same for all its weights, is multiplied with."""
+        blocks = self._reshape(self._cast(x, "fp32"), (*x.shape[:1], -1, x.shape[-1] // matrix.block, matrix.block))
+        return mb.reduce_sum(x=blocks, axes=[-1], keep_dims=False, name=self._name("sums"))
+
+    def experts(self, x: Var, ids: Var, shares: Var, gate_up: str, down: str) -> Var:
+        """Every expert computes, and those that were not chosen have a share of nought.
+
+        A program that looked matrices up would have Core ML unpack all of them first.
+        """
+        count, _, inner = self._tensors[down].shape
+        hot = mb.one_hot(indices=ids, one_hot_vector_size=count, axis=-1, on_value=1.0, off_value=0.0,
+                         name=self._name("chosen"))  # fmt: skip
+        # [1, n, k] times [1, n, k, experts], over k: [experts, n, 1].
+        parts = self.mul(hot, mb.expand_dims(x=shares, axes=[-1], name=self._name("shares")))
+        share = mb.reduce_sum(x=parts, axes=[2], keep_dims=False, name=self._name("share"))
+        share = mb.transpose(x=share, perm=[2, 1, 0], name=self._name("transpose"))
+        h = self._stacked(x, gate_up)
+        gate, up = mb.split(x=h, split_sizes=[inner, inner], axis=-1, name=self._name("halves"))
+        h = self._stacked(self.mul(self.gelu(gate), up), down)
+        return mb.reduce_sum(x=self.mul(h, share), axes=[0], keep_dims=True, name=self._name("sum"))
+
+    def _stacked(self, x: Var, weight: str) -> Var:
+        """`x` `[1 or experts, n, in]` times the transpose of each matrix of a stack: `[experts, n, out]`, float32."""
+        stored, name = self._weight(weight), stored_name(weight)
+        # matmul, unlike linear, wants both of one type.
+        dtype = types.builtin_to_string(stored.weight.dtype)
+        wild = dtype == "fp16" and x.name not in self._normed
+        part = self._cast(self.scale(x, HEADROOM) if wild else x, dtype)
+        y = self._cast(mb.matmul(x=part, y=stored.weight, transpose_y=True, name=f"{name}_product"), "fp32")
+        y = self.scale(y, 1 / HEADROOM) if wild else y
+        if stored.biases is None:
+            return y
+        sums = self._cast(self._block_sums(x, stored), types.builtin_to_string(stored.biases.dtype))
+        return self.add(y, mb.matmul(x=sums, y=stored.biases, transpose_y=True, name=f"{name}_biases_product"))
 
     def _times(self, x: Var, weight: Var, name: str) -> Var:
         """x times the transpose of `weight`, in the type of x; since iOS 17 the weight may have another."""
@@ -353,6 +385,16 @@ class MILBackend:
 
     def scale(self, x: Var, factor: float) -> Var:
         return x if factor == 1 else mb.mul(x=x, y=self._number(factor, x), name=self._name("scale"))
+
+    def softmax(self, x: Var) -> Var:
+        return mb.softmax(x=x, axis=-1, name=self._name("softmax"))
+
+    def best(self, x: Var, k: int) -> tuple[Var, Var]:
+        values, ids = mb.topk(x=x, k=k, axis=-1, name=self._name("best"))
+        return values, ids
+
+    def take(self, weight: str, ids: Var) -> Var:
+        return mb.gather(x=self.constant(weight), indices=ids, axis=0, name=self._name("gather"))
 
     def softcap(self, x: Var, cap: float) -> Var:
         return self.scale(mb.tanh(x=self.scale(x, 1 / cap), name=self._name("tanh")), cap)

@@ -25,7 +25,7 @@ Var = Any
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix `[out, in]` of the graph; `biases` `[out, in // block]` belong to it where its grid is affine."""
+    """A matrix `[out, in]` of the graph, or a stack of such; `biases` `[…, in // block]` are part of an affine one."""
 
     weight: Var
     biases: Var | None = None
@@ -72,10 +72,10 @@ def matrix(tensor: Tensor, sources: Sources) -> Matrix:
         sources.floats(stored, tensor, kind)
         return Matrix(_empty(stored, tensor.shape, kind))
     kept = form(tensor)
-    blocks = (tensor.shape[0], tensor.shape[1] // tensor.grid.block)
+    blocks = (*tensor.shape[:-1], tensor.shape[-1] // tensor.grid.block)
     data = _empty(f"{stored}_codes", tensor.shape, kept.codes)
     if kept.table is not None:
-        table = mb.const(val=kept.table.reshape(1, 1, -1, 1), name=f"{stored}_table")
+        table = mb.const(val=kept.table.reshape(*[1] * len(tensor.shape), -1, 1), name=f"{stored}_table")
         data = mb.constexpr_lut_to_dense(indices=data, lut=table, name=f"{stored}_levels")
     beside = {"scale": _empty(f"{stored}_scales", blocks, kept.scales)}
     if kept.offsets is not None:

@@ -117,7 +117,7 @@ class Sources:
         return [f"{count} weights of {len(self.rounded)} tensors are no f16 numbers and were rounded"]
 
     def _advance(self, tensor: Tensor, rows: int) -> None:
-        self.progress(rows * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+        self.progress(rows * tensor.shape[-1] * ITEM_BYTES[tensor.dtype])
 
     def _check(self, tensor: Tensor, values: Floats) -> None:
         if np.abs(values).max(initial=0.0) > F16_MAX:

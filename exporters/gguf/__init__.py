@@ -31,6 +31,7 @@ from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.support import experts, require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.gguf import StoredTensor, file_names, norm_shift
 from gemexport.formats.gguf.blocks import (
     BLOCK,
@@ -118,6 +119,8 @@ def export(
         for name, tensor in tensors.items():
             if kquants and names[name] in kquants:
                 _stream(out, names[name], *kquants.choose(names[name]), tensor)
+            elif model.specs[name].role is Role.ROUTER:
+                _stream(out, names[name], Type.F32, _f32, tensor)  # as llama.cpp's converter has it in any file
             elif len(tensor.shape) >= 2:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
@@ -171,7 +174,8 @@ def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor:
 
 def supports(model: Model, variant: str) -> str | None:
     """Why llama.cpp does not run a model; None where it does."""
-    found = experts(model) or problem(model)
+    made = experts(model) if variant in MIXES else None  # which type llama-quantize gives experts, and in what mix
+    found = made or problem(model)
     return None if found is None else f"llama.cpp cannot run this decoder: {found}"
 
 

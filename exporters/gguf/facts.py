@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType, RopeScalingType
 
-from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, Rope
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import Q_NORM_FACTOR
 from gemexport.formats.gguf.config import GEMMA3_PATTERN, NOT_ROTATED
@@ -133,8 +133,19 @@ def _gemma3(decoder: Architecture, rope: Rope) -> dict[str, Value]:
     return values
 
 
+def _experts(experts: Experts | None) -> dict[str, Value]:
+    if experts is None:
+        return {}
+    return {
+        Keys.LLM.EXPERT_COUNT: uint32(experts.count),
+        Keys.LLM.EXPERT_USED_COUNT: uint32(experts.top_k),
+        Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: uint32(experts.intermediate_size),
+    }
+
+
 def _gemma4(decoder: Architecture, sliding: Layer, full: Layer) -> dict[str, Value]:
     return {
+        **_experts(decoder.experts),
         Keys.Attention.SLIDING_WINDOW: uint32(decoder.sliding_window),
         Keys.Attention.SLIDING_WINDOW_PATTERN: boolean([layer.sliding for layer in decoder.layers]),
         Keys.Attention.SHARED_KV_LAYERS: uint32(sum(not layer.owns_cache for layer in decoder.layers)),

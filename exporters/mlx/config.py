@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, Rope
 from gemexport.formats.gemma.model import Model
 
 # How weights were stored, not what the decoder is; and `per_layer_config`, which is the newer spelling.
@@ -73,7 +73,7 @@ def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
     k_eq_v = any(layer.k_eq_v for layer in decoder.layers)
     return {
         "attention_k_eq_v": k_eq_v,
-        "enable_moe_block": False,
+        **_experts(decoder.experts),
         "final_logit_softcapping": decoder.final_softcap,
         "global_head_dim": last.head_dim,
         "head_dim": first.head_dim,
@@ -87,6 +87,17 @@ def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "use_double_wide_mlp": len({layer.intermediate_size for layer in decoder.layers}) > 1,
         "vocab_size_per_layer_input": decoder.per_layer.vocab_size if decoder.per_layer else decoder.vocab_size,
+    }
+
+
+def _experts(experts: Experts | None) -> dict[str, Any]:
+    if experts is None:
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "moe_intermediate_size": experts.intermediate_size,
+        "num_experts": experts.count,
+        "top_k_experts": experts.top_k,
     }
 
 

@@ -78,6 +78,16 @@ class StandardOperations:
         limit = self.number(cap)
         return self.mul(self.graph.op("Tanh", [self.graph.op("Div", [x, limit])]), limit)
 
+    def softmax(self, x: ir.Value) -> ir.Value:
+        return self.graph.op("Softmax", [x], axis=-1)
+
+    def best(self, x: ir.Value, k: int) -> tuple[ir.Value, ir.Value]:
+        values, ids = self.graph.ops("TopK", 2, [x, self.graph.constant([k], np.int64)], axis=-1)
+        return values, ids
+
+    def take(self, weight: str, ids: ir.Value) -> ir.Value:
+        return self.graph.op("Gather", [self.constant(weight), ids], axis=0)
+
     def number(self, value: float) -> ir.Value:
         return self.graph.constant(value, np.float32)
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gemexport.exporters.result import Progress
-from gemexport.formats.tensor import ITEM_BYTES, DType, Rows, Tensor, to_bf16
+from gemexport.formats.tensor import ITEM_BYTES, DType, Rows, Tensor, matrix_of, to_bf16
 
 PRODUCER = "gemexport"
 OPSET, IR_VERSION = 23, 11  # the first with RMSNormalization; blocked DequantizeLinear came with 21
@@ -45,7 +45,7 @@ class Slot:
     """A place in the file of external data, and what fills it: an array, or a tensor's rows in some layout."""
 
     initializer: ir.ExternalTensor
-    columns: bool  # rows of the tensor become columns of the array
+    columns: int  # rows of the tensor become columns of so many arrays, one below the other; 0: they stay rows
     fill: NDArray[Any] | Convert
 
 
@@ -68,9 +68,13 @@ class Weights:
         fill: NDArray[Any] | Convert,
         *,
         file: str,
-        columns: bool = False,
+        columns: int = 0,
     ) -> ir.ExternalTensor:
-        """A place in `file` for `tensor` in `layout`; the same place again when it was planned before."""
+        """A place in `file` for `tensor` in `layout`; the same place again when it was planned before.
+
+        Rows of the tensor are rows of what lies there, or columns: all of them of one array, or of each of so many
+        matrices that the tensor is a stack of (`columns`), whose arrays lie one below the other.
+        """
         known = self._planned.get((tensor, layout))
         if known is not None:
             return known
@@ -112,7 +116,7 @@ class Weights:
         if not targets:
             return
         tensor = self.tensors[name]
-        out, width = tensor.shape
+        out, width = matrix_of(tensor.shape)
         # Whole bytes of columns, also with four codes a byte.
         step = max(SLICE_BYTES // (4 * width) // 8 * 8, 8)
         for start in range(0, out, step):
@@ -123,17 +127,22 @@ class Weights:
             progress((stop - start) * width * ITEM_BYTES[tensor.dtype])
 
 
-def _place(target: NDArray[np.uint8], part: NDArray[Any], columns: bool, start: int, stop: int, total: int) -> None:
+def _place(target: NDArray[np.uint8], part: NDArray[Any], columns: int, start: int, stop: int, total: int) -> None:
     """Put converted rows `start` to `stop` of `total` where they belong in the bytes of the whole."""
     part = np.ascontiguousarray(part)
     if not columns:
         each = part.nbytes // (stop - start)
         target[start * each : stop * each] = part.reshape(-1).view(np.uint8)
         return
-    whole = target.view(part.dtype).reshape(part.shape[0], -1)
-    width = whole.shape[1]
-    # With several codes a byte, a slice of `out` is fewer columns than it has rows.
-    whole[:, start * width // total : stop * width // total] = part
+    whole = target.view(part.dtype).reshape(columns, part.shape[0], -1)
+    each, width, first = total // columns, whole.shape[2], start
+    while first < stop:
+        matrix, row = divmod(first, each)
+        last = min(stop, first - row + each)
+        # With several codes a byte, a slice of `out` is fewer columns than it has rows.
+        taken = part[:, (first - start) * width // each : (last - start) * width // each]
+        whole[matrix, :, row * width // each : (row + last - first) * width // each] = taken
+        first = last
 
 
 def _reserve(file: int, size: int) -> None:
@@ -171,6 +180,27 @@ class GraphBuilder:
         values = [ir.Value(name=f"{name}/output_{i}") for i in range(outputs)]
         self.nodes.append(ir.node(kind, list(inputs), attributes, domain=domain, outputs=values, name=name))
         return values
+
+    def repeat(self, times: ir.Value, start: ir.Value, body: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+        """`start`, of f32, after `body` was applied `times` times: to the number of the turn and what was so far.
+
+        Constants and weights of the body are those of the graph around it.
+        """
+        outer, self.nodes = self.nodes, []
+        number = self._counts["Loop"] = self._counts.get("Loop", -1) + 1
+        name = f"/Loop_{number}"
+        turn, going, before = (ir.Value(name=f"{name}/{part}") for part in ("turn", "going", "before"))
+        after = body(turn, before)
+        further = self.op("Identity", [going])
+        turn.type, turn.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(())
+        for value in (going, further):
+            value.type, value.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape(())
+        before.type = after.type = ir.TensorType(ir.DataType.FLOAT)
+        inner = ir.Graph([turn, going, before], [further, after], nodes=self.nodes, name=f"{name}/body")
+        self.nodes = outer
+        value = ir.Value(name=f"{name}/output_0")
+        self.nodes.append(ir.node("Loop", [times, None, start], {"body": inner}, outputs=[value], name=name))
+        return value
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """An input of the graph."""

@@ -70,9 +70,9 @@ class HtpBackend(NpuBackend):
             return (part.grid()[1] if own else by_rows(part)[1]).astype(np.float32).T
 
         plan, name = self.weights.plan, tensor.name
-        packed = plan(name, "row columns", INTEGERS[bits, True], [width, out], codes, file=WEIGHTS, columns=True)
-        factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=True)
-        weight = self._weight(name, packed) if own else self._derived(name, packed)
+        packed = plan(name, "row columns", INTEGERS[bits, True], [width, out], codes, file=WEIGHTS, columns=1)
+        factors = plan(name, "row column scales", ir.DataType.FLOAT, [out], scales, file=WEIGHTS, columns=1)
+        weight = self._weight(tensor, packed) if own else self._derived(name, packed)
         scale = self.graph.external(f"{weight.name}{SCALES}", factors)
         # QNN's provider tells 4-bit weights from 8-bit ones by their zero points; without, it computes other numbers.
         zeros = self._zeros(weight, bits, [out], name)

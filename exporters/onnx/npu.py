@@ -19,9 +19,9 @@ from gemexport.exporters.onnx.graph import FLOATS, Convert, GraphBuilder, Weight
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
 from gemexport.formats.grids.additive import AdditiveTensor
-from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, ZEROS
+from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, SHAPE, ZEROS
 from gemexport.formats.onnx.blocks import pack_signed, pack_unsigned
-from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
+from gemexport.formats.tensor import Floats, Grid, Rows, Tensor, matrix_of
 
 MASKED = -30_000.0  # far below any score, and within f16, which NPUs compute in
 TABLES, WEIGHTS = "embeddings.onnx.data", "decoder.onnx.data"
@@ -131,15 +131,37 @@ class NpuBackend(StandardOperations):
         return x, self.graph.input("per_layer_inputs", ir.DataType.FLOAT, shape)
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
-        tensor = self.weights.tensors[weight]
         rounding = self.activations.linear(HEAD if weight == EMBEDDING else weight)
-        if tensor.grid is not None:
-            values = self._dequantized(tensor, tensor.grid)
-        else:
-            dtype, shape, turned = FLOATS[tensor.dtype], tensor.shape[::-1], plain(tensor, turn=True)
-            stored = self.weights.plan(weight, "columns", dtype, shape, turned, file=WEIGHTS, columns=True)
-            values = self.to_float(self._weight(weight, stored), tensor.dtype)
+        values = self._columns(self.weights.tensors[weight])
         return self._rounded(self.graph.op("MatMul", [self._rounded(x, rounding.input), values]), rounding.output)
+
+    def experts(self, x: ir.Value, ids: ir.Value, shares: ir.Value, gate_up: str, down: str) -> ir.Value:
+        """Every expert computes, and those that were not chosen have a share of nought: nothing depends on data.
+
+        The first projections of all are one matrix, their rows one below the other, and so are the second ones, side
+        by side: the sum over experts is part of the product.
+        """
+        g, (count, _, inner) = self.graph, self.weights.tensors[down].shape
+        two, three = g.constant([2], np.int64), g.constant([3], np.int64)
+        every = g.constant(np.arange(count), np.int64)
+        chosen = g.op("Equal", [g.op("Unsqueeze", [ids, three]), every])
+        parts = g.op("Where", [chosen, g.op("Unsqueeze", [shares, three]), self.number(0.0)])
+        share = g.op("Unsqueeze", [g.op("ReduceSum", [parts, two], keepdims=0), three])
+        h = g.op("MatMul", [x, self._columns(self.weights.tensors[gate_up])])
+        h = self.reshape(h, [1, self.length, count, 2, inner])
+        gate, up = (g.op("Gather", [h, g.constant(part, np.int64)], axis=3) for part in (0, 1))
+        h = self.mul(self.mul(self.gelu(gate), up), share)
+        together = self._columns(self.weights.tensors[down], stack=count)
+        return g.op("MatMul", [self.reshape(h, [1, self.length, count * inner]), together])
+
+    def _columns(self, tensor: Tensor, stack: int = 1) -> ir.Value:
+        """A weight `[in, out]` in f32; of a tensor of three axes all rows, or, of a stack, `[stack * in, out]`."""
+        if tensor.grid is not None:
+            return self._dequantized(tensor, tensor.grid, stack)
+        rows, width = matrix_of(tensor.shape)
+        dtype, shape, turned = FLOATS[tensor.dtype], (stack * width, rows // stack), plain(tensor, turn=True)
+        stored = self.weights.plan(tensor.name, "columns", dtype, shape, turned, file=WEIGHTS, columns=stack)
+        return self.to_float(self._weight(tensor, stored), tensor.dtype)
 
     def _rounded(self, x: ir.Value, quantizer: Quantizer | None) -> ir.Value:
         """`x` through the quantizer's integers; projections that read the same one share it."""
@@ -159,35 +181,37 @@ class NpuBackend(StandardOperations):
         zero = self.graph.constant(quantizer.zero_point, integer(quantizer).numpy())
         return self.number(quantizer.scale), zero
 
-    def _weight(self, name: str, stored: ir.ExternalTensor) -> ir.Value:
+    def _weight(self, tensor: Tensor, stored: ir.ExternalTensor) -> ir.Value:
         """A weight of a linear; a tied head has a copy of its own: the lookup needs rows, and MatMul columns."""
-        if name == EMBEDDING:
+        if tensor.name == EMBEDDING:
             return self.graph.external(HEAD, stored, metadata={COPY: EMBEDDING})
-        return self.graph.external(name, stored)
+        shape = {} if len(tensor.shape) == 2 else {SHAPE: ",".join(map(str, tensor.shape))}
+        return self.graph.external(tensor.name, stored, metadata=shape)
 
-    def _dequantized(self, tensor: Tensor, grid: Grid) -> ir.Value:
+    def _dequantized(self, tensor: Tensor, grid: Grid, stack: int = 1) -> ir.Value:
         """A weight `[in, out]` out of its codes, with a scale a block of `in`, or a column where a row has but one.
 
         Two-bit rows are blocks too, as long as the row: ONNX Runtime 1.32 makes of a column's scale, between rounded
         activations, an operator that has no two-bit type.
         """
-        out, width = tensor.shape
+        rows, width = matrix_of(tensor.shape)
+        out = rows // stack
         bits, signed = stored_bits(grid.bits, out), grid.kind == "symmetric"
-        blocked = grid.block < width or bits == 2
-        shape = [width // grid.block, out] if blocked else [out]
+        blocked = grid.block < width or bits == 2 or stack > 1
+        shape = [stack * width // grid.block, out] if blocked else [out]
 
         def join(codes: NDArray[Any]) -> NDArray[np.uint8]:
             codes = np.ascontiguousarray(codes.T)
             return pack_signed(codes, bits) if signed else pack_unsigned(codes.view(np.uint8), bits)
 
         def plan(layout: str, kind: ir.DataType, size: list[int], fill: Convert) -> ir.ExternalTensor:
-            return self.weights.plan(tensor.name, layout, kind, size, fill, file=WEIGHTS, columns=True)
+            return self.weights.plan(tensor.name, layout, kind, size, fill, file=WEIGHTS, columns=stack)
 
         def zeros(part: Rows) -> NDArray[np.uint8]:
             return join(np.zeros_like(part.grid()[1], np.uint8) if signed else zero_points(part, bits))
 
         kind = INTEGERS[bits, signed]
-        weight = self._weight(tensor.name, plan("columns", kind, [width, out], lambda part: join(part.grid()[0])))
+        weight = self._weight(tensor, plan("columns", kind, [stack * width, out], lambda part: join(part.grid()[0])))
         scales = plan("column scales", ir.DataType.FLOAT, shape, lambda part: part.grid()[1].T)
         inputs = [weight, self.graph.external(f"{weight.name}{SCALES}", scales)]
         if not signed or bits == 8:

@@ -6,6 +6,7 @@ computed in f32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,29 +55,29 @@ class OnnxRuntimeBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         if self.quantized and isinstance(tensor, AdditiveTensor):
             return self.scale(additive_rows(self.graph, self.weights, tensor, self.ids, WEIGHTS), scale)
+        return self.scale(self._lookup(tensor)(self.ids), scale)
+
+    def _lookup(self, tensor: Tensor) -> Callable[[ir.Value], ir.Value]:
+        """What gives the parts of a tensor at ids along its first axis, in f32: rows, of experts whole matrices."""
         block = self._block(tensor)
         if block is None:
-            rows = self.to_float(self.graph.op("Gather", [self._plain(tensor), self.ids], axis=0), tensor.dtype)
-        else:
-            assert tensor.grid is not None
-            codes, *factors = self._packed(tensor, block, weight)
-            rows = self.graph.op(
-                "GatherBlockQuantized",
-                [codes, self.ids, *factors],
-                MICROSOFT,
-                bits=stored_bits(tensor.grid.bits, tensor.shape[1]),
-                block_size=block,
-                gather_axis=0,
-                quantize_axis=1,
-            )
-        return self.scale(rows, scale)
+            values = self._plain(tensor)
+            return lambda ids: self.to_float(self.graph.op("Gather", [values, ids], axis=0), tensor.dtype)
+        assert tensor.grid is not None
+        codes, *factors = self._packed(tensor, block, tensor.name)
+        attributes: dict[str, Any] = {
+            "bits": stored_bits(tensor.grid.bits, tensor.shape[-1]),
+            "block_size": block,
+            "gather_axis": 0,
+            "quantize_axis": len(tensor.shape) - 1,
+        }
+        return lambda ids: self.graph.op("GatherBlockQuantized", [codes, ids, *factors], MICROSOFT, **attributes)
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
         tensor = self.weights.tensors[weight]
         block = self._block(tensor)
         if block is None:
-            values = self.to_float(self._plain(tensor), tensor.dtype)
-            return self.graph.op("FusedMatMul", [x, values], MICROSOFT, transB=1)
+            return self._times(x, self.to_float(self._plain(tensor), tensor.dtype))
         assert tensor.grid is not None
         out, width = tensor.shape
         # The embedding's bytes serve as the tied head under another shape.
@@ -85,6 +86,31 @@ class OnnxRuntimeBackend(StandardOperations):
         packed = self._packed(tensor, block, HEAD if weight == EMBEDDING else weight, shape)
         sizes: dict[str, Any] = {"N": out, "K": width, "bits": bits, "block_size": block}
         return self.graph.op("MatMulNBits", [x, *packed], MICROSOFT, **sizes, accuracy_level=1)
+
+    def experts(self, x: ir.Value, ids: ir.Value, shares: ir.Value, gate_up: str, down: str) -> ir.Value:
+        """One expert after the other, of those that some position chose; no more than one is unpacked at a time."""
+        g = self.graph
+        first, second = (self._lookup(self.weights.tensors[name]) for name in (gate_up, down))
+        rows, ids, shares = (g.op("Flatten", [value], axis=-1) for value in (x, ids, shares))
+        asked = g.op("Unique", [self.reshape(ids, [-1])])
+
+        def add_one(turn: ir.Value, total: ir.Value) -> ir.Value:
+            expert = g.op("Gather", [asked, turn], axis=0)
+            places = g.op("Transpose", [g.op("NonZero", [g.op("Equal", [ids, expert])])], perm=[1, 0])
+            share = g.op("Unsqueeze", [g.op("GatherND", [shares, places]), g.constant([1], np.int64)])
+            where = g.op("Gather", [places, g.constant([0], np.int64)], axis=1)
+            h = self._times(g.op("GatherND", [rows, where]), first(expert))
+            gate, up = g.ops("Split", 2, [h], axis=-1, num_outputs=2)
+            h = self._times(self.mul(self.gelu(gate), up), second(expert))
+            # No position chooses an expert twice, so no row is added to twice.
+            return g.op("ScatterND", [total, where, self.mul(h, share)], reduction="add")
+
+        nothing = g.op("Expand", [self.number(0.0), g.op("Shape", [rows])])
+        total = g.repeat(g.op("Size", [asked]), nothing, add_one)
+        return g.op("Reshape", [total, g.op("Shape", [x])])
+
+    def _times(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        return self.graph.op("FusedMatMul", [x, matrix], MICROSOFT, transB=1)
 
     def rotary(self, x: ir.Value, layer: Layer) -> ir.Value:
         cos, sin = self._rotation(layer)
@@ -165,7 +191,7 @@ class OnnxRuntimeBackend(StandardOperations):
         grid = tensor.grid
         assert grid is not None
         source_block, dtype = grid.block, grid.scale_dtype
-        out, width = tensor.shape
+        *leading, width = tensor.shape
         blocks, bits = width // block, stored_bits(grid.bits, width)
 
         def scales(rows: Rows) -> NDArray[Any]:
@@ -175,7 +201,7 @@ class OnnxRuntimeBackend(StandardOperations):
             return pack_unsigned(repeated(zero_points(rows, bits), source_block, block), bits)
 
         def plan(layout: str, kind: ir.DataType, size: int, fill: Convert) -> ir.ExternalTensor:
-            return self.weights.plan(tensor.name, layout, kind, [out, size], fill, file=WEIGHTS)
+            return self.weights.plan(tensor.name, layout, kind, [*leading, size], fill, file=WEIGHTS)
 
         codes = plan("codes", ir.DataType.UINT8, width * bits // 8, lambda rows: packed_codes(rows, bits))
         factors = self.graph.external(f"{tensor.name}{SCALES}", plan("scales", FLOATS[dtype], blocks, scales))

@@ -15,8 +15,12 @@ from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, LlamaFi
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 
+from gemexport.formats.gemma.architecture import TensorSpec
 from gemexport.formats.gemma.families import FAMILIES, by_gguf
 from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.names import CANONICAL, WEIGHT
+from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.stacks import by_projection, put
 from gemexport.formats.gguf.blocks import BLOCK, Bytes
 from gemexport.formats.gguf.container import MENDED, Container, Description, Writer
 from gemexport.formats.gguf.layouts import LAYOUTS
@@ -30,33 +34,10 @@ MAX_LAYERS = 512  # llama.cpp's own limit
 Q_NORM_FACTOR = "gemexport.q_norm_factor"
 """Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
 
-_GLOBAL = (
-    "model.embed_tokens",
-    "model.embed_tokens_per_layer",
-    "model.per_layer_model_projection",
-    "model.per_layer_projection_norm",
-    "model.norm",
-    "lm_head",
-)
-_PER_LAYER = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    "post_feedforward_layernorm",
-    "per_layer_input_gate",
-    "per_layer_projection",
-    "post_per_layer_input_norm",
-    "layer_scalar",
-)
+# Factors that lie beside a matrix, as its scale (src/models/gemma4.cpp); no other matrix has one.
+_BESIDE = {Role.ROUTER_SCALE: Role.ROUTER, Role.EXPERT_SCALE: Role.EXPERT_DOWN}
+# Other converters keep the gate and the up projections of experts apart, which llama.cpp takes as well.
+_APART = ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight", "blk.{}.ffn_down_exps.weight")
 # Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
 _REQUANTIZED = {kind.value for kind in LlamaFileType if "_K" in kind.name or "_IQ" in kind.name}
 FLOATS: dict[GGMLQuantizationType, DType] = {
@@ -68,13 +49,13 @@ FLOATS: dict[GGMLQuantizationType, DType] = {
 
 def file_names(family: Family[Any], layers: int) -> dict[str, str]:
     """The file's name of every tensor that a decoder of `layers` layers may have, by canonical name."""
-    stems = [*_GLOBAL, *(f"model.layers.{i}.{stem}" for i in range(layers) for stem in _PER_LAYER)]
     names = get_tensor_name_map(_ARCHITECTURES[family.gguf], layers)
     found = {}
-    for stem in stems:
-        name = names.get_name(stem)
-        if name is not None:
-            found[stem if stem.endswith("layer_scalar") else f"{stem}.weight"] = f"{name}.weight"
+    for layer in (None, *range(layers)):
+        for role in (role for role in Role if role.in_layer == (layer is not None)):
+            stem = names.get_name(CANONICAL.name(_BESIDE.get(role, role), layer).removesuffix(WEIGHT))
+            if stem is not None:
+                found[CANONICAL.name(role, layer)] = f"{stem}.{'scale' if role in _BESIDE else 'weight'}"
     return found
 
 
@@ -163,23 +144,45 @@ def tensors(path: Path) -> Mapping[str, Tensor]:
 
     Raises InputError for a broken file, for one of another architecture, and for types that gguf cannot evaluate.
     """
-    return stored_tensors(read_parts(path))
+    parts = read_parts(path)
+    return {**stored_tensors(parts), **{name: tensor for name, (tensor, _) in joined_tensors(parts).items()}}
 
 
 def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
-    """As `tensors`, of files that are read already."""
+    """As `tensors`, of files that are read already, without what is there in two parts."""
     family, layers = family_of(parts), layers_of(parts)
     factor = q_norm_factor_of(parts)
+    names = file_names(family, layers)
     found: dict[str, StoredTensor] = {}
-    for name, stored_name in file_names(family, layers).items():
+    for name, stored_name in names.items():
         if stored_name in parts.stored:
             container, stored = parts.stored[stored_name]
             _check_type(container, stored)
-            if (second := f"{stored_name.removesuffix('.weight')}.scale") in parts.stored:
+            second = f"{stored_name.removesuffix('.weight')}.scale"
+            if second in parts.stored and second not in names.values():
                 problem = f"tensor {stored_name} has another scale beside its blocks ({second}), which is not known"
                 raise InputError(container.path, problem, "use a file of another type")
             offset, multiplied = norm_shift(family, name, factor)
             found[name] = StoredTensor(container, stored, name, offset, multiplied)
+    return found
+
+
+def joined_tensors(parts: Parts) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """The first projections of experts whose halves are apart, by canonical name; and what the halves are called."""
+    found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+    for layer in range(layers_of(parts)):
+        names = tuple(name.format(layer) for name in _APART[:2])
+        if not all(name in parts.stored for name in names):
+            continue
+        halves = [StoredTensor(*parts.stored[name], name) for name in names]
+        if len(halves[0].shape) != 3 or halves[0].shape != halves[1].shape:
+            problem = f"tensors {' and '.join(names)} have the shapes {[list(half.shape) for half in halves]}"
+            raise InputError(parts.path, problem, MENDED)
+        count, each, width = halves[0].shape
+        ours = CANONICAL.name(Role.EXPERT_GATE_UP, layer)
+        spec = TensorSpec(ours, (count, 2 * each, width), Role.EXPERT_GATE_UP, layer)
+        places = by_projection(spec, *(name.format(layer) for name in _APART))
+        found[ours] = put(spec, zip(places, halves, strict=True)), names
     return found
 
 

@@ -114,15 +114,13 @@ def _gemma3(facts: Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma4(facts: Metadata, parts: Parts, config: dict[str, Any]) -> dict[str, Any]:
     types, layers = config["layer_types"], config["num_hidden_layers"]
-    if facts.count("{arch}.expert_count", 0, least=0):
-        raise InputError(facts.path, "it has experts, which is not supported", "give a dense model")
     shared = facts.count(Keys.Attention.SHARED_KV_LAYERS, 0, least=0)
     wide = facts.counts(Keys.LLM.FEED_FORWARD_LENGTH, layers)
     full, sliding = _head_dim(facts, config, *HEAD_KEYS), _head_dim(facts, config, *SLIDING_HEAD_KEYS)
     per_layer = facts.count(Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, 0, least=0)
     return {
         **_key_value_heads(facts, parts, types, full, sliding),
-        "enable_moe_block": False,
+        **_experts(facts),
         "head_dim": sliding,
         "hidden_size_per_layer_input": per_layer,
         "intermediate_size": wide[0],
@@ -133,6 +131,18 @@ def _gemma4(facts: Metadata, parts: Parts, config: dict[str, Any]) -> dict[str, 
         },
         "use_double_wide_mlp": wide[-1] == 2 * wide[0],
         "vocab_size_per_layer_input": _rows(parts, PER_LAYER_EMBEDDING) if per_layer else config["vocab_size"],
+    }
+
+
+def _experts(facts: Metadata) -> dict[str, Any]:
+    count = facts.count(Keys.LLM.EXPERT_COUNT, 0, least=0)
+    if not count:
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "moe_intermediate_size": facts.count(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH),
+        "num_experts": count,
+        "top_k_experts": facts.count(Keys.LLM.EXPERT_USED_COUNT),
     }
 
 

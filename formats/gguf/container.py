@@ -18,7 +18,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from numpy.typing import NDArray
 
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.reading import regular
 
 MAGIC = b"GGUF"
 VERSION = 3  # 2 is the same bytes; 1 had 32-bit lengths
@@ -252,7 +251,7 @@ def read(path: Path) -> Container:
     """
     path = Path(path)
     try:
-        size = regular(path)
+        size = path.stat().st_size
         data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError as error:
         raise InputError(path, "the file is missing", "give the path of a .gguf file") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gguf import family_of, stored_tensors
+from gemexport.formats.gguf import family_of, joined_tensors, stored_tensors
 from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, model_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.metadata import Metadata
@@ -54,17 +54,18 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
 
 def _tensors(parts: Parts, model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The decoder's tensors in its order, and the names of those in the file that it does not have."""
-    found = stored_tensors(parts)
+    whole, joined = stored_tensors(parts), joined_tensors(parts)
     tensors: dict[str, Tensor] = {}
     for name, spec in model.specs.items():
-        tensor = found.get(name)
+        tensor: Tensor | None = whole.get(name) or joined.get(name, (None, ()))[0]
         if tensor is None:
             raise InputError(parts.path, f"the tensor {name} is missing", "give the file of a whole model")
         if tensor.shape != spec.shape:
             problem = f"tensor {name} has the shape {list(tensor.shape)} where the metadata say {list(spec.shape)}"
             raise InputError(parts.path, problem, MENDED)
         tensors[name] = tensor
-    used = {found[name].stored_name for name in tensors}
+    used = {whole[name].stored_name for name in tensors if name in whole}
+    used.update(name for _, names in joined.values() for name in names)
     return tensors, tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.reading import read_text
 
 
 class Scheme(BaseModel):
@@ -84,7 +83,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if not path.is_file():
         raise InputError(name_or_path, "is neither a recipe nor a file", f"use one of {known}, or a TOML file")
     try:
-        text = read_text(path)
+        text = path.read_text("utf-8")
         fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         return Recipe.model_validate({"name": path.stem, **fields})
     except ValidationError as error:

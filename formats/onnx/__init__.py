@@ -18,8 +18,8 @@ from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
 from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
+from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.reading import regular
 from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ DERIVED = "gemexport.derived_from"  # on an initializer that holds another weigh
 OFFSET = "gemexport.offset"  # on an initializer that has had this number added
 CODEC = "gemexport.codec"  # on the codes of a matrix in the vector codec: its spelling
 FITTED_RMS = "gemexport.fitted_rms"  # beside it: the error that the fit measured
+SHAPE = "gemexport.shape"  # on a matrix that is a stack of matrices: the stack's shape, "experts,out,in"
 CODEBOOKS = ".codebooks"  # what its codebooks are called, after its own name
 SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero points are called, after its own name
 
 EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
 NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
-MAX_GRAPH_BYTES = 2 << 30  # of a graph without its external data: protobuf has no larger
 BROKEN = "export or download it again"
 
 Place = tuple[str, int] | None  # the file of external data and the offset in it
@@ -113,10 +113,7 @@ def read_model(file: Path) -> ir.Model:
     import onnx_ir as ir
 
     try:
-        regular(file, MAX_GRAPH_BYTES)
         return ir.load(file)
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(file, "is not a whole ONNX model", BROKEN) from error
 
@@ -129,6 +126,8 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
         name = canonical_name(value.name or "")
         stored = value.const_value
         tensor = _weight(name, value, graph, file) if name and stored is not None else None
+        if tensor is not None and stored is not None and SHAPE in stored.metadata_props:
+            tensor = _stack(tensor, stored.metadata_props[SHAPE], file)
         if tensor is not None and stored is not None and DERIVED not in stored.metadata_props:
             place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
             yield tensor, place, stored.metadata_props.get(COPY)
@@ -150,6 +149,21 @@ def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor |
     if value.dtype is None or value.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16"):
         return None
     return StoredTensor(name, _array(value, file), transposed=_transposed(value))
+
+
+def _stack(tensor: Tensor, spelling: str, file: Path) -> Tensor:
+    """A matrix as the stack that it is: the rows of all, one below the other, or their columns side by side."""
+    rows, width = tensor.shape
+    numbers = spelling.split(",")
+    shape = tuple(int(size) for size in numbers if size.isdecimal())
+    below = len(shape) == len(numbers) == 3 and (rows, width) == (shape[0] * shape[1], shape[2])
+    beside = len(shape) == len(numbers) == 3 and (rows, width) == (shape[1], shape[0] * shape[2])
+    if not below and not beside:
+        raise InputError(file, f"{tensor.name} is {rows} x {width} and no stack of {spelling}", BROKEN)
+    assert isinstance(tensor, PackedTensor | StoredTensor)
+    steps = range(0, width, shape[2])
+    parts = [tensor] if len(steps) == 1 else [tensor.columns(step, step + shape[2]) for step in steps]
+    return Pieces(tensor.name, shape, map(whole, parts))
 
 
 def _table(name: str, value: ir.Value, bits: int, graph: ir.Graph, file: Path) -> Tensor:
@@ -180,7 +194,9 @@ def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:
     """What MatMulNBits and GatherBlockQuantized of ONNX Runtime read: packed along `in`, unsigned."""
     bits = _attribute(node, "bits", 4)
     packed, scales = (_array(_constant(node.inputs[i]), file) for i in (index, 2))
-    out = packed.shape[0]
+    # What is gathered may be matrices.
+    leading = packed.shape[:1] if node.op_type == "MatMulNBits" else packed.shape[:-1]
+    out = int(np.prod(leading))
     packed = packed.reshape(out, -1)
     scales = scales.reshape(out, -1)
     zero_points = None
@@ -189,7 +205,8 @@ def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:
         array = _array(_constant(stored), file).reshape(out, -1)
         fields = unpack_unsigned(array, bits)[:, : scales.shape[1]] if array.dtype == np.uint8 else to_floats(array)
         zero_points = fields.astype(np.float32) - (1 << (bits - 1))
-    return PackedTensor(name, packed, scales, bits, signed=False, transposed=False, zero_points=zero_points)
+    found = PackedTensor(name, packed, scales, bits, signed=False, transposed=False, zero_points=zero_points)
+    return found if len(leading) == 1 else Pieces(name, (*leading, found.shape[1]), [whole(found)])
 
 
 def _dequantized(name: str, node: ir.Node, file: Path) -> Tensor | None:

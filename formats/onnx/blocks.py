@@ -79,6 +79,10 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> Rows:
         return Rows(to_floats(self.array.reshape(matrix_of(self.shape))[start:stop]))
 
+    def columns(self, start: int, stop: int) -> StoredTensor:
+        """Columns `start` to `stop` of a matrix as one of their own."""
+        return StoredTensor(self.name, self.array[:, start:stop])
+
     def numpy(self) -> Floats:
         return to_floats(self.array).reshape(self.shape)
 
@@ -116,6 +120,21 @@ class PackedTensor(TensorBase):
         kind: Kind = "symmetric" if self.zero_points is None else "zero-point"
         self._stored = Grid(bits, self.block, float_dtype(scales), True, kind)
         self.grid = self._stored if self.zero_points is None or self._codes(self.zero_points) else None
+
+    def columns(self, start: int, stop: int) -> PackedTensor:
+        """Columns `start` to `stop` as a matrix of their own; whole blocks of one that is stored transposed."""
+        if not self.transposed or start % self.block or stop % self.block:
+            raise ValueError(f"{self.name}: columns {start} to {stop} are not stored as rows of whole blocks")
+        blocks = slice(start // self.block, stop // self.block)
+        return PackedTensor(
+            self.name,
+            self.packed[start:stop],
+            self.scales[blocks],
+            self.bits,
+            signed=self.signed,
+            transposed=True,
+            zero_points=None if self.zero_points is None else self.zero_points[blocks] - np.float32(self.middle),
+        )
 
     def _codes(self, zeros: Floats) -> bool:
         """Whether zero points are integers that a code could be."""

@@ -19,6 +19,8 @@ from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.model import architecture, describe
+from gemexport.formats.gemma.names import role_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ArrayTensor, DType, Floats, Grid, Tensor, to_bf16
@@ -49,20 +51,24 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA4_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
 GEMMA4_SHARED = 3
 GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
+EXPERTS_LAYERS = [SLIDING, FULL, SLIDING, FULL]
+EXPERTS, CHOSEN = 8, 2
 
 # Chosen by measurement, see `make`: how far logits spread, how peaked attention is, how much a layer adds.
 LOGIT_SPREAD = 6.0
 ATTENTION_SPREAD = 1.0
 LAYER_SHARE, LAYER_SHARE_OF_SCALED = 6.0, 1.0  # where no layer scalar lets the embedding fade, and where one does
 LAYER_SCALARS = (0.5, 0.9)
+ROUTER_SPREAD = 2.0  # of the scores by which experts are chosen
 QUIET = 0.25
 LOUDNESS = 0.2
 
 
-def config_json(family: Family, size: Size, spelling: str = "global_head_dim") -> dict[str, Any]:
+def config_json(family: Family, size: Size, spelling: str = "global_head_dim", experts: bool = False) -> dict[str, Any]:
     """The config.json of a demo model; `spelling` is how Gemma 4 says that heads differ between layers.
 
-    "global_head_dim" is what released checkpoints say, "per_layer_config" what transformers 5.23 writes.
+    "global_head_dim" is what released checkpoints say, "per_layer_config" what transformers 5.23 writes. With `experts`
+    a Gemma 4 is like 26B-A4B, else like E2B.
     """
     common: dict[str, Any] = {
         "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16",
@@ -78,12 +84,14 @@ def config_json(family: Family, size: Size, spelling: str = "global_head_dim") -
             "num_hidden_layers": len(GEMMA3_LAYERS), "query_pre_attn_scalar": size.head_dim,
             "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0,
         }  # fmt: skip
+    layers = EXPERTS_LAYERS if experts else GEMMA4_LAYERS
     if spelling == "per_layer_config":
-        full = [i for i, kind in enumerate(GEMMA4_LAYERS) if kind == FULL]
+        full = [i for i, kind in enumerate(layers) if kind == FULL]
         heads: dict[str, Any] = {"per_layer_config": {str(i): {"head_dim": 2 * size.head_dim} for i in full}}
     else:
         heads = {"global_head_dim": 2 * size.head_dim, "num_global_key_value_heads": None}
     turn_end = demo_tokenizer.vocabulary(size.vocab, family).index(demo_tokenizer.TURNS[family][1])
+    own = _experts(size) if experts else {}
     return common | heads | {
         "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "eos_token_id": [1, turn_end],
         "attention_k_eq_v": False, "enable_moe_block": False, "final_logit_softcapping": 30.0,
@@ -94,6 +102,16 @@ def config_json(family: Family, size: Size, spelling: str = "global_head_dim") -
             FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
             SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
         },
+    } | own  # fmt: skip
+
+
+def _experts(size: Size) -> dict[str, Any]:
+    """What 26B-A4B's config says otherwise than E2B's."""
+    return {
+        "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+        "layer_types": EXPERTS_LAYERS, "moe_intermediate_size": size.hidden, "num_experts": EXPERTS,
+        "num_hidden_layers": len(EXPERTS_LAYERS), "num_kv_shared_layers": 0, "top_k_experts": CHOSEN,
+        "use_double_wide_mlp": False,
     }  # fmt: skip
 
 
@@ -116,7 +134,9 @@ def random_values(
         return spread * np.float32(_norm_size(name, shape[0], model)) - np.float32(model.norm_offset)
     weights = _bell(stream, shape) / np.float32((model.per_layer.dim if model.per_layer else 1) ** 0.5)
     if "embed_tokens_per_layer" not in name:
-        weights = _bell(stream, shape) / np.float32(shape[1] ** 0.5)
+        weights = _bell(stream, shape) / np.float32(shape[-1] ** 0.5)
+    if role_of(name) is Role.ROUTER:
+        weights *= np.float32(ROUTER_SPREAD * shape[-1] ** 0.5)  # what it reads has the norm 1
     if name == "model.embed_tokens.weight":
         # Rows of unlike length, as in trained models: the longer ones win by more.
         weights *= np.float32(1) + np.float32(LOUDNESS) * _bell(stream, (shape[0], 1))
@@ -137,7 +157,9 @@ def _norm_size(name: str, width: int, model: Architecture) -> float:
 
 
 def _stored(values: Floats, name: str, rule: str | None, dtype: DType) -> NDArray[Any]:
-    bits = qat.on_grid(values, rule) if rule and values.ndim == 2 else to_bf16(values)
+    matrices = values.reshape(-1, values.shape[-1])
+    off = values.ndim < 2 or role_of(name) is Role.ROUTER  # as in released checkpoints
+    bits = to_bf16(values) if rule is None or off else qat.on_grid(matrices, rule).reshape(values.shape)
     if dtype == "bf16":
         return bits
     wide = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -154,16 +176,18 @@ def make(
     dtype: DType = "bf16",
     spelling: str = "global_head_dim",
     wrapped: bool = False,
+    experts: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write a demo checkpoint (config, weights, tokenizer) as a Hugging Face folder; returns `folder`.
 
     `rule` is how the scales of the int4 grid follow from the weights (`gemexport.demo.qat.RULES`), or None for plain
     weights. The default leaves every block without a code of -8, which is what converters stumble over. `wrapped`
-    writes the decoder as it lies in a multimodal checkpoint, beside a tensor of a vision tower.
+    writes the decoder as it lies in a multimodal checkpoint, beside a tensor of a vision tower. With `experts`
+    there are some beside every layer's MLP.
     """
     dimensions = SIZES[size] if isinstance(size, str) else size
-    config = config_json(family, dimensions, spelling)
+    config = config_json(family, dimensions, spelling, experts)
     model = architecture(config, folder)
     prefix = "model.language_model." if wrapped else "model."
     shapes = model.tensor_shapes()

@@ -6,13 +6,13 @@ Runtime GenAI's configuration some sizes. Special tokens and templates are the t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
-from gemexport.formats.checkpoint import read_config
 from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.model import Model, describe
 from gemexport.shared.measured import FactReport
@@ -36,6 +36,9 @@ GGUF_KEYS = {
     "final_softcap": "{arch}.final_logit_softcapping",
     "max_positions": "{arch}.context_length",
     "per_layer.dim": "{arch}.embedding_length_per_layer_input",
+    "experts.count": "{arch}.expert_count",
+    "experts.top_k": "{arch}.expert_used_count",
+    "experts.intermediate_size": "{arch}.expert_feed_forward_length",
     "tied": "no tensor output.weight: the head tied to the embedding",
 }
 CONFIG_KEYS = {
@@ -52,6 +55,9 @@ CONFIG_KEYS = {
     "attention_scale": "query_pre_attn_scalar: the attention scale",
     "max_positions": "max_position_embeddings",
     "per_layer.dim": "hidden_size_per_layer_input",
+    "experts.count": "num_experts",
+    "experts.top_k": "top_k_experts",
+    "experts.intermediate_size": "moe_intermediate_size",
     "tied": "tie_word_embeddings",
 }
 # What every program that reads genai_config.json feeds and fetches by name; "%d" is a layer's number.
@@ -73,10 +79,13 @@ def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]
     if target == "coreml":
         return tuple(_core_ml(path, model.decoder))
     if target == "onnx":
-        return (*_genai(path, model.decoder), *_config(path, model))
+        return tuple(_genai(path, model.decoder))
     if target == "gguf":
         return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
-    return tuple(_config(path, model))
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        return tuple(_decoders(model, describe(config, path / "config.json"), CONFIG_KEYS))
+    return ()
 
 
 def activation_differences(model: Activations | None, stored: Activations | None) -> tuple[FactReport, ...]:
@@ -129,12 +138,6 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
     found = open_package(path).metadata.get(key)
     if found is not None and found != str(model.sliding_window):
         yield FactReport(name=key, found=found, expected=str(model.sliding_window))
-
-
-def _config(path: Path, model: Model) -> Iterator[FactReport]:
-    """The decoder in config.json, where there is one."""
-    if (path / "config.json").is_file():
-        yield from _decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS)
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:

@@ -53,6 +53,12 @@ K_EQ_V = COMMON | {
     "hidden_size_per_layer_input": 0,
     "tie_word_embeddings": False,
 }
+EXPERTS = K_EQ_V | {
+    "enable_moe_block": True,
+    "num_experts": 7,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 48,
+}
 
 
 class Eager:
@@ -118,9 +124,26 @@ class Eager:
     def softcap(self, x: Any, cap: float) -> Any:
         return cap * torch.tanh(x / cap)
 
+    def softmax(self, x: Any) -> Any:
+        return x.softmax(-1)
+
+    def best(self, x: Any, k: int) -> tuple[Any, Any]:
+        found = x.topk(k, -1)
+        return found.values, found.indices
+
+    def take(self, weight: str, ids: Any) -> Any:
+        return self.weights[weight][ids]
+
+    def experts(self, x: Any, ids: Any, shares: Any, gate_up: str, down: str) -> Any:
+        gate, up = torch.einsum("bnh,bnkoh->bnko", x, self.weights[gate_up][ids]).chunk(2, -1)
+        made = torch.einsum("bnki,bnkhi->bnkh", self.gelu(gate) * up, self.weights[down][ids])
+        return (made * shares[..., None]).sum(2)
+
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("Gemma3", GEMMA3), ("Gemma4", E2B), ("Gemma4", K_EQ_V)], ids=["gemma3", "e2b", "k_eq_v"]
+    ("kind", "settings"),
+    [("Gemma3", GEMMA3), ("Gemma4", E2B), ("Gemma4", K_EQ_V), ("Gemma4", EXPERTS)],
+    ids=["gemma3", "e2b", "k_eq_v", "experts"],
 )
 def test_the_description_gives_transformers_logits(kind: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,109 @@
+"""A mixture of experts through the formats: codes pass through unchanged, and come back as the checkpoint's tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemexport import demo
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.names import role_of
+from gemexport.formats.gemma.roles import Kind, Role
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.tensor import row_count, slices
+from gemexport.registry import TARGETS
+from gemexport.validators.checks.weights import compare
+
+WRITTEN = [("gguf", "Q4_0"), ("gguf", "Q8_0"), ("gguf", "BF16")]
+READ = ["gguf"]  # artefacts that are checkpoints too
+
+
+def with_grids(model: Path, folder: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    find_grids(checkpoint, folder, load_recipe("default"))
+    return attach(checkpoint, folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return with_grids(tiny_experts, tmp_path_factory.mktemp("grids") / "experts")
+
+
+def export(checkpoint: Checkpoint, folder: Path, name: str, variant: str) -> Path:
+    target = TARGETS[name]
+    path = target.path(folder, checkpoint.name, variant)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done: list[int] = []
+    target.exporter().export(checkpoint, path, variant=variant, progress=done.append)
+    assert sum(done) == checkpoint.nbytes()
+    return path
+
+
+def test_the_experts_lie_on_the_lattice_and_the_router_does_not(checkpoint: Checkpoint) -> None:
+    grids = {role_of(name): tensor.grid for name, tensor in checkpoint.tensors.items()}
+    assert grids[Role.EXPERT_GATE_UP] == grids[Role.EXPERT_DOWN] == grids[Role.UP] is not None
+    assert grids[Role.ROUTER] is None
+
+
+@pytest.mark.parametrize(("name", "variant"), WRITTEN)
+def test_every_weight_comes_back_exactly(name: str, variant: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    found = TARGETS[name].reader().tensors(export(checkpoint, tmp_path, name, variant))
+    compared = compare(checkpoint.tensors, found)
+    assert compared.missing == compared.unexpected == ()
+    assert {item.name: item.exact_fraction for item in compared.tensors if item.exact_fraction < 1} == {}
+    for tensor_name, tensor in checkpoint.tensors.items():
+        role = role_of(tensor_name)
+        assert role is not None
+        assert found[tensor_name].shape == tensor.shape
+        if role.kind is Kind.EXPERT and variant in TARGETS[name].variants:
+            for start, stop in slices(tensor, 4096):  # slices that begin and end within an expert
+                ours, theirs = tensor.rows(start, stop).grid()[0], found[tensor_name].rows(start, stop).grid()[0]
+                assert np.array_equal(ours, theirs), tensor_name
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_artefact_is_a_checkpoint_with_the_same_experts(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = open_checkpoint(export(checkpoint, tmp_path, name, TARGETS[name].variants[0]))
+    assert source.architecture.experts == checkpoint.architecture.experts
+    assert source.left_out == ()
+    compared = compare(checkpoint.tensors, source.tensors)
+    assert compared.missing == compared.unexpected == ()
+    assert all(item.exact_fraction == 1 for item in compared.tensors)
+
+
+def test_gguf_files_whose_experts_have_their_halves_apart_are_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from gemexport.formats.gguf.container import Writer, read
+
+    path = export(checkpoint, tmp_path, "gguf", "Q4_0")
+    whole = read(path)
+    split = ("ffn_gate_exps", "ffn_up_exps")
+
+    def names(name: str) -> list[str]:
+        return [name.replace("ffn_gate_up_exps", half) for half in split] if "ffn_gate_up_exps" in name else [name]
+
+    shapes = {}
+    for name, item in whole.tensors.items():
+        halved = (item.shape[0], item.shape[1] // 2, *item.shape[2:]) if len(names(name)) == 2 else item.shape
+        shapes |= dict.fromkeys(names(name), halved)
+    with Writer(tmp_path / "apart.gguf", whole.packed, shapes) as out:
+        for name, item in whole.tensors.items():
+            data = np.array(whole.rows(item, 0, row_count(item.shape)))
+            parts = (
+                [data] if len(names(name)) == 1 else data.reshape(item.shape[0], 2, -1, data.shape[1]).swapaxes(0, 1)
+            )
+            for own, part in zip(names(name), parts, strict=True):
+                out.write(own, item.type, np.ascontiguousarray(part).reshape(-1, data.shape[1]))
+    source = open_checkpoint(tmp_path / "apart.gguf")
+    assert source.left_out == ()
+    assert all(item.exact_fraction == 1 for item in compare(checkpoint.tensors, source.tensors).tensors)
+
+
+def test_plain_experts_pass_too(tmp_path: Path) -> None:
+    checkpoint = with_grids(demo.make(tmp_path / "plain", size="tiny", experts=True, rule=None), tmp_path / "grids")
+    for name, variant in (("gguf", "BF16"),):
+        found = compare(checkpoint.tensors, TARGETS[name].reader().tensors(export(checkpoint, tmp_path, name, variant)))
+        assert found.missing == found.unexpected == ()
+        assert all(item.exact_fraction == 1 for item in found.tensors)
