@@ -7,14 +7,17 @@ what is left over. The reader itself says what a quantized module's arrays mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from gemexport.formats.checkpoint import Source, check_head, plain_tensor, stored_arrays
+from gemexport.formats.gemma.architecture import TensorSpec
 from gemexport.formats.gemma.model import describe
+from gemexport.formats.gemma.names import WEIGHT
+from gemexport.formats.gemma.stacks import Part, by_expert, put, switched, together
 from gemexport.formats.quantized import Layout
 from gemexport.formats.storage.bitpack import Unsigned
 from gemexport.formats.storage.errors import InputError
@@ -70,21 +73,37 @@ def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], T
     for name, array in stored.items():
         module, _, key = name.rpartition(".")
         modules.setdefault(module, {})[key] = array
-    tensors: dict[str, Tensor] = {}
     used: dict[str, set[str]] = {}
-    for name, spec in model.specs.items():
-        stem, _, key = name.rpartition(".")
+
+    def stored_tensor(spec: TensorSpec) -> Tensor:
+        stem, _, key = spec.name.rpartition(".")
         arrays = modules.get(stem, {})
-        tensor = read(Module(name, spec.shape, arrays)) if arrays and spec.role.is_matrix else None
+        tensor = (
+            read(Module(spec.name, spec.shape, arrays)) if arrays and key == "weight" and spec.role.has_rows else None
+        )
         if tensor is None:
-            tensors[name] = plain_tensor(folder, spec, arrays.get(key))
             used.setdefault(stem, set()).add(key)
-        else:
-            _refuse_bias(stem, arrays)
-            tensors[name] = tensor
-            used.setdefault(stem, set()).update(arrays)
+            return plain_tensor(folder, spec, arrays.get(key))
+        _refuse_bias(stem, arrays)
+        used.setdefault(stem, set()).update(arrays)
+        return tensor
+
+    tensors: dict[str, Tensor] = {}
+    for name, spec in model.specs.items():
+        parts = _parts(spec, modules)
+        found = [stored_tensor(replace(spec, name=part.name, shape=part.shape)) for part in parts]
+        tensors[name] = found[0] if parts[0].name == name else put(spec, zip(parts, found, strict=True))
     left = (f"{stem}.{key}" for stem, arrays in modules.items() for key in arrays.keys() - used.get(stem, set()))
     return Source(tensors, left_out=tuple(sorted(left)))
+
+
+def _parts(spec: TensorSpec, modules: Mapping[str, Mapping[str, MappedArray]]) -> tuple[Part, ...]:
+    """What the files have of a tensor: itself, unless it is one of experts' that is there in a layout of its own."""
+    for layout in (by_expert, switched):
+        parts = layout(spec)
+        if parts[0].name.removesuffix(WEIGHT) in modules:
+            return parts
+    return together(spec)
 
 
 def _refuse_bias(stem: str, arrays: Mapping[str, MappedArray]) -> None:

@@ -17,9 +17,10 @@ from gemexport.exporters.mlx.config import problem, text_config
 from gemexport.exporters.mlx.modes import Mode, columns, default_scales, holds_scales, mode_of
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import Column, Rounding, rounding_note, write_packed, write_plain, write_settings
-from gemexport.exporters.support import experts, require
+from gemexport.exporters.support import require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.stacks import apart, switched
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -60,6 +61,7 @@ def export(
     if scales is not None and scales not in ITEM_BYTES:
         raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
     require(checkpoint, supports(checkpoint.model, variant), "mlx")
+    checkpoint = replace(checkpoint, tensors=apart(checkpoint.tensors, checkpoint.model.specs, switched))
     if variant in PLAIN:
         plan = _Plan(PLAIN[variant])
     else:
@@ -78,8 +80,6 @@ def export(
 
 def supports(model: Model, variant: str) -> str | None:
     """Why mlx-lm does not run a model; None where it does."""
-    if found := experts(model):
-        return f"mlx-lm cannot run this decoder: {found}"
     found = problem(model)
     return None if found is None else f"the model {found}, which mlx-lm does not run"
 
