@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.storage.reading import copy, read_optional_json
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
+
+
+def decoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of the decoder alone, in the spelling it came in."""
+    return {**checkpoint.text_config, "architectures": [checkpoint.model.family.reference_class]}
 
 
 def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -26,17 +30,12 @@ def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoi
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", "utf-8")
     for file in checkpoint.tokenizer_files():
-        shutil.copyfile(file, folder / file.name)
+        copy(file, folder / file.name)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object beside the weights, empty where there is no such file; InputError for one that is broken."""
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "save the tokenizer again") from error
+    return read_optional_json(path, "save the tokenizer again")
 
 
 def rounding_note(rounded: Mapping[str, int], dtype: DType) -> list[str]:

@@ -6,8 +6,8 @@ They are mapped, none read yet.
 from __future__ import annotations
 
 import gc
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from gemexport.formats.activations import Activations
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import check_containers, opened, read_bytes, read_json, regular
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
 from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
 
@@ -36,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
@@ -121,6 +123,8 @@ def _open(path: Path, scratch: Path | None) -> Checkpoint:
         return _folder(path)
     if is_gguf(path):
         return _gguf(path, scratch)
+    if path.exists():
+        regular(path)
     problem = "is a file of no format that is known" if path.exists() else "there is no such file or folder"
     raise InputError(path, problem, "give the folder of a checkpoint in Hugging Face layout, or a .gguf file")
 
@@ -130,9 +134,9 @@ def is_gguf(path: Path) -> bool:
     if path.suffix.lower() == ".gguf":
         return path.is_file()
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (OSError, InputError):
         return False
 
 
@@ -160,6 +164,9 @@ def _folder(folder: Path) -> Checkpoint:
     if not (folder / "tokenizer.json").is_file():
         remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         raise InputError(folder, "there is no tokenizer.json", remedy)
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(folder / name):
+            regular(folder / name, TOKENIZER_BYTES)
     found = _source(folder, config, model)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
@@ -261,13 +268,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     remedy = "give the folder of a checkpoint in Hugging Face layout"
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
     except FileNotFoundError as error:
         raise InputError(folder, "there is no config.json", remedy) from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "download or save the file again") from error
-    if not isinstance(config, dict):
-        raise InputError(path, "is not a JSON object", "download or save the file again")
     inner = config.get("text_config")
     if isinstance(inner, dict) and isinstance(inner.get("quantization_config"), dict):
         # transformers and mlx-lm look there as well.
@@ -304,7 +307,7 @@ def check_tokenizer(path: Path) -> None:
     Apart from `open_checkpoint`, which every step of a run calls: reading 33 MB of JSON takes longer than all it does.
     """
     try:
-        _Tokenizer.model_validate_json(path.read_bytes())
+        _Tokenizer.model_validate_json(_tokenizer_bytes(path))
     except (ValueError, OSError) as error:
         raise _no_tokenizer(path) from error
 
@@ -314,11 +317,18 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     try:
         # 33 MB of JSON, of which hardly a string comes twice: pydantic's parser takes a third as long as Python's.
         with uncollected():
-            tokenizer = from_json(path.read_bytes(), cache_strings="none")
+            tokenizer = from_json(_tokenizer_bytes(path), cache_strings="none")
         tokenizer["model"]["vocab"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _no_tokenizer(path) from error
     return dict(tokenizer)
+
+
+def _tokenizer_bytes(path: Path) -> bytes:
+    """All of a tokenizer.json; InputError for one that is larger than any is."""
+    data = read_bytes(path, TOKENIZER_BYTES)
+    check_containers(path, data)
+    return data
 
 
 def _no_tokenizer(path: Path) -> InputError:

@@ -24,6 +24,7 @@ from gemexport.formats.gemma.names import WEIGHT
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.bitpack import signed, unpack
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.patterns import Pattern
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor
 from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from_bf16, on_grid
 
@@ -93,12 +94,8 @@ class Widths:
         return rule.num_bits or self._settings.num_bits
 
 
-def _compile(pattern: str, path: Path, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = f"quantization_config.{where} has a pattern that is no regular expression ({error})"
-        raise InputError(path, problem.replace("\n", " "), OWN_CONFIG) from error
+def _compile(pattern: str, path: Path, where: str) -> Pattern:
+    return Pattern(pattern, path, f"quantization_config.{where}", OWN_CONFIG)
 
 
 class PackedRows(TensorBase):

@@ -8,13 +8,12 @@ changes, A `[rank, in]` and B `[out, rank]`; scaling is alpha / rank, or alpha /
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,8 @@ from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.patterns import MAX_PATTERNS, Pattern
+from gemexport.formats.storage.reading import opened, read_json
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_file
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, slices
 
@@ -66,8 +67,8 @@ class Settings(BaseModel):
     bias: str = "none"
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default={}, max_length=MAX_PATTERNS)
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default={}, max_length=MAX_PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Adapter:
         """A digest of its two files: another adapter, or the same one trained further, has another."""
         digest = hashlib.sha256()
         for name in (CONFIG, WEIGHTS):
-            with (self.path / name).open("rb") as file:
+            with opened(self.path / name) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
@@ -178,7 +179,12 @@ def open_adapter(folder: Path, family: Family[Any]) -> Adapter:
             copies[_canonical(copy[1] or copy[2], family)] = array
         else:
             raise InputError(path, f"the tensor {name} is no factor of a LoRA", _MERGE)
-    modules = {_canonical(name, family): _factors(path, name, found, config) for name, found in pairs.items()}
+    ranks, alphas = (_Patterns(path, key, getattr(config, key)) for key in ("rank_pattern", "alpha_pattern"))
+    modules = {}
+    for name, pair in pairs.items():
+        rank, alpha = ranks.of(name, config.r), alphas.of(name, config.lora_alpha)
+        scaling = alpha / (sqrt(rank) if config.use_rslora else rank)
+        modules[_canonical(name, family)] = _factors(path, name, pair, rank, scaling)
     if not modules or len(modules) != len(pairs):
         problem = "holds a module under two names" if modules else "holds no factors of a LoRA"
         raise InputError(path, problem, "give the folder of a LoRA adapter of peft")
@@ -193,13 +199,9 @@ def _config(folder: Path) -> Settings:
     """adapter_config.json, of an adapter that can be merged here."""
     path = folder / CONFIG
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path, _SAVE)
     except FileNotFoundError as error:
         raise InputError(folder, f"there is no {CONFIG}", "give the folder of a LoRA adapter of peft") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", _SAVE) from error
-    if not isinstance(found, dict):
-        raise InputError(path, "is not a JSON object", _SAVE)
     if found.get("peft_type") != "LORA":
         raise InputError(path, f"the adapter is a {found.get('peft_type')}, not a LORA", _MERGE)
     config = settings(Settings, path, found)
@@ -215,32 +217,30 @@ def _config(folder: Path) -> Settings:
     return config
 
 
-def _factors(path: Path, name: str, found: dict[str, MappedArray], config: Settings) -> Factors:
+def _factors(path: Path, name: str, found: dict[str, MappedArray], rank: int, scaling: float) -> Factors:
     """The factors of the module that the file calls `name`, if they are two of the rank that the config says."""
     embedding = "embedding_A" in found or "embedding_B" in found
     prefix = "embedding_" if embedding else ""
     a, b = found.get(f"{prefix}A"), found.get(f"{prefix}B")
     if a is None or b is None or len(found) != 2:
         raise InputError(path, f"{name} has {' and '.join(sorted(found))} for factors", _SAVE)
-    rank = _by_pattern(path, config.rank_pattern, name, config.r)
     ranks = (a.entry.shape[0], b.entry.shape[1])
     if ranks != (rank, rank):
         problem = f"the factors of {name} have the ranks {ranks[0]} and {ranks[1]}, where {CONFIG} says {rank}"
         raise InputError(path, problem, f"use the {CONFIG} that came with the adapter")
-    alpha = _by_pattern(path, config.alpha_pattern, name, config.lora_alpha)
-    return Factors(a, b, embedding, alpha / (sqrt(rank) if config.use_rslora else rank))
+    return Factors(a, b, embedding, scaling)
 
 
-def _by_pattern(path: Path, patterns: dict[str, Any], name: str, usual: Any) -> Any:
-    """What the first pattern that ends a module's name says of it (peft.utils.other.get_pattern_key), else `usual`."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            problem = f"{key} is no regular expression ({error})"
-            raise InputError(path.with_name(CONFIG), problem, _SAVE) from error
-    return usual
+class _Patterns:
+    """Numbers by patterns: what the first says that ends a module's name (peft.utils.other.get_pattern_key)."""
+
+    def __init__(self, path: Path, key: str, numbers: Mapping[str, Any]) -> None:
+        config = path.with_name(CONFIG)
+        self._numbers = [(Pattern(rf"(.*\.)?({text})$", config, key, _SAVE), value) for text, value in numbers.items()]
+
+    def of(self, name: str, usual: Any) -> Any:
+        """The number of a module, `usual` where no pattern has its name."""
+        return next((value for pattern, value in self._numbers if pattern.match(name)), usual)
 
 
 def adapted(base: Checkpoint, folder: Path) -> Checkpoint:

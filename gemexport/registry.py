@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import JSON_BYTES, read_text
 
 if TYPE_CHECKING:
     from gemexport.formats.activations import Activations
@@ -210,7 +211,7 @@ def recognise(path: Path) -> Target:
         return TARGETS["onnx"]
     config = path / "config.json"
     if config.is_file():
-        text = config.read_text("utf-8", errors="replace")
+        text = read_text(config, JSON_BYTES)
         if '"quantization_config"' in text and "compressed-tensors" in text:
             return TARGETS["compressed-tensors"]
         if '"quantization"' in text or _is_mlx(path):

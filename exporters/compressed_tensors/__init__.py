@@ -28,7 +28,14 @@ from gemexport.exporters.compressed_tensors.schemes import (
 )
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.result import Export, ignore
-from gemexport.exporters.streaming import Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.exporters.streaming import (
+    Rounding,
+    decoder_config,
+    rounding_note,
+    write_packed,
+    write_plain,
+    write_settings,
+)
 from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
@@ -264,9 +271,9 @@ def _bytes_in(scheme: Scheme, tensors: list[Tensor]) -> float:
 
 def _config(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
     """config.json of the decoder alone, in the spelling it came in."""
-    kept = {key: value for key, value in checkpoint.text_config.items() if key != "torch_dtype"}
+    kept = {key: value for key, value in decoder_config(checkpoint).items() if key != "torch_dtype"}
     dtypes = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-    config = {**kept, "architectures": [checkpoint.model.family.reference_class], "dtype": dtypes[plan.model]}
+    config = {**kept, "dtype": dtypes[plan.model]}
     if plan.packed:
         config["quantization_config"] = _quantization(checkpoint, plan)
     return config

@@ -5,7 +5,6 @@ Nothing is traced: the decoder's description is spelled in MIL, and weights stre
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from gemexport.formats.gemma.model import Model
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.reading import copy
 from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "f16", "f32")
@@ -175,6 +175,6 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path) -> list[Path]:
     for source in checkpoint.tokenizer_files():
         target = folder / source.name
         with atomic(target) as partial:
-            shutil.copyfile(source, partial)
+            copy(source, partial)
         copies.append(target)
     return copies

@@ -24,6 +24,7 @@ from gemexport.formats.gguf.container import Value, boolean, float32, int32, str
 from gemexport.formats.gguf.vocabulary import SAMPLING, SPACE, VISIBLE
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import read_text
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 LOWEST_SCORE = -1e6  # below that of any merged token: for tokens that no merge makes
@@ -241,7 +242,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> dict[str, Value
     """The chat template, and named ones beside it."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return {Keys.Tokenizer.CHAT_TEMPLATE: string(file.read_text("utf-8"))}
+        return {Keys.Tokenizer.CHAT_TEMPLATE: string(read_text(file))}
     template = settings.get("chat_template")
     if isinstance(template, str):
         return {Keys.Tokenizer.CHAT_TEMPLATE: string(template)}

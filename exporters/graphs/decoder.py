@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
+
 if TYPE_CHECKING:
     from gemexport.formats.gemma.architecture import Architecture, Layer
 
 V = TypeVar("V")
+name = CANONICAL.name
 
 
 class Backend(Protocol[V]):
@@ -97,10 +101,10 @@ def logits(a: Architecture, b: Backend[V]) -> V:
 
 def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
     """What is looked up by id: `[batch, n, hidden]` and, of per-layer inputs, `[batch, n, layers * dim]`."""
-    x = b.embedding("model.embed_tokens.weight", a.embed_scale)
+    x = b.embedding(name(Role.EMBEDDING), a.embed_scale)
     if a.per_layer is None:
         return x, None
-    return x, b.embedding("model.embed_tokens_per_layer.weight", a.per_layer.embed_scale)
+    return x, b.embedding(name(Role.PER_LAYER_EMBEDDING), a.per_layer.embed_scale)
 
 
 def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
@@ -113,70 +117,70 @@ def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
 
 def head(a: Architecture, b: Backend[V], x: V) -> V:
     """Logits `[batch, n, vocabulary]` out of `[batch, n, hidden]`."""
-    x = norm(a, b, x, "model.norm")
-    x = b.linear(x, "model.embed_tokens.weight" if a.tied else "lm_head.weight")
+    x = norm(a, b, x, name(Role.FINAL_NORM))
+    x = b.linear(x, name(Role.EMBEDDING if a.tied else Role.HEAD))
     return x if a.final_softcap is None else b.softcap(x, a.final_softcap)
 
 
 def per_layer_inputs(a: Architecture, b: Backend[V], x: V, tokens: V) -> V:
     """`[batch, n, layers, dim]`: what each layer is told of the token, by its id and by its embedding."""
     assert a.per_layer is not None
-    context = b.scale(b.linear(x, "model.per_layer_model_projection.weight"), a.per_layer.projection_scale)
-    context = norm(a, b, b.split(context, len(a.layers)), "model.per_layer_projection_norm")
+    context = b.scale(b.linear(x, name(Role.PER_LAYER_MODEL_PROJECTION)), a.per_layer.projection_scale)
+    context = norm(a, b, b.split(context, len(a.layers)), name(Role.PER_LAYER_MODEL_NORM))
     return b.scale(b.add(context, b.split(tokens, len(a.layers))), a.per_layer.input_scale)
 
 
 def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: Layer) -> V:
     """One layer: attention, MLP and what the layer is told of the token, each added to the residual."""
-    name = f"model.layers.{layer.index}"
-    h = attention(a, b, norm(a, b, x, f"{name}.input_layernorm"), layer)
-    x = b.add(x, norm(a, b, h, f"{name}.post_attention_layernorm"))
-    h = mlp(b, norm(a, b, x, f"{name}.pre_feedforward_layernorm"), f"{name}.mlp")
+    i = layer.index
+    h = attention(a, b, norm(a, b, x, name(Role.INPUT_NORM, i)), layer)
+    x = b.add(x, norm(a, b, h, name(Role.POST_ATTENTION_NORM, i)))
+    h = mlp(b, norm(a, b, x, name(Role.PRE_MLP_NORM, i)), i)
     if a.experts is not None:
-        h = norm(a, b, h, f"{name}.post_feedforward_layernorm_1")
-        h = b.add(h, norm(a, b, experts(a, b, x, name), f"{name}.post_feedforward_layernorm_2"))
-    x = b.add(x, norm(a, b, h, f"{name}.post_feedforward_layernorm"))
+        h = norm(a, b, h, name(Role.POST_DENSE_NORM, i))
+        h = b.add(h, norm(a, b, experts(a, b, x, i), name(Role.POST_EXPERTS_NORM, i)))
+    x = b.add(x, norm(a, b, h, name(Role.POST_MLP_NORM, i)))
     if told is not None:
-        h = b.mul(b.gelu(b.linear(x, f"{name}.per_layer_input_gate.weight")), told)
-        h = b.linear(h, f"{name}.per_layer_projection.weight")
-        x = b.add(x, norm(a, b, h, f"{name}.post_per_layer_input_norm"))
-    return b.mul(x, b.constant(f"{name}.layer_scalar")) if a.layer_scalar else x
+        h = b.mul(b.gelu(b.linear(x, name(Role.PER_LAYER_GATE, i))), told)
+        h = b.linear(h, name(Role.PER_LAYER_PROJECTION, i))
+        x = b.add(x, norm(a, b, h, name(Role.POST_PER_LAYER_NORM, i)))
+    return b.mul(x, b.constant(name(Role.LAYER_SCALAR, i))) if a.layer_scalar else x
 
 
 def attention(a: Architecture, b: Backend[V], x: V, layer: Layer) -> V:
     """Attention with normed queries and keys; a layer with another's keys and values only asks."""
-    name = f"model.layers.{layer.index}.self_attn"
-    q = norm(a, b, b.split(b.linear(x, f"{name}.q_proj.weight"), a.heads), f"{name}.q_norm")
-    if layer.kv_source == layer.index:
-        k = b.split(b.linear(x, f"{name}.k_proj.weight"), layer.kv_heads)
-        v = k if layer.k_eq_v else b.split(b.linear(x, f"{name}.v_proj.weight"), layer.kv_heads)
+    i = layer.index
+    q = norm(a, b, b.split(b.linear(x, name(Role.Q, i)), a.heads), name(Role.Q_NORM, i))
+    if layer.owns_cache:
+        k = b.split(b.linear(x, name(Role.K, i)), layer.kv_heads)
+        v = k if layer.k_eq_v else b.split(b.linear(x, name(Role.V, i)), layer.kv_heads)
         v = b.rms_norm(v, None, a.rms_norm_eps, 0.0) if a.value_norm else v
-        b.remember(b.rotary(norm(a, b, k, f"{name}.k_norm"), layer), v, layer)
+        b.remember(b.rotary(norm(a, b, k, name(Role.K_NORM, i)), layer), v, layer)
     h = b.attention(b.rotary(q, layer), layer, a.attention_scale, a.attention_softcap)
-    return b.linear(b.merge(h), f"{name}.o_proj.weight")
+    return b.linear(b.merge(h), name(Role.O, i))
 
 
-def mlp(b: Backend[V], x: V, name: str) -> V:
+def mlp(b: Backend[V], x: V, layer: int) -> V:
     """The gated MLP: down(gelu(gate(x)) * up(x))."""
-    gate = b.gelu(b.linear(x, f"{name}.gate_proj.weight"))
-    return b.linear(b.mul(gate, b.linear(x, f"{name}.up_proj.weight")), f"{name}.down_proj.weight")
+    gate = b.gelu(b.linear(x, name(Role.GATE, layer)))
+    return b.linear(b.mul(gate, b.linear(x, name(Role.UP, layer))), name(Role.DOWN, layer))
 
 
-def experts(a: Architecture, b: Backend[V], x: V, name: str) -> V:
+def experts(a: Architecture, b: Backend[V], x: V, layer: int) -> V:
     """What the experts that the router chooses make of `x`, which is what the layer's MLP reads, before its norm.
 
     The shares are those of a softmax over all experts, of which the best are kept and brought to a sum of 1: that is
     the softmax over the best. Then each is multiplied by a number of its expert's own.
     """
     assert a.experts is not None
-    h = b.rms_norm(x, f"{name}.router.scale", a.rms_norm_eps, 0.0)
-    scores = b.scale(b.linear(h, f"{name}.router.proj.weight"), a.hidden_size**-0.5)
+    h = b.rms_norm(x, name(Role.ROUTER_SCALE, layer), a.rms_norm_eps, 0.0)
+    scores = b.scale(b.linear(h, name(Role.ROUTER, layer)), a.hidden_size**-0.5)
     best, ids = b.best(scores, a.experts.top_k)
-    shares = b.mul(b.softmax(best), b.take(f"{name}.router.per_expert_scale", ids))
-    x = norm(a, b, x, f"{name}.pre_feedforward_layernorm_2")
-    return b.experts(x, ids, shares, f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj")
+    shares = b.mul(b.softmax(best), b.take(name(Role.EXPERT_SCALE, layer), ids))
+    x = norm(a, b, x, name(Role.PRE_EXPERTS_NORM, layer))
+    return b.experts(x, ids, shares, name(Role.EXPERT_GATE_UP, layer), name(Role.EXPERT_DOWN, layer))
 
 
-def norm(a: Architecture, b: Backend[V], x: V, name: str) -> V:
-    """RMSNorm with the weight called `name`."""
-    return b.rms_norm(x, f"{name}.weight", a.rms_norm_eps, a.norm_offset)
+def norm(a: Architecture, b: Backend[V], x: V, weight: str) -> V:
+    """RMSNorm with the weight called so."""
+    return b.rms_norm(x, weight, a.rms_norm_eps, a.norm_offset)

@@ -28,7 +28,7 @@ from gemexport.exporters.onnx.npu import NpuBackend, add_decoder, lookup
 from gemexport.exporters.onnx.quantized import PRECISIONS, measured, write_quantized
 from gemexport.exporters.onnx.runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.exporters.streaming import read_settings
+from gemexport.exporters.streaming import decoder_config, read_settings, write_settings
 from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
@@ -89,8 +89,7 @@ def export(
         else:
             _write_runtime(checkpoint, partial, variant == "int4", progress)
         shutil.copyfile(SCRIPT, partial / "generate.py")
-        for file in checkpoint.tokenizer_files():
-            shutil.copyfile(file, partial / file.name)
+        write_settings(partial, decoder_config(checkpoint), checkpoint)
     run = f"python {quote(str(path / 'generate.py'))} 'The capital of France is'"
     return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
 

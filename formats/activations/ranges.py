@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.reading import JSON_BYTES, read_bytes
 
 Bits = Literal[8, 16]
 Method = Literal["minmax", "percentile"]
@@ -112,7 +113,7 @@ class ActivationRanges(BaseModel):
 def read_ranges(path: Path) -> ActivationRanges:
     """The ranges in a JSON file; InputError when it holds none."""
     try:
-        return ActivationRanges.model_validate_json(Path(path).read_bytes())
+        return ActivationRanges.model_validate_json(read_bytes(Path(path), JSON_BYTES))
     except (OSError, ValidationError) as error:
         raise InputError(path, "holds no activation ranges", "give what a calibration wrote") from error
 

@@ -6,14 +6,14 @@ QuantizationArgs) in version 0.20.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
 from gemexport.formats.modules import Module, settings
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.patterns import MAX_PATTERNS, Pattern
 
 FORMATS = (
     "dense",
@@ -26,7 +26,8 @@ FORMATS = (
     "nvfp4-pack-quantized",
     "pack-quantized",
 )
-EMBEDDING = "Embedding"
+EMBEDDING, PATTERN = "Embedding", "re:"
+OWN_CONFIG = "use the config.json that came with the model"
 
 
 class Args(BaseModel):
@@ -73,6 +74,7 @@ class Quantization(BaseModel):
     kv_cache_scheme: Args | None = None
     transform_config: dict[str, Any] | None = None
     sparsity_config: dict[str, Any] | None = None
+    _patterns: dict[str, Pattern] = PrivateAttr(default_factory=dict)  # by the targets that are some
 
     def scheme(self, module: Module) -> Scheme | None:
         """The scheme of a module: of a group that names it, of one with a pattern for it, else of one for its class.
@@ -84,19 +86,18 @@ class Quantization(BaseModel):
         embedding = "embed_tokens" in module.stem
         groups = [group for group in self.config_groups.values() if isinstance(group, Scheme)]
         targets = [(target, group) for group in groups for target in group.targets]
-        named = [pair for pair in targets if _named(pair[0], names)]
+        named = [pair for pair in targets if self._named(pair[0], names)]
         if named:  # the first in the library's order (compressed_tensors.utils.match.match_targets)
-            return min(named, key=lambda pair: (pair[0].startswith("re:"), pair[0]))[1]
+            return min(named, key=lambda pair: (pair[0].startswith(PATTERN), pair[0]))[1]
         for target, group in targets:
             if _is_class(target) and target.endswith(EMBEDDING) == embedding:
                 return group
         return None
 
-
-def _named(target: str, names: tuple[str, ...]) -> bool:
-    if target.startswith("re:"):
-        return any(re.match(target.removeprefix("re:"), name) for name in names)
-    return target in names
+    def _named(self, target: str, names: tuple[str, ...]) -> bool:
+        if target.startswith(PATTERN):
+            return any(self._patterns[target].match(name) for name in names)
+        return target in names
 
 
 def _is_class(target: str) -> bool:
@@ -120,15 +121,15 @@ def quantization(path: Path, config: dict[str, Any]) -> Quantization:
         raise InputError(path, problem, "compress it without transforms")
     if (found.sparsity_config or {}).get("format", "dense") != "dense":
         raise InputError(path, "the weights are stored sparse (sparsity_config)", "save the model dense")
-    for group in found.config_groups.values():
-        for target in group.targets if isinstance(group, Scheme) else group:
-            _check_pattern(path, target)
+    targets = [
+        target
+        for group in found.config_groups.values()
+        for target in (group.targets if isinstance(group, Scheme) else group)
+        if target.startswith(PATTERN)
+    ]
+    if len(targets) > MAX_PATTERNS:
+        raise InputError(path, f"config_groups have {len(targets)} patterns", OWN_CONFIG)
+    found._patterns.update(
+        {target: Pattern(target.removeprefix(PATTERN), path, "a target", OWN_CONFIG) for target in targets}
+    )
     return found
-
-
-def _check_pattern(path: Path, target: str) -> None:
-    try:
-        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-    except re.error as error:
-        problem = f"the target {target} is no regular expression ({error})"
-        raise InputError(path, problem, "use the config.json that came with the model") from error

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.storage.bitpack import fields
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import regular
 
 ALIGNMENT = 64
 VERSION = 2
@@ -114,6 +115,7 @@ class BlobFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            regular(path)
             self._bytes: Bytes = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise InputError(path, f"cannot be read ({error})", _REMEDY) from error

@@ -6,7 +6,6 @@ arrays that dequantize the rows they are asked for (formats: coremltools' Model.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,9 +18,11 @@ from numpy.typing import NDArray
 from gemexport.formats.coreml.arrays import Array, Masked, Palette, ShiftScale, Spread, Stored, sparse, spread
 from gemexport.formats.coreml.blob import TYPES, BlobFile, unpack
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import read_bytes, read_json
 
 MODEL = PurePosixPath("com.apple.CoreML/model.mlmodel")
 WEIGHTS = PurePosixPath("com.apple.CoreML/weights")
+MAX_MODEL_BYTES = 256 << 20  # of the program, whose large arrays lie beside it
 _REMEDY = "give a whole .mlpackage folder that holds an ML program"
 _FLOATS = {"FLOAT16": "fp16", "FLOAT32": "fp32", "FLOAT64": "fp64", "BFLOAT16": "bf16"}
 _BYTES = {"fp16", "int8", "uint8", "uint32", *(kind.name for kind in TYPES.values() if kind.bits < 8)}
@@ -123,7 +124,7 @@ def open_package(path: str | Path) -> Package:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
+        manifest = read_json(path / "Manifest.json")
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except FileNotFoundError as error:
         raise InputError(path, "there is no Manifest.json", _REMEDY) from error
@@ -139,7 +140,7 @@ def open_package(path: str | Path) -> Package:
 
     model = Model_pb2.Model()
     try:
-        model.ParseFromString(model_path.read_bytes())
+        model.ParseFromString(read_bytes(model_path, MAX_MODEL_BYTES))
     except (OSError, DecodeError) as error:
         raise InputError(model_path, f"cannot be read as a Core ML model ({error})", _REMEDY) from error
     if model.WhichOneof("Type") != "mlProgram":

@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from numpy.typing import NDArray
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import regular
 
 MAGIC = b"GGUF"
 VERSION = 3  # 2 is the same bytes; 1 had 32-bit lengths
@@ -251,7 +252,7 @@ def read(path: Path) -> Container:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular(path)
         data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError as error:
         raise InputError(path, "the file is missing", "give the path of a .gguf file") from error

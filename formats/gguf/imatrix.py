@@ -15,10 +15,12 @@ from gguf.constants import GGMLQuantizationType
 
 from gemexport.formats.gguf.container import MAGIC, Container, read
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import opened, read_bytes
 from gemexport.formats.tensor import Floats
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 CHUNKS = "imatrix.chunk_count"
+MAX_BYTES = 1 << 30  # four bytes for a column of each matrix: the largest known have a few hundred megabytes
 REMEDY = "give a file of llama-imatrix"
 
 
@@ -38,8 +40,8 @@ def read_imatrix(path: Path) -> Imatrix:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            data = b"" if file.read(len(MAGIC)) == MAGIC else path.read_bytes()
+        with opened(path, MAX_BYTES) as file:
+            data = b"" if file.read(len(MAGIC)) == MAGIC else read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", REMEDY) from error
     found = _legacy(path, data) if data else _gguf(read(path))

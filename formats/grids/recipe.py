@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import read_text
 
 
 class Scheme(BaseModel):
@@ -83,7 +84,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if not path.is_file():
         raise InputError(name_or_path, "is neither a recipe nor a file", f"use one of {known}, or a TOML file")
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
         fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         return Recipe.model_validate({"name": path.stem, **fields})
     except ValidationError as error:

@@ -20,6 +20,7 @@ from gemexport.formats.onnx import builder as onnx_builder
 from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
 from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import regular
 from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero poi
 EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
 NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+MAX_GRAPH_BYTES = 2 << 30  # of a graph without its external data: protobuf has no larger
 BROKEN = "export or download it again"
 
 Place = tuple[str, int] | None  # the file of external data and the offset in it
@@ -113,7 +115,10 @@ def read_model(file: Path) -> ir.Model:
     import onnx_ir as ir
 
     try:
+        regular(file, MAX_GRAPH_BYTES)
         return ir.load(file)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(file, "is not a whole ONNX model", BROKEN) from error
 

@@ -6,7 +6,6 @@ embedding as the head alone.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import numpy as np
 
 from gemexport.formats.gemma.families import by_type
 from gemexport.formats.gemma.names import role_of
+from gemexport.formats.storage.reading import read_optional_json
 from gemexport.formats.tensor import ArrayTensor, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
@@ -82,9 +82,6 @@ def _unstacked(layer: str, tensor: Tensor, heads: int, kv_heads: int) -> dict[st
 
 def _norm_offset(folder: Path) -> float:
     """What the builder added to norms: that of the family that genai_config.json names; 0 when there is none."""
-    try:
-        kind = str(json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-    family = by_type(kind)
+    said = read_optional_json(folder / "genai_config.json").get("model")
+    family = by_type(str(said.get("type"))) if isinstance(said, dict) else None
     return 0.0 if family is None else family.norm_offset

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import AGAIN, opened, read_json, regular
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, from_bf16, matrix_of
 
 NUMPY_DTYPES: dict[str, str] = {
@@ -42,6 +43,8 @@ NUMPY_DTYPES: dict[str, str] = {
 FLOAT_DTYPES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 DTYPE_NAMES: dict[DType, str] = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
+MAX_TENSORS = 1 << 17  # of a model: 128 experts in 62 layers, with three arrays a matrix, are 71,000
+MAX_HEADER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -133,17 +136,13 @@ def read_file(path: Path) -> dict[str, MappedArray]:
 
     Raises InputError when the file is truncated or its header lies (offsets that overlap, leave gaps or exceed it).
     """
-    broken = "download or save the file again"
+    length, text = _header(path)
     try:
         with safe_open(path, framework="numpy") as judged:
             judged.keys()
-    except FileNotFoundError as error:
-        raise InputError(path, "the file is missing", broken) from error
     except SafetensorError as error:
-        raise InputError(path, f"is not a whole safetensors file ({error})", broken) from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        raise InputError(path, f"is not a whole safetensors file ({error})", AGAIN) from error
+    header = json.loads(text)
     tensors, mapped = {}, MappedFile(path)
     for name, item in header.items():
         if name == "__metadata__":
@@ -157,8 +156,25 @@ def read_file(path: Path) -> dict[str, MappedArray]:
     return tensors
 
 
+def _header(path: Path) -> tuple[int, bytes]:
+    """The length that a file says its header has, and as much of that as there is; InputError for one without end."""
+    try:
+        with opened(path) as file:
+            size = regular(path)
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, MAX_HEADER_BYTES))
+    except FileNotFoundError as error:
+        raise InputError(path, "the file is missing", AGAIN) from error
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS or len(text) < length <= size:
+        problem = f"has {count} tensors or more in a header of {length} bytes"
+        raise InputError(path, problem, f"save the model in shards of fewer than {MAX_TENSORS} tensors")
+    return length, text
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form metadata of a safetensors file."""
+    """The free-form metadata of a safetensors file; InputError for a header without end."""
+    _header(path)
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
 
@@ -178,12 +194,10 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
             )
         return read_file(single)
     try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            index, "is not an index of shards (no weight_map)", "download or save the file again"
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(index, "is not an index of shards (no weight_map)", AGAIN) from error
     if single.is_file() and single.name not in names:
         return read_file(single)  # the index is of shards that were here before; transformers takes the file, too
     found: dict[str, MappedArray] = {}
@@ -197,6 +211,8 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
         if not shard.is_file():
             raise InputError(index, f"names the shard {name}, which is missing", "download the missing shard")
         found |= read_file(shard)
+        if len(found) > MAX_TENSORS:
+            raise InputError(index, f"names more than {MAX_TENSORS} tensors", AGAIN)
     for tensor, name in weight_map.items():
         if tensor not in found:
             raise InputError(

@@ -16,8 +16,10 @@ from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.reading import read_text
 from gemexport.shared.place import RANGES, Place, opened
 
+TEXT_BYTES = 64 << 20  # of a calibration text
 CALIBRATION_TOKENS = 65536  # of a text file: what follows is not read
 OWN = frozenset({"calibration", "ranges"})  # options that say where ranges come from: then there is nothing to measure
 
@@ -61,8 +63,8 @@ def samples(place: Place, checkpoint: Checkpoint, text: Path | None) -> list[lis
     if text is None:
         return place.sequences(checkpoint)
     try:
-        ids = tokenizer.load(checkpoint.assets / "tokenizer.json")(text.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        ids = tokenizer.load(checkpoint.assets / "tokenizer.json")(read_text(text, TEXT_BYTES))
+    except OSError as error:
         raise InputError(text, f"cannot be read as text ({error})", "give a UTF-8 file") from error
     if not ids:
         raise InputError(text, "has no text", "give a file with some")

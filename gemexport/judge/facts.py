@@ -6,13 +6,13 @@ Runtime GenAI's configuration some sizes. Special tokens and templates are the t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
+from gemexport.formats.checkpoint import read_config
 from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.model import Model, describe
 from gemexport.shared.measured import FactReport
@@ -79,13 +79,10 @@ def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]
     if target == "coreml":
         return tuple(_core_ml(path, model.decoder))
     if target == "onnx":
-        return tuple(_genai(path, model.decoder))
+        return (*_genai(path, model.decoder), *_config(path, model))
     if target == "gguf":
         return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
-    if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        return tuple(_decoders(model, describe(config, path / "config.json"), CONFIG_KEYS))
-    return ()
+    return tuple(_config(path, model))
 
 
 def activation_differences(model: Activations | None, stored: Activations | None) -> tuple[FactReport, ...]:
@@ -138,6 +135,12 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
     found = open_package(path).metadata.get(key)
     if found is not None and found != str(model.sliding_window):
         yield FactReport(name=key, found=found, expected=str(model.sliding_window))
+
+
+def _config(path: Path, model: Model) -> Iterator[FactReport]:
+    """The decoder in config.json, where there is one."""
+    if (path / "config.json").is_file():
+        yield from _decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS)
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:

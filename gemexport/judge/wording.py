@@ -74,10 +74,12 @@ class Wording:
 
     def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
         """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
-        own = runtime is not None and runtime.tokenize("") is not None
+        tables, expected = self._tables(artifact), self._texts
+        try:
+            own = runtime is not None and runtime.tokenize("") is not None
+        except InputError as error:  # its program does not take it
+            return TokenizerReport(texts=len(expected), equal=0, vocabulary=(*tables, error.problem))
         name = runtime.name if runtime is not None and own else f"tokenizers {version('tokenizers')}"
-        tables = self._tables(artifact)
-        expected = self._texts
         found = (lambda text: runtime.tokenize(text) or []) if runtime is not None and own else artifact.encode()
         if found is None:
             return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables)

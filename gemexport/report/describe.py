@@ -16,6 +16,7 @@ from rich.table import Table
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, recognise
 from gemexport.report.render import number, quantity, share, size
@@ -59,7 +60,7 @@ def _is_checkpoint(path: Path) -> bool:
     config = path / "config.json"
     if not config.is_file():
         return False
-    text = config.read_text("utf-8", errors="replace")
+    text = read_text(config, JSON_BYTES)
     return '"quantization' not in text and not any(path.glob("*.onnx"))
 
 

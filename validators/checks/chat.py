@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.checkpoint import is_gguf
+from gemexport.formats.storage.reading import read_text
 from gemexport.validators.checks.vocabulary import content, settings_of
 from gemexport.validators.runtimes.protocol import Layout
 
@@ -175,7 +176,7 @@ def template(folder: Path) -> Template | None:
         return _gguf_template(folder)
     settings = settings_of(folder)
     file = folder / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
+    source = read_text(file) if file.is_file() else settings.get("chat_template")
     if isinstance(source, list):
         source = next((item.get("template") for item in source if item.get("name") == "default"), None)
     if not isinstance(source, str):

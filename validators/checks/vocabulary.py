@@ -5,7 +5,6 @@ Texts can only sample a tokenizer. Its tables can be compared whole, and what is
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from gemexport.formats.checkpoint import is_gguf, read_tokenizer, uncollected
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.reading import read_optional_json
 
 SPACE, MASK = "▁", "<mask>"
 NORMAL, BYTE, ADDED, SPECIAL, NONE = "normal", "byte", "added", "special", "no token"
@@ -75,13 +75,7 @@ def compare(expected: Vocabulary, found: Vocabulary, size: int) -> tuple[str, ..
 
 def settings_of(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
     """A JSON object in a folder, empty where there is no such file; InputError for one that is broken."""
-    path = folder / name
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "save the tokenizer again") from error
+    return read_optional_json(folder / name, "save the tokenizer again")
 
 
 def content(token: Any) -> str | None:

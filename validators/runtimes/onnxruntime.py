@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 from gemexport.formats.onnx import read_model
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.layers import in_order
-from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout, Logits
+from gemexport.validators.runtimes import genai
+from gemexport.validators.runtimes.onnx_traits import traits
+from gemexport.validators.runtimes.protocol import Laps, Layout, Logits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,8 +36,6 @@ NUMPY_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
     "tensor(int16)": np.int16, "tensor(uint16)": np.uint16,
 }  # fmt: skip
-
-_ATTRIBUTES = ("accuracy_level", "sliding_window_cache", "local_window_size")
 
 Cache = dict[str, NDArray[Any]]
 
@@ -83,7 +83,7 @@ def cpu_session(file: Path, threads: int, model: bytes | None = None) -> onnxrun
 
     `model` is read in place of the file, whose folder has the weights.
     """
-    as_written = _traits([file]).arithmetic == "static-activations"
+    as_written = traits([file]).arithmetic == "static-activations"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -105,59 +105,18 @@ def cpu_session(file: Path, threads: int, model: bytes | None = None) -> onnxrun
         raise InputError(file, f"ONNX Runtime does not load it ({reason})", "export it again") from error
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What the operators of an artefact's graphs say about how it runs."""
-
-    arithmetic: Arithmetic
-    capacities: dict[str, int]  # positions that a cache of fixed size holds, by the input's name
-
-
-def _rounding(node: ir.Node) -> Arithmetic:
-    """What a QuantizeLinear of activations means: the checkpoint's own int8 scales, or an NPU's unsigned integers."""
-    import onnx_ir as ir
-
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    if zero is None or zero.dtype == ir.DataType.INT8:
-        return "static-activations"
-    return "static-int8" if zero.dtype == ir.DataType.UINT8 else "static-int16"
-
-
-def _traits(files: Sequence[Path]) -> Traits:
-    import onnx_ir as ir
-
-    arithmetics: set[Arithmetic] = set()
-    capacities: dict[str, int] = {}
-    for file in files:
-        graph = read_model(file).graph
-        for node in graph:
-            if node.op_type == "QuantizeLinear":
-                arithmetics.add(_rounding(node))
-            numbers = {name: node.attributes.get_int(name, 0) for name in _ATTRIBUTES if name in node.attributes}
-            if numbers.get("accuracy_level") == 4:
-                arithmetics.add("int8-activations")
-            # The runtime drops what has left the window, and wants room for the window from the start.
-            if numbers.get("sliding_window_cache"):
-                capacities |= {v.name or "": numbers["local_window_size"] for v in node.inputs[3:5] if v is not None}
-        if any(output.dtype == ir.DataType.FLOAT16 for output in graph.outputs):
-            arithmetics.add("f16")
-    order: tuple[Arithmetic, ...] = (
-        "static-int8", "static-int16", "int8-activations", "static-activations", "f16"
-    )  # fmt: skip
-    return Traits(next((kind for kind in order if kind in arithmetics), "f32"), capacities)
-
-
 class _Model(ABC):
     """What both kinds have in common."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
-        self.traits = _traits(files)
+        self.folder = folder
+        self.traits = traits(files)
         self.arithmetic = self.traits.arithmetic
         self.single = SINGLE
         self.laps = Laps()
-        tokenizer = folder / "tokenizer.json"
-        self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
+        if genai.runs(folder):
+            self.name += f", {genai.name()}"
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Logits `[n, vocabulary]`, from an empty cache."""
@@ -208,10 +167,18 @@ class _Model(ABC):
                 self.seen.setdefault(name, []).append(np.asarray(value, np.float32)[0, padding:])
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Ids by the folder's tokenizer.json; None when it has none."""
-        if self._tokenizer is None:
+        """Ids as onnxruntime-genai reads texts in a folder made for it, else by tokenizer.json; None without one."""
+        return None if self._encode is None else self._encode(text)
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]] | None:
+        if genai.runs(self.folder):
+            return genai.encoder(self.folder)
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
             return None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        tokenizer = Tokenizer.from_file(str(file))
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """None: the folder's template is for whoever runs it."""

@@ -201,6 +201,21 @@ def test_the_configuration_counts_the_layers_that_have_a_cache(checkpoint: Check
     assert (path / "tokenizer.json").read_bytes() == (checkpoint.path / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_decoders_config_lies_beside_the_graphs(checkpoint: Checkpoint, tmp_path: Path, variant: str) -> None:
+    """Optimum and transformers.js do not start without it; of a multimodal model it is the part that the graphs are."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.path, folder)
+    own = json.loads((folder / "config.json").read_text("utf-8"))
+    family = own["model_type"].removesuffix("_text")
+    whole = {"model_type": family, "architectures": ["X"], "text_config": own, "vision_config": {}}
+    for config in (own, whole):
+        (folder / "config.json").write_text(json.dumps(config))
+        path = export(open_checkpoint(folder), tmp_path / config["model_type"], variant=variant).path
+        found = json.loads((path / "config.json").read_text("utf-8"))
+        assert found == {**own, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+
+
 def test_answers_end_and_tokens_are_chosen_as_generation_config_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Chat models may name the end of a turn in generation_config.json alone, which onnxruntime-genai does not read."""
     folder = tmp_path / "model"

@@ -65,6 +65,15 @@ def test_onnxruntime_genai_is_told_of_the_graph_that_is_there(checkpoint: Checkp
         differences("onnx", folder, checkpoint.model)
 
 
+def test_the_config_beside_onnx_graphs_is_the_decoders(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Optimum and transformers.js run the graphs by it."""
+    export = pytest.importorskip("gemexport.exporters.onnx").export
+    folder = export(checkpoint, tmp_path / "onnx").path
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "max_position_embeddings": 128}))
+    assert [item.name for item in differences("onnx", folder, checkpoint.model)] == ["max_position_embeddings"]
+
+
 def test_the_last_bit_of_f32_is_no_difference(folder: Path, checkpoint: Checkpoint) -> None:
     model = changed(checkpoint, rms_norm_eps=9.9999999e-7)
     assert differences("mlx", folder, model) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
+from gemexport.judge.wording import check_wording
 
 pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
@@ -122,8 +124,53 @@ def test_onnxruntime_genai_generates(checkpoint: Checkpoint, tmp_path: Path, sha
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
     assert found == adapter.load(path, threads=1, context=128).greedy(TOKENS[:21], 32)[: len(found)]
+
+
+def test_texts_are_read_as_onnxruntime_genai_reads_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With BOS, by the option that docs/onnx.md names: the text then goes on as in the script beside the graphs."""
+    og = pytest.importorskip("onnxruntime_genai")
+    made = export(checkpoint, tmp_path / "int4")
     text = "Café déjà vu — 123 😊"
-    assert og.Tokenizer(model).encode(text).tolist() == adapter.load(path, threads=1, context=1).tokenize(text)
+    expected = tokenizers.Tokenizer.from_file(str(made.path / "tokenizer.json")).encode(text).ids
+    assert expected[0] == checkpoint.architecture.bos_token_id
+    runtime = adapter.load(made.path, threads=1, context=1)
+    assert runtime.tokenize(text) == expected[1:]
+    assert "onnxruntime-genai" in runtime.name
+    model = og.Model(str(made.path))
+    tokenizer = og.Tokenizer(model)
+    assert tokenizer.encode(text).tolist() == expected[1:]  # what the option is for
+    tokenizer.update_options(add_special_tokens="true")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=60, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(tokenizer.encode(text))
+    found = []
+    while not generator.is_done() and len(found) < 9:
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    said = subprocess.run([sys.executable, "-I", made.path / "generate.py", text, "9"], capture_output=True, check=True)
+    plain = tokenizers.Tokenizer.from_file(str(made.path / "tokenizer.json")).decode(expected + found)
+    assert said.stdout.decode("utf-8").strip("\n") == plain.strip("\n")
+
+
+def test_a_tokenizer_that_onnxruntime_genai_reads_otherwise_is_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without the class it takes <pad> for BOS, without the file it does not start; the other checks go on."""
+    pytest.importorskip("onnxruntime_genai")
+    path = export(checkpoint, tmp_path / "int4").path
+    settings = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    del settings["tokenizer_class"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    runtime = adapter.load(path, threads=1, context=1)
+    with pytest.raises(InputError, match=r"begins a text with \[0\], and the model with BOS, 2"):
+        runtime.tokenize("")
+    (path / "tokenizer_config.json").unlink()
+    runtime = adapter.load(path, threads=1, context=1)
+    with pytest.raises(InputError, match="does not read its tokenizer"):
+        runtime.tokenize("")
+    found, _ = check_wording(tmp_path / "work", checkpoint, path, runtime)
+    assert found is not None
+    assert found.equal == 0
+    assert any("does not read its tokenizer" in line for line in found.vocabulary)
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(tiny_gemma3: Path, tmp_path: Path) -> None:
