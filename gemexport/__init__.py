@@ -10,8 +10,9 @@ from gemexport._version import __version__
 if TYPE_CHECKING:
     from gemexport.api import export, validate
     from gemexport.formats.storage.errors import InputError
+    from gemexport.report.console import Advance
 
-__all__ = ["InputError", "__version__", "export", "validate"]
+__all__ = ["Advance", "InputError", "__version__", "export", "validate"]
 
 # At the root of a checkout Python finds this folder before the package that was installed; formats, exporters and
 # validators lie beside it there.
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from gemexport import api
 
         return getattr(api, name)
+    if name == "Advance":
+        from gemexport.report.console import Advance
+
+        return Advance
     if name == "InputError":
         from gemexport.formats.storage.errors import InputError
 

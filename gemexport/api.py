@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemexport.formats.grids.recipe import Recipe
+from gemexport.report.console import Listener, listening
 from gemexport.report.schema import ArtifactReport, Report
 
 
@@ -14,11 +15,11 @@ def export(
     model: str | Path,
     out: str | Path | None = None,
     *,
-    formats: list[str] | None = None,
-    variants: dict[str, tuple[str, ...]] | None = None,
+    formats: Sequence[str] | None = None,
+    variants: Mapping[str, Sequence[str]] | None = None,
     recipe: str | Recipe = "default",
     jobs: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     adapter: str | Path | None = None,
     compress: str | None = None,
     compress_python: str | Path | None = None,
@@ -26,27 +27,33 @@ def export(
     tokens: int = 512,
     validate: bool = True,
     fresh: bool = False,
-    options: dict[str, dict[str, Any]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     ple_codec: str | None = None,
+    progress: Listener | None = None,
 ) -> Report:
     """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
 
     `adapter` is the folder of a LoRA (PEFT) to merge into it. `compress` (gptq, awq or rtn) has llm-compressor quantize
     the linears first, in the interpreter `compress_python`, on the text file `calibration` (docs/compress.md). `memory`
-    is in bytes, `tokens` how many the logits are compared on, `variants` and `options` go by format; `ple_codec`, such
-    as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats that hold one
-    (docs/ple-codec.md). Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds.
-    Raises InputError when the request or the checkpoint is at fault; an artefact that fails is in the report, not
-    raised.
+    is in bytes or such as "8GB", `tokens` how many the logits are compared on, `variants` and `options` go by format;
+    `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats
+    that hold one (docs/ple-codec.md). `progress` is called with an `Advance` whenever a step starts, advances or ends;
+    what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere.
+
+    Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when
+    the request or the checkpoint is at fault, RuntimeError when a step fails without which there is nothing; an
+    artefact that fails is in the report, not raised.
     """
     from gemexport.request import request
     from gemexport.run import run
 
     asked = request(
-        model, out, formats, None, variants, recipe, jobs, memory, adapter, compress, compress_python, calibration,
-        ple_codec, tokens=tokens, validate=validate, fresh=fresh, options=options or {},
+        model=model, out=out, formats=formats, variants=variants, recipe=recipe, jobs=jobs, memory=memory,
+        adapter=adapter, compress=compress, compress_python=compress_python, calibration=calibration, tokens=tokens,
+        validate=validate, fresh=fresh, options=options, ple_codec=ple_codec,
     )  # fmt: skip
-    return run(asked)
+    with listening(progress) as events:
+        return run(asked, events)
 
 
 def validate(
@@ -55,15 +62,17 @@ def validate(
     *,
     recipe: str | Recipe = "default",
     tokens: int = 512,
-    memory: int | None = None,
+    memory: int | str | None = None,
     adapter: str | Path | None = None,
     qnn_context: str | Path | None = None,
     qnn_arch: str | None = None,
+    progress: Listener | None = None,
 ) -> ArtifactReport:
     """Judge an artefact, whoever made it, against the checkpoint (and the LoRA adapter) it was made from.
 
     With `qnn_context` an NPU variant of ONNX is also compiled for Qualcomm's HTP of architecture `qnn_arch` and run in
-    its emulator; the context binaries appear in that folder. Raises InputError when one of them cannot be read.
+    its emulator; the context binaries appear in that folder. `progress` is as in `export`. Raises InputError when one
+    of them cannot be read, RuntimeError when a step fails without which there is no verdict.
     """
     from gemexport.registry import recognise
     from gemexport.request import request
@@ -71,6 +80,7 @@ def validate(
 
     path = Path(artifact)
     target = recognise(path)
-    asked = request(model, None, [], recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
+    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
     context = None if qnn_context is None else Path(qnn_context)
-    return judge(path, target, replace(asked, variants={}), qnn_context=context, qnn_arch=qnn_arch)
+    with listening(progress) as events:
+        return judge(path, target, asked, events, qnn_context=context, qnn_arch=qnn_arch)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
-from dataclasses import replace
 from inspect import Parameter, Signature
 from io import TextIOWrapper
 from pathlib import Path
@@ -110,7 +108,7 @@ def export_all(
     _run(
         as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip), adapter=adapter,
         compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
-        memory=parse_bytes(memory), tokens=tokens, validate=not no_validate, fresh=fresh, ple_codec=ple_codec,
+        memory=memory, tokens=tokens, validate=not no_validate, fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
 
 
@@ -126,13 +124,12 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 def _add_format(target: Target) -> None:
     """The command that exports into one format, with the settings of its exporter as options."""
 
-    def export(variant: str | None, as_json: bool, memory: str | None, no_validate: bool, **given: Any) -> None:
+    def export(variant: str | None, as_json: bool, no_validate: bool, **given: Any) -> None:
         options = {setting.name: given.pop(setting.name) for setting in target.settings}
         _run(
             as_json,
             formats=[target.name],
             variants={target.name: split(variant)} if variant else None,
-            memory=parse_bytes(memory),
             validate=not no_validate,
             options={target.name: {name: value for name, value in options.items() if value is not None}},
             **given,
@@ -186,11 +183,9 @@ def validate(
     from gemexport.run import validate as judge
 
     target = recognise(artifact)
-    asked = request(model, None, [], recipe=recipe, memory=parse_bytes(memory), adapter=adapter, tokens=tokens)
+    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
     with watching(as_json) as events:
-        report = judge(
-            artifact, target, replace(asked, variants={}), events, qnn_context=qnn_context, qnn_arch=qnn_arch
-        )
+        report = judge(artifact, target, asked, events, qnn_context=qnn_context, qnn_arch=qnn_arch)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -231,9 +226,9 @@ def plan(
         raise InputError("--variant", "is of one format", "name it with --only")
     variants = {formats[0]: split(variant)} if variant else None
     asked = request(
-        model, out, formats, split_formats(skip), variants, recipe, jobs,
-        parse_bytes(memory), adapter, compress, compress_python, calibration, ple_codec,
-        tokens=tokens, validate=not no_validate,
+        model=model, out=out, formats=formats, skip=split_formats(skip), variants=variants, adapter=adapter,
+        compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
+        memory=memory, tokens=tokens, validate=not no_validate, ple_codec=ple_codec,
     )  # fmt: skip
     print_plan(asked, as_json)
 
@@ -290,19 +285,6 @@ def _print_json(text: str) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     print(text, end="")
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """Bytes of a size such as 8GB, 500MB or 8GiB; InputError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
-    if match is None or match[2] not in _UNITS:
-        raise InputError(f"--memory {text}", "is not a size", "write it like 8GB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 _INTERRUPTED = 130  # 128 and the number of the signal, as shells say it

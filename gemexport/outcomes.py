@@ -85,7 +85,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
 
 def _codec_notes(asked: Request, step: Step) -> list[str]:
     """That a codec was asked for which the artefact has no place for."""
-    codecs = ", ".join(str(codec) for codec in asked.ple_codecs if codec is not None)
+    codecs = ", ".join(str(codec) for codec in asked.ple_codec if codec is not None)
     if not codecs or step.variant in step.target.codec_variants:
         return []
     what = f"the variant {step.variant}" if step.target.codec_variants else step.target.title

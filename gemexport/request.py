@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gemexport.compress import FOLDER, Compression, compression
 from gemexport.formats.checkpoint import TOKENIZER, Checkpoint, check_tokenizer, checkpoint_name, open_checkpoint
-from gemexport.formats.grids.recipe import Recipe, load_recipe
+from gemexport.formats.grids.recipe import RECIPES, Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS, Target, target
@@ -18,27 +30,70 @@ from gemexport.shared.memory import available_memory
 from gemexport.shared.place import Place
 
 DEFAULT_TOKENS = 512
+MEGABYTE = 10**6
 
 
-@dataclass(frozen=True)
+def _recipe(given: Any) -> Any:
+    return load_recipe(given) if isinstance(given, str) else given
+
+
+def _codecs(given: Any) -> Any:
+    return parse_all(given) if isinstance(given, str) else given
+
+
+def _memory(given: Any) -> Any:
+    """Bytes of a size such as 8GB, 500 MB or 8GiB; InputError for anything else, and for a unit that was forgotten."""
+    text = str(given).strip()
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise InputError(f"--memory {text}", "is not a size", "write it like 8GB") from error
+    if size < MEGABYTE and not text[-1].isalpha():
+        raise InputError(f"--memory {text}", "is too small for bytes", "write a unit, such as 8GB")
+    return size
+
+
+def _there(calibration: Path) -> Path:
+    if not calibration.is_file():
+        raise InputError(calibration, "there is no such file", "give a text file in UTF-8")
+    return calibration
+
+
+def _at_least(least: int) -> Callable[[int, ValidationInfo], int]:
+    """A check of an option's least value; InputError for one below."""
+
+    def check(value: int, info: ValidationInfo) -> int:
+        if value < least:
+            raise InputError(f"--{info.field_name} {value}", "is too small", f"give {least} or more, or leave it out")
+        return value
+
+    return check
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Request:
-    """What a run was asked for."""
+    """What a run is asked for, complete and checked: InputError for what cannot be done.
+
+    Built with keywords; `request` makes it of what somebody said, for the command line and for `gemexport.export`.
+    """
 
     model: Path
     out: Path
-    variants: dict[str, tuple[str, ...]]  # by format
-    recipe: Recipe
-    jobs: int
-    memory: int
-    tokens: int = DEFAULT_TOKENS
+    variants: dict[str, tuple[str, ...]]  # by format, all that will be written
+    formats: frozenset[str] = frozenset()  # named by the user: one that is not installed is an error
+    recipe: Annotated[Recipe, BeforeValidator(_recipe)] = RECIPES["default"]
+    jobs: Annotated[int, AfterValidator(_at_least(1))] = Field(default_factory=lambda: os.cpu_count() or 1)
+    memory: Annotated[int, BeforeValidator(_memory), AfterValidator(_at_least(1))] = Field(
+        default_factory=lambda: int(available_memory() * 0.8)
+    )  # bytes
+    tokens: Annotated[int, AfterValidator(_at_least(2))] = DEFAULT_TOKENS
     validate: bool = True
     fresh: bool = False
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of exporters, by format
-    ple_codecs: tuple[Codec | None, ...] = (None,)  # for the per-layer embeddings, an artefact each
-    asked_for: frozenset[str] = frozenset()  # formats named by the user: one that is not installed is an error
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of exporters, by format
+    ple_codec: Annotated[tuple[Codec | None, ...], BeforeValidator(_codecs)] = (None,)  # an artefact each
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
-    compression: Compression | None = None
-    calibration: Path | None = None  # a text file to measure activations on; None: the built-in prompts
+    compression: Compression | None = None  # what llm-compressor is to do before all else
+    calibration: Annotated[Path, AfterValidator(_there)] | None = None  # text to measure on; None: the built-in prompts
 
     def place(self, work: Path, name: str) -> Place:
         """Where the steps of a run of the model `name` find each other's results."""
@@ -54,47 +109,54 @@ class Request:
 
 
 def request(
+    *,
     model: str | Path,
     out: str | Path | None = None,
-    formats: list[str] | None = None,
-    skip: list[str] | None = None,
-    variants: dict[str, tuple[str, ...]] | None = None,
-    recipe: str | Recipe = "default",
-    jobs: int | None = None,
-    memory: int | None = None,
+    formats: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    variants: Mapping[str, Sequence[str]] | None = None,
     adapter: str | Path | None = None,
     compress: str | None = None,
     compress_python: str | Path | None = None,
     calibration: str | Path | None = None,
-    ple_codec: str | None = None,
-    **settings: Any,
+    **further: Any,
 ) -> Request:
-    """A request with what was not said filled in; InputError for what cannot be done."""
-    path = Path(model)
-    chosen = {name: target(name).variants for name in formats or TARGETS if name not in (skip or [])}
-    for name, asked in (variants or {}).items():
-        chosen[name] = _checked(target(name), asked)
+    """What these words come to, with what was not said (None) filled in; InputError for what cannot be done.
+
+    `further` are fields of a Request as they are, or as they are spelt: `recipe` by its name, `memory` as 8GB.
+    """
+    said = {name: value for name, value in further.items() if value is not None}
+    try:
+        return Request(
+            model=Path(model),
+            out=Path(_folder(model, adapter) if out is None else out),
+            variants=_chosen(formats or (), skip or (), variants or {}),
+            formats=frozenset(formats or ()),
+            adapter=None if adapter is None else Path(adapter),
+            calibration=None if calibration is None else Path(calibration),
+            compression=compression(compress, compress_python, calibration),
+            **said,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(str(first["loc"][0]), first["msg"], "see help(gemexport.export)") from error
+
+
+def _folder(model: str | Path, adapter: str | Path | None) -> str:
+    """The output folder of nobody's choice."""
+    names = [checkpoint_name(Path(model)), *([] if adapter is None else [Path(adapter).resolve().name])]
+    return f"{'-'.join(names)}-gemexport"
+
+
+def _chosen(
+    formats: Sequence[str], skip: Sequence[str], variants: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """All variants that will be written: those that were named, and the defaults of the other formats."""
+    chosen = {name: target(name).variants for name in formats or TARGETS if name not in skip}
+    chosen |= {name: _checked(target(name), asked) for name, asked in variants.items()}
     if not chosen:
-        raise InputError(f"--skip {','.join(skip or [])}", "leaves no format to write", "skip fewer")
-    _check_numbers(jobs=(jobs, 1), memory=(memory, 1), tokens=(settings.get("tokens"), 2))
-    if calibration is not None and not Path(calibration).is_file():
-        raise InputError(calibration, "there is no such file", "give a text file in UTF-8")
-    merged = None if adapter is None else Path(adapter)
-    names = [checkpoint_name(path), *([] if merged is None else [merged.resolve().name])]
-    return Request(
-        model=path,
-        out=Path(out) if out else Path(f"{'-'.join(names)}-gemexport"),
-        variants=chosen,
-        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
-        jobs=jobs or os.cpu_count() or 1,
-        memory=memory or int(available_memory() * 0.8),
-        ple_codecs=(None,) if ple_codec is None else parse_all(ple_codec),
-        asked_for=frozenset(formats or ()),
-        adapter=merged,
-        compression=compression(compress, compress_python, calibration),
-        calibration=None if calibration is None else Path(calibration),
-        **settings,
-    )
+        raise InputError(f"--skip {','.join(skip)}", "leaves no format to write", "skip fewer")
+    return chosen
 
 
 def _checked(chosen: Target, asked: Sequence[str]) -> tuple[str, ...]:
@@ -104,13 +166,6 @@ def _checked(chosen: Target, asked: Sequence[str]) -> tuple[str, ...]:
         problem = f"there is no variant {unknown[0]}" if unknown else "no variant is named"
         raise InputError(chosen.name, problem, f"use some of {', '.join(chosen.known_variants)}")
     return tuple(dict.fromkeys(asked))
-
-
-def _check_numbers(**given: tuple[int | None, int]) -> None:
-    """InputError for an option that is below its least value; None is an option that was not given."""
-    for name, (value, least) in given.items():
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}", "is too small", f"give {least} or more, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -154,5 +209,5 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
         Step(target, variant, target.path(asked.out, checkpoint.name, labelled(variant, codec)), codec)
         for target, variants in ((TARGETS[name], variants) for name, variants in asked.variants.items())
         for variant in variants
-        for codec in (asked.ple_codecs if variant in target.codec_variants else (None,))
+        for codec in (asked.ple_codec if variant in target.codec_variants else (None,))
     ]

@@ -19,6 +19,7 @@ from gemexport.engine.disk import check_room
 from gemexport.engine.output import claim
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge.speed import machine
@@ -28,7 +29,7 @@ from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
-from gemexport.shared.place import WORK
+from gemexport.shared.place import WORK, Place
 from gemexport.shared.scratch import keep_log
 
 
@@ -41,7 +42,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     """
     started = time.monotonic()
     checkpoint = asked.checkpoint()
-    for codec in filter(None, asked.ple_codecs):
+    for codec in filter(None, asked.ple_codec):
         check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     with ExitStack() as held:
@@ -115,9 +116,7 @@ def validate(
         step = Step(target, artifact.stem, artifact)
         nodes = judgement(asked, checkpoint, work, step)
         if qnn_context is not None:
-            arguments = {"place": place, "path": artifact, "context": qnn_context.absolute(), "architecture": qnn_arch}
-            call = Call("gemexport.judge.npu:compile_npu", arguments)
-            nodes.append(Node("npu", call, ("grids",), logits_memory(checkpoint, asked.tokens), asked.tokens))
+            nodes.append(compiling(asked, checkpoint, place, artifact, qnn_context, qnn_arch))
         check_room(work, nodes, asked.jobs)
         outcomes = Scheduler(asked.jobs, asked.memory, work, events or Events()).run(nodes)
         outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
@@ -125,6 +124,15 @@ def validate(
         if outcome.error or name == "grids":
             value_of(name, outcomes)
     return artifact_report(asked, step, outcomes)
+
+
+def compiling(
+    asked: Request, checkpoint: Checkpoint, place: Place, artifact: Path, context: Path, architecture: str | None
+) -> Node:
+    """The step that hands an artefact to the NPU's compiler."""
+    arguments = {"place": place, "path": artifact, "context": context.absolute(), "architecture": architecture}
+    call = Call("gemexport.judge.npu:compile_npu", arguments)
+    return Node("npu", call, ("grids",), memory=logits_memory(checkpoint, asked.tokens), total=asked.tokens)
 
 
 @contextmanager
@@ -169,7 +177,7 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
             possible.append(step)
             continue
         problem = f"needs {', '.join(missing)}, which is not installed"
-        if step.target.name in asked.asked_for:
+        if step.target.name in asked.formats:
             raise InputError(step.target.name, problem, step.target.install_hint())
         left_out.append(
             ArtifactReport(format=step.target.name, variant=step.label, status="skipped",

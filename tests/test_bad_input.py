@@ -144,6 +144,11 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
         (["all", "MODEL", "--memory", "lots"], "--memory lots: is not a size"),
         (["all", "MODEL", "--recipe", "magic"], "magic: is neither a recipe nor a file"),
         (["all", "MODEL", "--memory", "0"], "--memory 0: is too small"),
+        (["all", "MODEL", "--memory", "0GB"], "--memory 0: is too small"),
+        (["all", "MODEL", "--memory", "8"], "--memory 8: is too small for bytes; write a unit, such as 8GB"),
+        (["plan", "MODEL", "--memory", "999999"], "--memory 999999: is too small for bytes"),
+        (["all", "MODEL", "--memory", "-8GB"], "--memory -8GB: is not a size"),
+        (["all", "MODEL", "--memory", "8 gigabytes"], "--memory 8 gigabytes: is not a size"),
         (["all", "MODEL", "--only", ","], ",: names no format"),
         (["all", "MODEL", "--only", "gguf", "--skip", "gguf"], "--skip gguf: leaves no format to write"),
         (["all", "MODEL", "--calibration", "nothing.txt"], "nothing.txt: there is no such file"),
@@ -179,6 +184,7 @@ def test_impossible_request(
         {"jobs": 0},
         {"jobs": -1},
         {"memory": 0},
+        {"memory": 8},
         {"tokens": 1},
     ],
 )
@@ -191,7 +197,7 @@ def test_impossible_request_from_python(asked: dict[str, Any], tiny_gemma4: Path
 def test_variants_are_told_apart_by_commas_and_made_once(tiny_gemma4: Path) -> None:
     variants = split(" Q4_0, Q8_0,Q4_0,")
     assert variants == ("Q4_0", "Q8_0")
-    asked = request(tiny_gemma4, formats=["gguf"], variants={"gguf": ("Q4_0", "Q8_0", "Q4_0")})
+    asked = request(model=tiny_gemma4, formats=["gguf"], variants={"gguf": ("Q4_0", "Q8_0", "Q4_0")})
     assert asked.variants == {"gguf": variants}
 
 
@@ -290,7 +296,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_full_disk(tiny_gemma4: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk(
+    tiny_gemma4: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fills up while the run writes: there was room when it started."""
+    monkeypatch.setattr("gemexport.run.check_room", lambda *_: None)
     line = complaint(capsys, "all", tiny_gemma4, "-o", small_disk / "out", "--only", "gguf,mlx", "--no-validate")
     assert "the disk is full; free some space" in line
     assert not list(small_disk.iterdir())

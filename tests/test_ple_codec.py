@@ -67,8 +67,9 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_each_codec_of_a_list_is_an_artefact_and_is_fitted_once(tiny_gemma4: Path, tmp_path: Path) -> None:
     asked = request(
-        tiny_gemma4, tmp_path / "out", ["mlx", "onnx", "coreml"], ple_codec="none, aqlm:1x8,aqlm:2x8:4", validate=False
-    )
+        model=tiny_gemma4, out=tmp_path / "out", formats=["mlx", "onnx", "coreml"],
+        ple_codec="none, aqlm:1x8,aqlm:2x8:4", validate=False,
+    )  # fmt: skip
     checkpoint = asked.checkpoint()
     wanted = steps(asked, checkpoint)
     assert [(step.label, step.path.relative_to(tmp_path / "out").as_posix()) for step in wanted] == [

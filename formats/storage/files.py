@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemexport.formats.storage.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PARTIAL = ".partial"
 
@@ -52,15 +55,14 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Have the file `path`, in a folder that there is, to oneself: another process that wants it waits.
+def locked(path: Path, *, wait: bool = True) -> FileLock:
+    """A lock to enter: the file `path`, in a folder that there is, to oneself; another process that wants it waits.
 
-    BlockingIOError for one that does not want to `wait`.
+    filelock.Timeout on entering for one that does not want to `wait`.
     """
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    from filelock import FileLock
+
+    return FileLock(path, blocking=wait)
 
 
 def _remove_quietly(path: Path) -> None:

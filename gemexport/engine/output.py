@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
@@ -69,7 +70,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
     with ExitStack() as held:
         try:
             held.enter_context(locked(work / LOCK, wait=False))
-        except BlockingIOError as error:
+        except Timeout as error:
             raise InputError(
                 out, "another run is writing there", "wait for its end, or choose another folder"
             ) from error

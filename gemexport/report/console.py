@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from gemexport.shared.node import Events, Node, Outcome, succeeded
+
+
+@dataclass(frozen=True)
+class Advance:
+    """How far a step has come: `done` of `total`, in the step's own unit; it starts at 0 and has then ended or not.
+
+    `reason` is why a step that has ended has no value, in one line.
+    """
+
+    step: str
+    done: int
+    total: int
+    ended: bool = False
+    reason: str | None = None
+    seconds: float | None = None  # of a step that has ended
+
+
+Listener = Callable[[Advance], None]
+
+
+@contextmanager
+def listening(listener: Listener | None) -> Iterator[Events]:
+    """Events for a caller in Python: its listener's, else bars on a terminal until the block ends, else nobody's."""
+    if listener is not None:
+        yield _Told(listener).events()
+        return
+    console = Console(stderr=True, highlight=False)
+    with watching(quiet=not console.is_terminal) as events:
+        yield events
 
 
 @contextmanager
@@ -34,6 +65,31 @@ def _bars(console: Console) -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console)
+
+
+class _Told:
+    """Passes on how far each step has come, and no step beyond its estimated end."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._done: Counter[str] = Counter()
+
+    def events(self) -> Events:
+        return Events(self.started, self.advanced, self.ended)
+
+    def started(self, node: Node) -> None:
+        self._listener(Advance(node.name, 0, max(node.total, 1)))
+
+    def advanced(self, node: Node, amount: int) -> None:
+        self._done[node.name] += amount
+        total = max(node.total, 1)
+        self._listener(Advance(node.name, min(self._done[node.name], total), total))
+
+    def ended(self, node: Node, outcome: Outcome) -> None:
+        total = max(node.total, 1)
+        good = succeeded(outcome)
+        done, reason = (total, None) if good else (min(self._done[node.name], total), outcome.reason)
+        self._listener(Advance(node.name, done, total, True, reason, outcome.seconds))
 
 
 class _Bars:

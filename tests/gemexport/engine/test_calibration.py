@@ -24,7 +24,9 @@ SIZES = {"context": 64, "prefill": 16}
 def plan(model: Path, **options: Any) -> dict[str, Any]:
     """The steps of a run that writes ONNX for NPUs, by name."""
     variants = {"onnx": ("npu-a8", "npu-a16", "int4")}
-    asked = request(model, "out", ["onnx"], variants=variants, validate=False, options={"onnx": options})
+    asked = request(
+        model=model, out="out", formats=["onnx"], variants=variants, validate=False, options={"onnx": options}
+    )
     checkpoint = asked.checkpoint()
     return {node.name: node for node in graph(asked, checkpoint, Path("work"), steps(asked, checkpoint))}
 

@@ -1,0 +1,36 @@
+"""Locks between processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from gemexport.formats.storage.files import locked
+
+HOLDS = """
+import sys
+from pathlib import Path
+from gemexport.formats.storage.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_one_processs_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    command = [sys.executable, "-P", "-c", HOLDS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(Timeout), locked(path, wait=False):
+            pass
+        other.stdin.close()
+        with locked(path):  # waits for the other's end
+            pass
+    assert other.returncode == 0
