@@ -29,7 +29,7 @@ from gemexport.exporters.onnx.quantized import PRECISIONS, measured, write_quant
 from gemexport.exporters.onnx.runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.streaming import decoder_config, read_settings, write_settings
-from gemexport.exporters.support import experts, require
+from gemexport.exporters.support import all_computed, experts, require
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ def export(
         tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
         checkpoint = replace(checkpoint, tensors=tensors)
     notes += byte_notes(checkpoint.tensors) if variant != "f32" else []
+    notes += all_computed(checkpoint.model) if variant == "npu" else []
     checkpoint = replace(checkpoint, activations=rounding)
     with atomic(path) as partial:
         partial.mkdir()
@@ -133,7 +134,7 @@ def placed(activations: Activations | None, wanted: Placing) -> Activations:
 
 def supports(model: Model, variant: str) -> str | None:
     """Why no graph is written of a model; None where it does."""
-    found = experts(model)
+    found = experts(model) if variant in PRECISIONS else None  # a token would go through all of them, in integers
     return None if found is None else f"the graphs do not compute this decoder: {found}"
 
 

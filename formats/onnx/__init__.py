@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.formats.gemma.names import role_of
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
@@ -107,7 +108,7 @@ def canonical_name(name: str) -> str | None:
     name = re.sub(r"_(Q\d+(G\d+)?|quant|qweight)$", "", name).replace(".MatMul.weight", ".weight")
     name = name.replace(".attn.", ".self_attn.").replace("_norm.layernorm.weight", "_norm.weight")
     name = re.sub(r"^model\.layers\.\d+\.final_norm_layernorm\.", "model.norm.", name)
-    return name if re.match(r"(model|lm_head)\..*(weight|layer_scalar)$", name) else None
+    return name if role_of(name) is not None or re.match(r"(model|lm_head)\..*weight$", name) else None
 
 
 def read_model(file: Path) -> ir.Model:
