@@ -7,14 +7,14 @@ Eight codes of neighbouring outputs share a word, the even ones in its lower hal
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from gemexport.formats.checkpoint import Source
 from gemexport.formats.gptq import columns, float_scales
-from gemexport.formats.modules import Module, read_source, settings
+from gemexport.formats.modules import Group, Module, check_stated, read_source, settings
 from gemexport.formats.quantized import Layout, QuantizedTensor, misshapen
 from gemexport.formats.storage.bitpack import Unsigned
 from gemexport.formats.storage.errors import InputError
@@ -30,7 +30,8 @@ VERSION = "gemm"
 class Settings(BaseModel):
     """What a reader needs of `quantization_config`; the groups follow from the arrays' shapes."""
 
-    bits: int = BITS
+    bits: Annotated[int, Field(strict=True, gt=0)] = BITS
+    group_size: Group | None = None
     version: str = VERSION
 
 
@@ -44,12 +45,18 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
     if found.version.lower() != VERSION or found.bits != BITS:
         problem = f"the AWQ version {found.version} with {found.bits} bits is not known"
         raise InputError(path, problem, f"save the model in the version {VERSION} with {BITS} bits")
-    return read_source(folder, config, _read)
+
+    def read(module: Module) -> Tensor | None:
+        if "qweight" not in module.arrays:
+            return None
+        tensor = _read(module)
+        check_stated(path, module, {"group_size": found.group_size}, BITS)
+        return tensor
+
+    return read_source(folder, config, read)
 
 
-def _read(module: Module) -> Tensor | None:
-    if "qweight" not in module.arrays:
-        return None
+def _read(module: Module) -> Tensor:
     (out, width), codes, zeros = module.shape, module.need("qweight"), module.need("qzeros")
     scales = float_scales(module)
     groups = scales.entry.shape[0]

@@ -9,7 +9,7 @@ import gc
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -39,6 +39,9 @@ TOKENIZER_FILES = (
 )
 TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_IN_LAYER = re.compile(r"(?:model\.layers|blk)\.\d+\.")
+# Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
+_UNUSED = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
@@ -168,6 +171,7 @@ def _folder(folder: Path) -> Checkpoint:
         if os.path.lexists(folder / name):
             regular(folder / name, TOKENIZER_BYTES)
     found = _source(folder, config, model)
+    check_left_out(folder, found.left_out, _UNUSED)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
         name=checkpoint_name(folder),
@@ -195,6 +199,17 @@ def _source(folder: Path, config: dict[str, Any], model: Model) -> Source:
     return found
 
 
+def check_left_out(path: Path, names: Iterable[str], known: re.Pattern[str]) -> None:
+    """Raise InputError for a tensor in a layer of the decoder that its description has no place for.
+
+    Not for those that `known` matches, which programs leave unused as well.
+    """
+    for name in names:
+        if _IN_LAYER.match(name) and not known.search(name):
+            problem = f"the decoder of the config has no place for the tensor {name}, and would be another without it"
+            raise InputError(path, problem, "use the config.json that came with the model")
+
+
 def quantization_method(config: Mapping[str, Any]) -> str | None:
     """How config.json says that the weights are quantized: its `quant_method`, or `mlx`; None when they are not."""
     if isinstance(config.get("quantization_config"), dict):
@@ -215,8 +230,19 @@ def _plain(folder: Path, model: Model) -> Source:
 
 
 def stored_arrays(folder: Path, model: Model) -> dict[str, MappedArray]:
-    """What the files of a checkpoint hold, by canonical name."""
-    return {model.family.canonical_name(name): array for name, array in read_folder(folder).items()}
+    """What the files of a checkpoint hold, by canonical name.
+
+    Raises InputError for two arrays that are one tensor of the decoder under two names, and differ.
+    """
+    found: dict[str, MappedArray] = {}
+    remedy = "take out the one that is not the model's"
+    for name, array in read_folder(folder).items():
+        canonical = model.family.canonical_name(name)
+        other = found.setdefault(canonical, array)
+        if other is not array and not _same_bytes(other, array):
+            problem = f"holds {canonical} twice, as {other.entry.name} and as {name}, which differ"
+            raise InputError(array.path, problem, remedy)
+    return found
 
 
 def check_head(folder: Path, model: Model, stored: Mapping[str, MappedArray]) -> None:

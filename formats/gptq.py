@@ -8,14 +8,14 @@ format stores every zero point less one, `gptq_v2` as it is.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from gemexport.formats.checkpoint import Source
-from gemexport.formats.modules import Module, apart, read_source, reordered_note, settings
+from gemexport.formats.modules import Group, Module, apart, check_stated, read_source, reordered_note, settings
 from gemexport.formats.quantized import Layout, QuantizedTensor, misshapen, runs
 from gemexport.formats.storage.bitpack import Unsigned, unpack, words
 from gemexport.formats.storage.errors import InputError
@@ -29,7 +29,9 @@ V1, V2 = "gptq", "gptq_v2"
 class Settings(BaseModel):
     """What a reader needs of `quantization_config`; bits and groups follow from the arrays' shapes."""
 
-    bits: int = 4
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Group | None = None
+    dynamic: dict[str, Any] | None = None  # other settings for some modules
     checkpoint_format: str | None = None
     pack_dtype: str = "int32"
 
@@ -53,6 +55,8 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
         if "qweight" not in module.arrays:
             return None
         layout = _layout(module, found.bits, version)
+        if not found.dynamic:
+            check_stated(path, module, {"bits": found.bits, "group_size": found.group_size}, layout.bits)
         reordered += apart(layout, module)
         return QuantizedTensor(module.name, module.shape, layout)
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from gemexport.formats.checkpoint import Source
 from gemexport.formats.checkpoint import read_config as read_json
 from gemexport.formats.modules import Module, finite_e4m3, read_source
+from gemexport.formats.modules import settings as validated
 from gemexport.formats.quantized import Layout, QuantizedTensor, floats, is_float
 from gemexport.formats.storage.bitpack import Unsigned, unpack, words
 from gemexport.formats.storage.errors import InputError
@@ -23,6 +26,13 @@ from gemexport.formats.tensor import Floats, Tensor
 
 GROUPS = (128, 64, 32)  # what MLX's kernels take, widest first: fewer scales for the same grid
 BITS = (2, 3, 4, 5, 6, 8)
+
+
+class Settings(BaseModel):
+    """What config.json says of quantized modules; a folder of another tool may leave it to the arrays."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    group_size: Literal[16, 32, 64, 128] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,31 +69,44 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
 
 def source(folder: Path, config: dict[str, Any]) -> Source:
     """The decoder in MLX folder `folder`: quantized modules on the grids of their codes."""
-    _check_modes(folder, config)
-    return read_source(folder, config, _read)
+    stated = {(item.bits, item.group_size) for item in _settings(folder, config)}
+
+    def read(module: Module) -> Tensor | None:
+        tensor = _read(module)
+        if tensor is not None and not stated & {tensor.packing, (None, None)}:
+            bits, group = tensor.packing
+            problem = (
+                f"{module.name} has {bits} bits in groups of {group}, of which the quantization settings do not tell"
+            )
+            raise InputError(folder / "config.json", problem, "use the config.json that came with the model")
+        return tensor
+
+    return read_source(folder, config, read)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of an MLX folder; InputError when there is none, or its quantization mode is not known here."""
     config = read_json(folder)
-    _check_modes(folder, config)
+    _settings(folder, config)
     return config
 
 
-def _check_modes(folder: Path, config: dict[str, Any]) -> None:
+def _settings(folder: Path, config: dict[str, Any]) -> list[Settings]:
+    """The settings of modules in general, and of those that have their own."""
     settings = config.get("quantization") or config.get("quantization_config") or {}
     path, remedy = folder / "config.json", "give an MLX folder as mlx_lm saves it"
     if not isinstance(settings, dict):
         raise InputError(path, "the quantization settings are no JSON object", remedy)
-    modes = [settings.get("mode", "affine")]
-    modes += [item.get("mode", "affine") for item in settings.values() if isinstance(item, dict)]
+    modules = [item for item in settings.values() if isinstance(item, dict)]
+    modes = [item.get("mode", "affine") for item in (settings, *modules)]
     unknown = sorted({str(mode) for mode in modes if mode not in MODES})
     if unknown:
         problem = f"the quantization mode {', '.join(unknown)} is not known"
         raise InputError(path, problem, f"give a folder in the mode {' or '.join(MODES)}")
+    return [validated(Settings, path, item) for item in (settings, *modules)]
 
 
-def _read(module: Module) -> Tensor | None:
+def _read(module: Module) -> QuantizedTensor | None:
     """A quantized module, known by its words; what they hold follows from the arrays' shapes, as in mlx_lm."""
     weight = module.arrays.get("weight")
     if weight is None or is_float(weight):
@@ -106,7 +129,8 @@ def _read(module: Module) -> Tensor | None:
         parts = [list(part.entry.shape) for part in (weight, scales, biases) if part is not None]
         problem = f"has words, scales and biases of {parts} where config.json says {list(module.shape)}"
         raise module.wrong(problem)
-    return QuantizedTensor(module.name, module.shape, _layout(module, bits, width // groups[0], weight, scales, biases))
+    layout = _layout(module, bits, width // groups[0], weight, scales, biases)
+    return QuantizedTensor(module.name, module.shape, layout)
 
 
 def _layout(

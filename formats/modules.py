@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from gemexport.formats.checkpoint import Source, check_head, plain_tensor, stored_arrays
 from gemexport.formats.gemma.architecture import TensorSpec
@@ -26,6 +26,16 @@ from gemexport.formats.storage.safetensors import MappedArray
 from gemexport.formats.tensor import Tensor
 
 NARROWEST = 16  # the narrowest block that any format has a container for
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("should be -1, or more than 0")
+    return value
+
+
+# How many columns share a scale, as settings say it: -1 for all of a row.
+Group = Annotated[int, Field(strict=True, ge=-1, le=1 << 20), AfterValidator(_not_zero)]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -114,6 +124,22 @@ def _refuse_bias(stem: str, arrays: Mapping[str, MappedArray]) -> None:
         raise InputError(bias.path, f"{stem} has a bias, which no Gemma has", remedy)
 
 
+def check_stated(path: Path, module: Module, stated: Mapping[str, int | None], bits: int) -> None:
+    """Raise InputError where config.json says other `bits` or another `group_size` than a module's arrays have.
+
+    Of arrays with a row of scales for each group, as GPTQ and AWQ have them.
+    """
+    said, group = stated.get("bits"), stated.get("group_size")
+    width, groups = module.shape[1], module.need("scales").entry.shape[0]
+    remedy = "use the config.json that came with the model"
+    if said is not None and said != bits:
+        problem = f"quantization_config.bits is {said}, and {module.name} has codes of {bits} bits"
+        raise InputError(path, problem, remedy)
+    if group is not None and groups != (1 if group < 0 else -(-width // group)):
+        problem = f"quantization_config.group_size is {group}, and {module.name} has {groups} groups in {width} columns"
+        raise InputError(path, problem, remedy)
+
+
 def apart(layout: Layout, module: Module) -> bool:
     """Whether the columns of a group lie apart, so that nothing but their own format holds them."""
     return layout.block < min(NARROWEST, module.shape[-1])
@@ -144,5 +170,5 @@ def settings(model: type[Settings], path: Path, found: object) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "quantization_config"
-        problem = f"the quantization settings are not understood ({where}: {first['msg']})"
+        problem = f"the quantization settings are not understood ({where}: {first['msg']}, not {first['input']!r:.40})"
         raise InputError(path, problem, "use the config.json that came with the model") from error

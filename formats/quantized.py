@@ -62,6 +62,11 @@ class QuantizedTensor(TensorBase):
         self.name, self.shape = name, shape
         self._layout = layout
 
+    @property
+    def packing(self) -> tuple[int, int]:
+        """Bits of a stored code, and how many columns share a scale."""
+        return self._layout.bits, self._layout.block
+
     @cached_property
     def grid(self) -> Grid:
         """The grid that the stored numbers make; reads every scale once."""

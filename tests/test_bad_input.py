@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
+from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.storage.files import locked
-from gemexport.formats.storage.safetensors import INDEX_NAME
+from gemexport.formats.storage.safetensors import INDEX_NAME, ShardedWriter, read_folder
 from gemexport.registry import split
 from gemexport.request import request
 
@@ -464,3 +466,173 @@ def test_headers_without_end(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert "tensors or more in a header of" in complaint(capsys, "gguf", model, "-o", tmp_path / "out")
     (model / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
     assert "is not a whole safetensors file" in complaint(capsys, "gguf", model, "-o", tmp_path / "out")
+
+
+SETTINGS: list[tuple[str, object]] = [
+    *[("sliding_window", value) for value in (-1, 0, 10**30, True, "8", [8], 8.5)],
+    *[("max_position_embeddings", value) for value in (1e30, 10**30, 0, -4096, None, float("inf"))],
+    *[("rms_norm_eps", value) for value in (float("nan"), float("inf"), -1e-6, 0, "1e-6", 1e30)],
+    *[("final_logit_softcapping", value) for value in (-30.0, 0, float("nan"), True)],
+    *[("eos_token_id", value) for value in (10**12, -1, [1, -2], "1", [[1]], True, 1.5)],
+    ("bos_token_id", -2),
+    ("pad_token_id", [0]),
+    ("num_hidden_layers", 10**9),
+    ("head_dim", 10**30),
+    ("global_head_dim", -64),
+    ("num_kv_shared_layers", -1),
+    ("per_layer_config", {"2": {"head_dim": 10**30}}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SETTINGS)
+def test_a_setting_that_is_absurd(
+    key: str, value: object, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(model, **{key: value})
+    line = complaint(capsys, "plan", model)
+    assert line.startswith(f"gemexport: {model / 'config.json'}: {key}")
+    if value in (-1, -30.0, 1e30):
+        assert line == complaint(capsys, "all", model, "-o", tmp_path / "out", "--no-validate")
+        assert line == complaint(capsys, "inspect", model)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 0},
+        {"rope_theta": -1.0},
+        {"rope_theta": float("nan")},
+        {"rope_theta": 1e4, "rope_type": "linear", "factor": 0},
+        {"rope_theta": 1e4, "rope_type": "proportional", "partial_rotary_factor": 3.0},
+        {"rope_theta": "1e4"},
+    ],
+)
+def test_positions_that_are_absurd(rope: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(model, rope_parameters={"full_attention": rope, "sliding_attention": rope})
+    assert any(f"config.json: {key}" in complaint(capsys, "plan", model) for key in rope)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_parameters"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "llama3", "rope_theta": 1e6}}},
+            "rope_parameters.full_attention",
+        ),
+    ],
+)
+def test_positions_scaled_in_a_way_that_is_not_done(
+    changes: dict[str, Any], key: str, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_gemma3, tmp_path / "model"))
+    edit_config(model, **changes)
+    line = complaint(capsys, "plan", model)
+    assert f"{key}: positions are scaled by" in line
+    assert f"take {key} out" in line
+
+
+def test_the_whole_model_without_the_decoders_config(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text('{"model_type": "gemma4"}')
+    assert "has no text_config for the decoder" in complaint(capsys, "plan", model)
+
+
+def test_the_decoders_fields_under_the_name_of_the_whole(model: Path, tmp_path: Path) -> None:
+    expected = open_checkpoint(model)
+    edit_config(model, model_type="gemma4")
+    found = open_checkpoint(model)
+    assert found.model == expected.model
+    assert found.text_config == expected.text_config
+
+
+def settings_of(method: str) -> list[tuple[str, object]]:
+    wrong = [("bits", 3), ("bits", 0), ("bits", -4), ("bits", True), ("group_size", 0), ("group_size", 10**12)]
+    return [*wrong, ("group_size", "x"), ("group_size", -2), ("group_size", 4), ("group_size", 32.5)]
+
+
+@pytest.mark.parametrize("source", ["gptq", "awq", "mlx", "llm-compressor-w4a16"])
+def test_settings_of_quantization_that_are_absurd(
+    source: str, golden: Path, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if source == "mlx":
+        main_ends_well("mlx", tiny_gemma3, "-o", tmp_path, "--no-validate")
+        capsys.readouterr()
+    model = tmp_path / "mlx" / "4bit" if source == "mlx" else Path(shutil.copytree(golden / source, tmp_path / source))
+    shutil.copyfile(tiny_gemma3 / "tokenizer.json", model / "tokenizer.json")
+    open_checkpoint(model)
+    path = model / "config.json"
+    config = path.read_text()
+    for key, value in settings_of(source):
+        changed = json.loads(config)
+        given = changed["quantization" if source == "mlx" else "quantization_config"]
+        if source.startswith("llm"):
+            given = given["config_groups"]["group_0"]["weights"]
+            key = "num_bits" if key == "bits" else key
+        given[key] = value
+        path.write_text(json.dumps(changed))
+        line = complaint(capsys, "plan", model)
+        assert str(model) in line
+        assert key in line or (source.startswith("llm") and (key, value) == ("num_bits", 3)) or source == "mlx"
+
+
+def rename(model: Path, names: dict[str, str], folder: Path) -> Path:
+    """The checkpoint in `model` with some of its tensors a second time, as zeros, under other names."""
+    stored = read_folder(model)
+    twice = {other: stored[name].entry for name, other in names.items()}
+    entries = [array.entry for array in stored.values()]
+    entries += [replace(entry, name=name) for name, entry in twice.items()]
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with ShardedWriter(folder, entries) as out:
+        for name, array in stored.items():
+            out.write(name, array.array)
+        for name in twice:
+            out.write(name, np.zeros_like(stored[next(k for k, v in names.items() if v == name)].array))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "language_model."])
+def test_one_tensor_under_two_names(
+    prefix: str, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one read was exported, and passed."""
+    name = "layers.1.mlp.up_proj.weight"
+    model = rename(tiny_gemma3, {f"model.{name}": f"{prefix}{name}"}, tmp_path / "model")
+    line = complaint(capsys, "plan", model)
+    assert f"model.{name}" in line
+    assert f"{prefix}{name}" in line
+
+
+def test_one_tensor_under_two_names_and_in_codes(
+    golden: Path, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(golden / "gptq", tmp_path / "gptq"))
+    shutil.copyfile(tiny_gemma3 / "tokenizer.json", model / "tokenizer.json")
+    stem = "layers.1.mlp.up_proj.qweight"
+    again = rename(model, {f"model.{stem}": f"model.language_model.{stem}"}, tmp_path / "again")
+    assert "twice" in complaint(capsys, "plan", again)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.router.proj.weight"),
+        ("model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias"),
+        ("model.layers.0.mlp.gate_proj.weight", "model.layers.6.mlp.gate_proj.weight"),
+    ],
+)
+def test_a_tensor_that_the_decoder_has_no_place_for(
+    name: str, other: str, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = rename(tiny_gemma3, {name: other}, tmp_path / "model")
+    assert f"has no place for the tensor {other}" in complaint(capsys, "plan", model)
+
+
+def test_tensors_that_programs_leave_unused_as_well(tiny_gemma3: Path, tmp_path: Path) -> None:
+    other = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    model = rename(tiny_gemma3, {"model.norm.weight": other}, tmp_path / "model")
+    assert open_checkpoint(model).left_out == (other,)

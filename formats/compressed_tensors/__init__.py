@@ -32,6 +32,7 @@ from gemexport.formats.tensor import Floats, Tensor
 
 # Codes in bytes: bits of a code, and what the codes mean.
 PACKED_FLOATS = ((4, E2M1), (6, E2M3))
+GROUPED = ("group", "tensor_group")  # strategies with a group_size
 SCALES = (*FLOAT_DTYPES, "F8_E4M3", "U8")
 ACTIVATION_SCALES = ("input_scale", "output_scale", "input_global_scale")
 Read = Callable[[int, int], Floats]
@@ -231,6 +232,9 @@ def _spread(module: Module, stored: MappedArray, decoded: Read, args: Args | Non
     groups = shape[1] if len(shape) == 2 else 1
     if shape not in ((out,), (out, groups)) or groups < 1 or width % groups:
         raise misshapen(module.name, stored, module.shape)
+    said = args.group_size if args is not None and args.strategy in GROUPED else None
+    if said is not None and groups != (1 if said < 0 else -(-width // said)):
+        raise module.wrong(f"has {groups} groups in {width} columns where its scheme says a group_size of {said}")
     return width // groups, lambda start, stop: decoded(start, stop).reshape(stop - start, groups)
 
 

@@ -7,11 +7,11 @@ QuantizationArgs) in version 0.20.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from gemexport.formats.modules import Module, settings
+from gemexport.formats.modules import Group, Module, settings
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.patterns import MAX_PATTERNS, Pattern
 
@@ -30,17 +30,20 @@ EMBEDDING, PATTERN = "Embedding", "re:"
 OWN_CONFIG = "use the config.json that came with the model"
 
 
+Block = Annotated[int, Field(gt=0, le=1 << 20)]
+
+
 class Args(BaseModel):
     """How numbers are quantized: weights, activations or the KV cache."""
 
     model_config = ConfigDict(frozen=True)
 
-    num_bits: int = 8
+    num_bits: Annotated[int, Field(strict=True, ge=1, le=32)] = 8
     type: str = "int"
     symmetric: bool = True
     strategy: str | None = None
-    group_size: int | None = None
-    block_structure: tuple[int, int] | None = None
+    group_size: Group | None = None
+    block_structure: tuple[Block, Block] | None = None
     dynamic: bool | str = False
 
     @field_validator("block_structure", mode="before")

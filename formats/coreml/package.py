@@ -124,7 +124,7 @@ def open_package(path: str | Path) -> Package:
     """
     path = Path(path)
     try:
-        manifest = read_json(path / "Manifest.json")
+        manifest = read_json(path / "Manifest.json", _REMEDY)
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except FileNotFoundError as error:
         raise InputError(path, "there is no Manifest.json", _REMEDY) from error

@@ -54,8 +54,12 @@ def text_config(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """
     family = family_of(config, path)
     if config["model_type"] == family.whole_type:
-        inner = {"model_type": family.text_type, **config["text_config"]}
-        config = inner | {key: config[key] for key in _WHOLE_DECIDES if config.get(key) is not None}
+        inner = config.get("text_config")
+        if isinstance(inner, dict):
+            whole = {key: config[key] for key in _WHOLE_DECIDES if config.get(key) is not None}
+            config = {"model_type": family.text_type, **inner} | whole
+        else:
+            config = {**config, "model_type": family.text_type}
     return family.spelt(config)
 
 

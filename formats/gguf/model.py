@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats.checkpoint import Checkpoint, checkpoint_name
+from gemexport.formats.checkpoint import Checkpoint, check_left_out, checkpoint_name
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import family_of, joined_tensors, stored_tensors
 from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, model_of
@@ -24,6 +25,7 @@ from gemexport.formats.storage.files import PARTIAL, explained
 from gemexport.formats.tensor import Tensor
 
 UNPACKED = "1"  # of what `write` makes; another one makes it anew
+_UNUSED = re.compile(r"\.attn_[kv](?:_norm)?\.")  # of layers that read the keys and values of another one
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 
 
@@ -66,7 +68,9 @@ def _tensors(parts: Parts, model: Model) -> tuple[dict[str, Tensor], tuple[str, 
         tensors[name] = tensor
     used = {whole[name].stored_name for name in tensors if name in whole}
     used.update(name for _, names in joined.values() for name in names)
-    return tensors, tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
+    left_out = tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
+    check_left_out(parts.path, left_out, _UNUSED)
+    return tensors, left_out
 
 
 def _unpacking(parts: Parts, facts: Metadata, config: dict[str, Any], scratch: Path | None) -> Callable[[], Path]:

@@ -35,7 +35,13 @@ def family_of(config: dict[str, Any], path: str | Path) -> Family[Any]:
     """The family of a config.json; InputError, naming `path`, for an architecture that is none of those here."""
     kind = str(config.get("model_type"))
     family = by_type(kind)
-    if family is None or (kind == family.whole_type and not isinstance(config.get("text_config"), dict)):
+    if family is not None and kind == family.whole_type and not isinstance(config.get("text_config"), dict):
+        if "num_hidden_layers" not in config:
+            problem = f"says that the model is a {kind} with all its parts, and has no text_config for the decoder"
+            remedy = f"use the config.json that came with the model, or set model_type to {family.text_type}"
+            raise InputError(path, problem, remedy)
+        return family  # the decoder's own fields, under the name of the whole
+    if family is None:
         known = ", ".join(sorted(kind for other in FAMILIES for kind in _types(other)))
         raise InputError(path, f"the architecture {kind!r} is not known", f"use a checkpoint of one of these: {known}")
     return family

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope
-from gemexport.formats.gemma.fields import TextFields
+from gemexport.formats.gemma.fields import Positive, TextFields, kind_of
 from gemexport.formats.gemma.names import CANONICAL, Dialect, canonical_name
 from gemexport.formats.storage.errors import InputError
 
 F = TypeVar("F", bound=TextFields)
 
+ROPES = ("default", "linear", "proportional")
 MENDED = "use the config.json that came with the model"
 
 
@@ -61,9 +62,11 @@ class Family(ABC, Generic[F]):
         try:
             fields = self.fields.model_validate(config)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(path, f"{where}: {first['msg'].lower()}", MENDED) from error
+            raise invalid(error, path) from error
+        for key, kind in fields.ropes():
+            if kind not in ROPES:
+                remedy = f"take {key} out for the model's own context length, or give a checkpoint without it"
+                raise InputError(path, f"{key}: positions are scaled by {kind}, which is not supported", remedy)
         for problem, present in self.refused(fields).items():
             if present:
                 raise InputError(
@@ -71,6 +74,8 @@ class Family(ABC, Generic[F]):
                 )
         try:
             layers = self.layers(fields)
+        except ValidationError as error:
+            raise invalid(error, path) from error
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise InputError(path, f"the layers are contradictory ({error})", MENDED) from error
         return Architecture(
@@ -125,11 +130,25 @@ class Family(ABC, Generic[F]):
         return None
 
 
+def invalid(error: ValidationError, path: str | Path) -> InputError:
+    """The first of the fields that are not what they should be."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    shown = repr(first["input"])
+    return InputError(path, f"{where}: {first['msg'].lower()}, not {shown[:40]}", MENDED)
+
+
+class RopeFields(BaseModel):
+    """transformers' settings of RoPE for one attention type."""
+
+    rope_theta: Positive
+    partial_rotary_factor: Annotated[Positive, Field(le=1)] = 1.0
+    factor: Positive = 1.0
+
+
 def rope(given: dict[str, Any], head_dim: int) -> Rope:
-    """RoPE of a layer out of transformers' settings for its attention type; ValueError for a kind that is not done."""
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "linear", "proportional"):
-        raise ValueError(f"rope_type {kind} is not supported")
-    part = float(given.get("partial_rotary_factor", 1.0)) if kind == "proportional" else 1.0
-    factor = 1.0 if kind == "default" else float(given.get("factor", 1.0))
-    return Rope(theta=float(given["rope_theta"]), rotary_dims=2 * int(part * head_dim // 2), factor=factor)
+    """RoPE of a layer out of transformers' settings for its attention type; ValidationError for what is absurd."""
+    kind, fields = kind_of(given), RopeFields.model_validate(given)
+    part = fields.partial_rotary_factor if kind == "proportional" else 1.0
+    factor = 1.0 if kind == "default" else fields.factor
+    return Rope(theta=fields.rope_theta, rotary_dims=2 * int(part * head_dim // 2), factor=factor)

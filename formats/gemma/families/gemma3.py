@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pydantic import Field
-
 from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.gemma.families.family import Family, rope
-from gemexport.formats.gemma.fields import SLIDING, TextFields
+from gemexport.formats.gemma.fields import SLIDING, Positive, TextFields
 
 THETAS = {True: 10_000.0, False: 1_000_000.0}  # of sliding layers and of full ones, where a config names none
 
@@ -17,10 +15,10 @@ THETAS = {True: 10_000.0, False: 1_000_000.0}  # of sliding layers and of full o
 class Fields(TextFields):
     """Gemma 3's own fields, in the spelling of its release and in that of transformers 5."""
 
-    attn_logit_softcapping: float | None = None
-    query_pre_attn_scalar: float = Field(default=256, gt=0)
-    rope_theta: float | None = None
-    rope_local_base_freq: float | None = None
+    attn_logit_softcapping: Positive | None = None
+    query_pre_attn_scalar: Positive = 256.0
+    rope_theta: Positive | None = None
+    rope_local_base_freq: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
 
 

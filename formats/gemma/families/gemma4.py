@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from gemexport.formats.gemma.architecture import Experts, Layer, PerLayerEmbeddings, Rope
 from gemexport.formats.gemma.families.family import Family, rope
-from gemexport.formats.gemma.fields import FULL, SLIDING, TextFields
+from gemexport.formats.gemma.fields import FULL, SLIDING, Least, Size, TextFields
 
 ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_theta": 10_000.0},
@@ -21,21 +21,28 @@ ROPES: dict[str, dict[str, Any]] = {
 GLOBAL_HEAD_DIM = 512
 
 
+class OwnFields(BaseModel):
+    """What a layer has otherwise than the rest."""
+
+    head_dim: Size | None = None
+    num_key_value_heads: Size | None = None
+
+
 class Fields(TextFields):
     """Gemma 4's own fields, in both spellings."""
 
-    global_head_dim: int | None = None
-    num_global_key_value_heads: int | None = None
-    per_layer_config: dict[int, dict[str, Any]] | None = None
+    global_head_dim: Size | None = None
+    num_global_key_value_heads: Size | None = None
+    per_layer_config: dict[int, OwnFields] | None = None
     attention_k_eq_v: bool = False
-    num_kv_shared_layers: int = 0
+    num_kv_shared_layers: Least = 0
     use_double_wide_mlp: bool = False
-    hidden_size_per_layer_input: int = Field(default=256, ge=0)
-    vocab_size_per_layer_input: int = Field(default=262_144, gt=0)
+    hidden_size_per_layer_input: Least = 256
+    vocab_size_per_layer_input: Size = 262_144
     enable_moe_block: bool = False
-    num_experts: int | None = Field(default=None, gt=0, le=1 << 20)
-    top_k_experts: int | None = Field(default=None, gt=0)
-    moe_intermediate_size: int | None = Field(default=None, gt=0, le=1 << 40)
+    num_experts: Size | None = Field(default=None, le=1 << 20)
+    top_k_experts: Size | None = None
+    moe_intermediate_size: Size | None = None
 
 
 class Gemma4(Family[Fields]):
@@ -95,8 +102,8 @@ class Gemma4(Family[Fields]):
         """Head size and key/value heads of a layer."""
         usual = fields.head_dim, fields.num_key_value_heads
         if fields.per_layer_config is not None:
-            own = fields.per_layer_config.get(index, {})
-            return int(own.get("head_dim", usual[0])), int(own.get("num_key_value_heads", usual[1]))
+            own = fields.per_layer_config.get(index, OwnFields())
+            return own.head_dim or usual[0], own.num_key_value_heads or usual[1]
         if sliding:
             return usual
         kv_heads = fields.num_global_key_value_heads if fields.attention_k_eq_v else None

@@ -235,7 +235,7 @@ def test_no_package(tmp_path: Path) -> None:
 
 def test_a_manifest_that_is_none(damaged: Path) -> None:
     (damaged / "Manifest.json").write_text("[]")
-    with pytest.raises(InputError, match="is not a package's manifest"):
+    with pytest.raises(InputError, match=r"Manifest\.json: is not a JSON object"):
         open_package(damaged)
 
 

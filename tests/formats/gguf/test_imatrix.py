@@ -92,7 +92,7 @@ def test_bytes_that_are_none_are_refused(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"i\.dat"):
         read_imatrix(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder and should be a file"):
         read_imatrix(tmp_path)
 
 
