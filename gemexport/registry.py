@@ -53,6 +53,7 @@ class Target:
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
+    second_runtimes: tuple[str, ...] = ()  # of gemexport.validators.runtimes: programs that run what they take besides
     copies: int = 0  # bytes of a weight in the copy that its runtime maps to compute in another arithmetic
     computes_with_scales: bool = False  # of activations: there is formats.MODULE.activations to read them back
     settings: tuple[Setting, ...] = ()
@@ -79,6 +80,11 @@ class Target:
     def adapter(self) -> ModuleType:
         """The module with `load`."""
         return import_module(f"gemexport.validators.runtimes.{self.runtime}")
+
+    def seconds(self, path: Path) -> list[ModuleType]:
+        """The modules with `load` of further programs that are installed and take the artefact at `path`."""
+        modules = [import_module(f"gemexport.validators.runtimes.{name}") for name in self.second_runtimes]
+        return [module for module in modules if module.takes(path)]
 
     def holds(self, variant: str) -> Callable[[Grid, int], bool]:
         """Whether a variant has a container for a grid in rows of so many weights; as the default one for others."""
@@ -146,7 +152,7 @@ TARGETS: dict[str, Target] = {
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
             variant_noises=(("bf16", ()), ("int8-activations", ())),  # somebody else's compute in f16, or round to int8
-            computes_with_scales=True,
+            computes_with_scales=True, second_runtimes=("openvino",),
             settings=(
                 Setting("ranges", "The activations.json of an earlier npu-a8 or npu-a16.", Path, "FILE"),
                 Setting("range_method", "minmax or percentile, for npu-a8 and npu-a16."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -49,23 +50,23 @@ class Trial:
         self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
-    def _load(self, arithmetic: str | None) -> Runtime:
+    def _load(self, adapter: ModuleType, arithmetic: str | None) -> Runtime:
         """The artefact's runtime; no reference is held beside it: a machine that can hold one model can do this."""
         self._free_references()
         context = max(map(len, self._sequences)) + GREEDY_TOKENS
         options = {} if arithmetic is None else {"arithmetic": arithmetic}
-        runtime: Runtime = self._target.adapter().load(self._path, threads=threads(), context=context, **options)
+        runtime: Runtime = adapter.load(self._path, threads=threads(), context=context, **options)
         return runtime
 
-    def logits(self, arithmetic: str | None, progress: Progress) -> LogitsReport:
-        """Run every sequence and compare with both references.
+    def logits(self, adapter: ModuleType, arithmetic: str | None, progress: Progress) -> LogitsReport:
+        """Run every sequence in the program of `adapter` and compare with both references.
 
         One model is loaded at a time, a reference or the runtime. So what a reference has said already is compared at
         once, and for the other the runtime's logits are kept.
         """
         watch, speed = self._watch, Speedometer(threads())
         with watch.time("load"):
-            runtime = self._load(arithmetic)
+            runtime = self._load(adapter, arithmetic)
         speed.loaded()
         with watch.time("tokenizer"):
             self.wording = self.wording or check_wording(self._place.work, self._checkpoint, self._path, runtime)
@@ -104,7 +105,7 @@ class Trial:
             greedy = self._greedy(prompt, continuation)
         if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
             with watch.time("walk"):
-                self.departs = self._walk(arithmetic)
+                self.departs = self._walk(adapter, arithmetic)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
@@ -116,11 +117,11 @@ class Trial:
             speed=speed.report(runtime.laps),
         )
 
-    def _walk(self, arithmetic: str | None) -> DepartureReport:
+    def _walk(self, adapter: ModuleType, arithmetic: str | None) -> DepartureReport:
         """The first layer whose output is not the reference's, on the first sequence."""
         tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
         limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
-        runtime = self._load(arithmetic)
+        runtime = self._load(adapter, arithmetic)
         found = runtime.hidden(tokens)
         runtime.close()
         if found is None:

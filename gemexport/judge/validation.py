@@ -33,11 +33,17 @@ def validate(place: Place, target: str, path: Path, run_logits: bool, progress: 
         return Validation(report, *wording, facts=facts, steps=watch.seconds)
     trial = Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
-        first, *more = [trial.logits(arithmetic, progress) for arithmetic in TARGETS[target].arithmetics]
+        adapter, arithmetics = TARGETS[target].adapter(), TARGETS[target].arithmetics
+        first, *more = [trial.logits(adapter, arithmetic, progress) for arithmetic in arithmetics]
+        more += [trial.logits(other, None, _uncounted) for other in TARGETS[target].seconds(path)]
     finally:
         trial.close()
     tokenizer_report, chat = trial.wording or (None, None)
     return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
+
+
+def _uncounted(_: int) -> None:
+    """The progress of a program that may not be here, and is not counted on."""
 
 
 def check_weights(place: Place, target: str, path: Path, progress: Progress) -> tuple[WeightsReport, str]:

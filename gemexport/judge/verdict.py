@@ -57,7 +57,8 @@ def bounds(
         result.append(_chat(found.chat))
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
-            result += _conversion(logits, floors, found.departs)
+            second = found.logits is not None and logits.runtime != found.logits.runtime
+            result += _conversion(logits, floors, found.departs, f", {logits.runtime}" if second else "")
     if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
         origin = f"the budget of the recipe {recipe.name}"
         result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
@@ -197,13 +198,16 @@ def _widened(item: TensorReport) -> bool:
     return stored.block > source.block and stored.bits > source.bits
 
 
-def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], departs: DepartureReport | None) -> list[Bound]:
+def _conversion(
+    report: LogitsReport, floors: Mapping[str, Divergence], departs: DepartureReport | None, program: str
+) -> list[Bound]:
+    """The bounds of what a program computed; `program` says in their names which, where it is not the first."""
     conversion = report.conversion
     if conversion is None:
         return []
     if report.arithmetic == "f32":
-        return _in_f32(report, conversion, departs)
-    metric = f"conversion.kld_mean in {report.arithmetic}"
+        return _in_f32(report, conversion, departs, program)
+    metric = f"conversion.kld_mean in {report.arithmetic}{program}"
     noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
     if not noises:
         origin = "a number: nothing was measured that tells how far this arithmetic takes a right artefact"
@@ -213,17 +217,19 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], departs:
     return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
 
 
-def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureReport | None) -> list[Bound]:
+def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureReport | None, program: str) -> list[Bound]:
     origin = "two right implementations in f32 are closer than that"
     where = None if departs is None else str(departs)
     agreement = conversion.top1_agreement if conversion.top1_but_ties is None else conversion.top1_but_ties
     # Of fewer than a thousand all but one: llama.cpp moves a position in 80 of a right artefact by more than a tie.
     share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))
     result = [
-        Bound.at_most("conversion.kld_mean in f32", conversion.kld_mean, F32_KLD, origin, where),
-        Bound.at_least("conversion.top1_agreement but for ties in f32", agreement, share, origin),
+        Bound.at_most(f"conversion.kld_mean in f32{program}", conversion.kld_mean, F32_KLD, origin, where),
+        Bound.at_least(f"conversion.top1_agreement but for ties in f32{program}", agreement, share, origin),
     ]
     if report.greedy is not None:
         origin = "the KV cache must not change what follows"
-        result.append(Bound.at_least("greedy.equal in f32", report.greedy.equal, report.greedy.tokens, origin))
+        result.append(
+            Bound.at_least(f"greedy.equal in f32{program}", report.greedy.equal, report.greedy.tokens, origin)
+        )
     return result
