@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.storage.parallel import by_rows
 from gemexport.formats.storage.reading import copy, read_optional_json
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ITEM_BYTES, DType, Floats, Rows, Tensor, round_to, slices, to_bf16
@@ -117,21 +117,21 @@ def write_packed(
     """
     name, pack = codes
 
-    def packed(bounds: tuple[int, int]) -> tuple[Rows, NDArray[Any]]:
+    def packed(bounds: tuple[int, int]) -> tuple[int, Rows, NDArray[Any]]:
         rows = tensor.rows(*bounds)
-        return rows, pack(rows)
+        return bounds[1] - bounds[0], rows.beside(), pack(rows)
 
     with ExitStack() as stack:
         files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in columns]
         dtypes: list[np.dtype[Any]] = []
-        for rows, data in ordered(packed, slices(tensor, 8 << 20)):
+        for count, rows, data in by_rows(packed, tensor):
             out.write(name, data)
             made = [column.encode(rows) for column in columns]
             dtypes = [array.dtype for array in made]
             groups = [array.shape[1] for array in made]
             for file, array in zip(files, made, strict=True):
                 file.write(np.ascontiguousarray(array).data)
-            progress(rows.values.size * ITEM_BYTES[tensor.dtype])
+            progress(count * tensor.shape[-1] * ITEM_BYTES[tensor.dtype])
         for column, file, dtype, count in zip(columns, files, dtypes, groups, strict=True):
             file.seek(0)
             step = max(1, _HELD // count // PACKED_ROWS) * PACKED_ROWS

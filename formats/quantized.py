@@ -27,6 +27,7 @@ from gemexport.formats.tensor import (
     TensorBase,
     expand,
     from_bf16,
+    holding,
     on_grid,
     round_to,
     slices,
@@ -71,14 +72,15 @@ class QuantizedTensor(TensorBase):
     def grid(self) -> Grid:
         """The grid that the stored numbers make; reads every scale once."""
         layout = self._layout
-        left, biases_left = {"bf16", "f16"}, {"bf16", "f16"}
+        left: tuple[DType, ...] = ("bf16", "f16")
+        biases_left = left
         symmetric = whole = layout.kind != "codebook"
         for scales, shifts in self._scales_and_shifts():
-            left = _holding(scales, left)
+            left = holding(scales, left)
             if shifts is None:
                 continue
             if layout.kind == "affine":
-                biases_left = _holding(shifts, biases_left)
+                biases_left = holding(shifts, biases_left)
                 zeros = _zero_points(scales, shifts, layout.bits) if whole else None
                 whole = zeros is not None
             else:
@@ -88,8 +90,8 @@ class QuantizedTensor(TensorBase):
         if kind != "codebook":
             kind = "symmetric" if symmetric else "zero-point" if whole else "affine"
         if kind == "affine":
-            left &= biases_left
-        return Grid(layout.bits, layout.block, _narrowest(left), lossless=True, kind=kind, levels=layout.levels)
+            left = tuple(dtype for dtype in left if dtype in biases_left)
+        return Grid(layout.bits, layout.block, next(iter(left), "f32"), lossless=True, kind=kind, levels=layout.levels)
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows with their codes, scales and shifts, and the float32 values nearest to what these mean."""
@@ -119,16 +121,6 @@ class QuantizedTensor(TensorBase):
         for start, stop in slices(self, 4 * SCALE_SLICE * self._layout.block):
             shifts = None if self._layout.shifts is None else self._layout.shifts(start, stop)
             yield self._layout.scales(start, stop), shifts
-
-
-def _holding(values: Floats, dtypes: set[str]) -> set[str]:
-    """Those of the dtypes that hold every value."""
-    kept: tuple[DType, ...] = ("bf16", "f16")
-    return {dtype for dtype in kept if dtype in dtypes and np.array_equal(round_to(values, dtype), values)}
-
-
-def _narrowest(dtypes: set[str]) -> DType:
-    return "bf16" if "bf16" in dtypes else "f16" if "f16" in dtypes else "f32"
 
 
 def _zero_points(scales: Floats, biases: Floats, bits: int) -> Floats | None:

@@ -82,6 +82,10 @@ class Rows:
         """`[rows, in]`; int8 of a symmetric grid, uint8 of the others; None without a grid."""
         return self._codes() if callable(self._codes) else self._codes
 
+    def beside(self) -> Rows:
+        """Scales and shifts alone: what can wait in memory while the values and codes of other rows are worked on."""
+        return Rows(_let_go, None, self.scales, self.shifts)
+
     def grid(self) -> tuple[Codes, Floats]:
         """Codes and scales of a slice that has them; asking a plain tensor for them is a bug."""
         if self.codes is None or self.scales is None:
@@ -93,6 +97,10 @@ class Rows:
         if self.codes is None or self.scales is None or self.shifts is None:
             raise ValueError("these rows have no grid with shifts")
         return self.codes, self.scales, self.shifts
+
+
+def _let_go() -> Floats:
+    raise ValueError("the values of these rows were let go of")
 
 
 class Tensor(Protocol):
@@ -216,12 +224,14 @@ def round_to(values: Floats, dtype: DType) -> Floats:
     return values.astype(np.float32, copy=False)
 
 
+def holding(values: Floats, dtypes: Sequence[DType] = ("bf16", "f16")) -> tuple[DType, ...]:
+    """Those of the dtypes that hold every value exactly."""
+    return tuple(dtype for dtype in dtypes if np.array_equal(round_to(values, dtype), values))
+
+
 def narrowest(scales: Floats) -> DType:
     """The narrowest dtype that holds every scale exactly: bf16 first, then f16, else f32."""
-    for dtype in ("bf16", "f16"):
-        if np.array_equal(round_to(scales, dtype), scales):
-            return dtype
-    return "f32"
+    return next(iter(holding(scales)), "f32")
 
 
 class Plain:

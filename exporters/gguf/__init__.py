@@ -52,7 +52,7 @@ from gemexport.formats.gguf.config import ROPE_FREQUENCIES
 from gemexport.formats.gguf.container import Writer
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.storage.parallel import by_rows
 from gemexport.formats.tensor import (
     ITEM_BYTES,
     DType,
@@ -228,7 +228,7 @@ def _write_matrix(out: Writer, name: str, tensor: Tensor, variant: str) -> list[
 
 def _stream(out: Writer, name: str, kind: Type, pack: Pack, tensor: Tensor) -> bool:
     """Pack and write a tensor slice by slice, in threads; False as soon as a slice does not fit."""
-    for data in ordered(lambda bounds: pack(tensor.rows(*bounds)), slices(tensor)):
+    for data in by_rows(lambda bounds: pack(tensor.rows(*bounds)), tensor):
         if data is None:
             return False
         out.write(name, kind, data)

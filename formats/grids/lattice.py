@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.storage.parallel import ordered
+from gemexport.formats.storage.parallel import SLICE, ordered, room
 from gemexport.formats.tensor import Codes, DType, Floats, Tensor, matrix_of, slices
 
 BLOCKS = (128, 64, 32, 16)  # tried after one scale a row; the widest that fits is the grid
@@ -348,13 +348,14 @@ def search_all(tensors: Sequence[Tensor], threads: int | None = None) -> Iterato
 
     A tensor whose sample fits no block still deserves a number: it is searched on the usual one.
     """
-    blocks = ordered(likely_block, tensors, threads)
+    width = max((tensor.shape[-1] for tensor in tensors), default=1)
+    blocks = ordered(likely_block, tensors, room(SAMPLES * SAMPLED_ROWS * 4 * width, threads))
     jobs = (
         (tensor, block or next((b for b in (32, 16) if tensor.shape[-1] % b == 0), tensor.shape[-1]), bounds)
         for tensor, block in zip(tensors, blocks, strict=True)
-        for bounds in slices(tensor, 8 << 20)
+        for bounds in slices(tensor, SLICE)
     )
-    yield from ordered(lambda job: _examine(*job), jobs, threads)
+    yield from ordered(lambda job: _examine(*job), jobs, room(max(SLICE, 4 * width), threads))
 
 
 def _examine(tensor: Tensor, block: int, bounds: tuple[int, int]) -> Found:

@@ -21,8 +21,8 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.storage.parallel import ordered
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, matrix_of, narrowest, slices
+from gemexport.formats.storage.parallel import by_rows
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, holding, matrix_of, slices
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.lattice import Found
@@ -184,12 +184,12 @@ def _look(checkpoint: Checkpoint, file: BinaryIO, threads: int | None) -> Iterat
 def _record(checkpoint: Checkpoint, name: str, parts: Iterable[Found], file: BinaryIO) -> GridRecord:
     """One searched tensor; its scales stay in `file` when all of it lies on the lattice."""
     offset, weights, on, bits, block = file.tell(), 0, 0, 2, 0
-    dtypes = set()
+    dtypes: tuple[DType, ...] = ("bf16", "f16")
     for part in parts:
         if part.fault:
             raise _not_finite(checkpoint, part.tensor, part.fault)
         weights, on, bits, block = weights + part.weights, on + part.on, max(bits, part.bits), part.block
-        dtypes.add(narrowest(part.scales))
+        dtypes = holding(part.scales, dtypes)
         file.write(part.scales.data)
     if on == weights:
         return GridRecord(
@@ -198,7 +198,7 @@ def _record(checkpoint: Checkpoint, name: str, parts: Iterable[Found], file: Bin
             lossless=True,
             bits=bits,
             block=block,
-            scale_dtype=dtypes.pop() if len(dtypes) == 1 else "f32",
+            scale_dtype=next(iter(dtypes), "f32"),
             offset=offset,
         )
     file.seek(offset)
@@ -214,7 +214,7 @@ def _keep(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int |
         assert rows.scales is not None
         return rows.scales if rows.shifts is None else np.stack([rows.scales, rows.shifts])
 
-    for part in ordered(scales, slices(tensor, 8 << 20), threads):
+    for part in by_rows(scales, tensor, threads):
         _check_finite(part, tensor, checkpoint)
     record = GridRecord(name=tensor.name, lattice_fraction=1.0, lossless=True, native=True)
     assert tensor.grid is not None
@@ -237,9 +237,7 @@ def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, t
     if tensor.shape[-1] % scheme.group_size:
         return record
     offset, error, energy = file.tell(), 0.0, 0.0
-    for scales, part, whole in ordered(
-        lambda bounds: _fit_slice(tensor, bounds, scheme), slices(tensor, 8 << 20), threads
-    ):
+    for scales, part, whole in by_rows(lambda bounds: _fit_slice(tensor, bounds, scheme), tensor, threads):
         file.write(scales.data)
         error, energy = error + part, energy + whole
     return record.model_copy(

@@ -1,4 +1,9 @@
-"""Work on slices side by side, in threads (the compiled loops release the lock), with a bounded number in memory."""
+"""Work on slices side by side, in threads (the compiled loops release the lock), with a bounded number in memory.
+
+What is in memory at a time does not grow with the cores: slices are so small that `IN_FLIGHT` has room for one a thread
+of 32, and where rows are so long that it has not, there are fewer threads. Slices are the same whatever the number of
+threads, so that sums over them are, too. Small ones also stay in a core's cache.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TypeVar
 
+from gemexport.formats.tensor import Tensor, matrix_of, slices
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+IN_FLIGHT = 16 << 20  # bytes of float32 values that all threads together work on
+SLICE = 512 << 10  # of these in a slice
+
+
+def room(item_bytes: int, threads: int | None = None) -> int:
+    """How many threads, of `threads` or one a core, may each work on an item of so many bytes: one at least."""
+    return max(1, min(threads or os.cpu_count() or 1, IN_FLIGHT // max(item_bytes, 1)))
+
+
+def by_rows(
+    function: Callable[[tuple[int, int]], Result], tensor: Tensor, threads: int | None = None
+) -> Iterator[Result]:
+    """`function` of the bounds of each slice of a tensor's rows, in order, in as many threads as there is room for."""
+    _, width = matrix_of(tensor.shape)
+    return ordered(function, slices(tensor, SLICE), room(max(SLICE, 4 * width), threads))
 
 
 def ordered(function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> Iterator[Result]:

@@ -92,9 +92,9 @@ def threads_each(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
-def _start(threads: int, output: int, *arguments: str) -> Worker:
-    ours, theirs = socket.socketpair()
-    environment = {
+def environment(threads: int) -> dict[str, str]:
+    """What a process for steps finds in its environment: ours, and how its libraries are to behave."""
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -104,6 +104,10 @@ def _start(threads: int, output: int, *arguments: str) -> Worker:
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     }
+
+
+def _start(threads: int, output: int, *arguments: str) -> Worker:
+    ours, theirs = socket.socketpair()
     # -P: what is installed runs, not a folder called gemexport that happens to lie where we were started.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "gemexport.engine.worker", str(theirs.fileno()), *arguments],
@@ -111,7 +115,7 @@ def _start(threads: int, output: int, *arguments: str) -> Worker:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=environment(threads),
     )
     theirs.close()
     return Worker(process, Connection(ours.detach()))

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.lattice import edges, jit
-from gemexport.formats.storage.parallel import ordered
-from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to, slices
+from gemexport.formats.storage.parallel import by_rows
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
-SLICE = 4 << 20  # bytes of float32: what is compared side by side
 PIECE = 512  # weights that are evaluated and judged in one go
 _NONE: Floats = np.empty(0, np.float32)
 
@@ -206,8 +205,8 @@ def _tensor(
     same_codes = source.grid is not None and stored.grid is not None
     kept: int | None = 0
     as_run: int | None = 0
-    for (counted, largest, squared, top, power), same, scales, running, values in ordered(
-        lambda bounds: _slice(source, stored, bounds), slices(source, SLICE), threads
+    for (counted, largest, squared, top, power), same, scales, running, values in by_rows(
+        lambda bounds: _slice(source, stored, bounds), source, threads
     ):
         update(values)
         exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
