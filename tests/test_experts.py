@@ -26,6 +26,8 @@ WRITTEN = [
     ("onnx", "int4"),
     ("onnx", "f32"),
     ("onnx", "npu"),
+    ("coreml", "int4"),
+    ("coreml", "f32"),
 ]
 READ = ["gguf", "mlx"]  # artefacts that are checkpoints too
 
@@ -74,7 +76,13 @@ def test_every_weight_comes_back_exactly(name: str, variant: str, checkpoint: Ch
 
 
 # By how much logits of a runtime may differ from the reference's; llama.cpp looks GELU up in a table of f16.
-RUN = [("gguf", "F32", 0.05), ("mlx", "4bit", 1e-4), ("onnx", "int4", 1e-4), ("onnx", "npu", 1e-4)]
+RUN = [
+    ("gguf", "F32", 0.05),
+    ("mlx", "4bit", 1e-4),
+    ("onnx", "int4", 1e-4),
+    ("onnx", "npu", 1e-4),
+    ("coreml", "int4", 0.01),
+]
 
 
 @pytest.mark.parametrize(("name", "variant", "near"), RUN, ids=[f"{name}-{variant}" for name, variant, _ in RUN])

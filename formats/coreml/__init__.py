@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.coreml.arrays import Array, Palette, Stored, matrix_rows
-from gemexport.formats.coreml.grids import coded
+from gemexport.formats.coreml.grids import stack
 from gemexport.formats.coreml.package import Package, Value, constant, everything, open_package
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.additive import AdditiveTensor, Indices
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.storage.errors import InputError
@@ -25,34 +27,7 @@ BIASES = "_biases"  # after a weight's stored name: the constant of what its pro
 CODEC = "gemexport.codec."  # metadata, before a weight's stored name: the spelling of the vector codec that it is in
 FITTED_RMS = "gemexport.fitted_rms."  # beside it: the error that the fit measured
 CODEBOOK, SCALES = "_codebook_", "_scales"  # after a weight's stored name: its palettes of vectors, and its scales
-_LAYER = (
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-    "pre_feedforward_layernorm.weight",
-    "post_feedforward_layernorm.weight",
-    "per_layer_input_gate.weight",
-    "per_layer_projection.weight",
-    "post_per_layer_input_norm.weight",
-    "layer_scalar",
-)
-_TOP = (
-    "model.embed_tokens.weight",
-    "model.embed_tokens_per_layer.weight",
-    "model.per_layer_model_projection.weight",
-    "model.per_layer_projection_norm.weight",
-    "model.norm.weight",
-    "lm_head.weight",
-)
-_NAMES = {name.replace(".", "_"): name for name in _TOP} | {name.replace(".", "_"): name for name in _LAYER}
+_ROLES = {CANONICAL.name(role, 0 if role.in_layer else None).replace(".", "_"): role for role in Role}
 _SPELLING = re.compile(
     r"^(?:model_)?(?:language_model_)?(?:model_)?(?:layers_(\d+)_)?(.+?)(?:_to_fp16|_to_fp32|_quantized|_palettized)*$"
 )
@@ -70,8 +45,10 @@ def canonical_name(stored: str) -> str | None:
         return None
     layer, tail = match.groups()
     if layer is not None:
-        return f"model.layers.{layer}.{_NAMES[tail]}" if _NAMES.get(tail) in _LAYER else None
-    return next((_NAMES[name] for name in (tail, f"model_{tail}") if _NAMES.get(name) in _TOP), None)
+        role = _ROLES.get(f"model_layers_0_{tail}")
+        return None if role is None else CANONICAL.name(role, int(layer))
+    found = (_ROLES.get(name) for name in (tail, f"model_{tail}"))
+    return next((CANONICAL.name(role) for role in found if role is not None and not role.in_layer), None)
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
@@ -89,7 +66,7 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
         if name is None or isinstance(value, str | list) or value.kind not in ("fp16", "fp32"):
             continue
         biases = values.get(f"{stored}{BIASES}")
-        tensor = coded(name, value, None if isinstance(biases, str | list) else biases)
+        tensor = stack(name, value, None if isinstance(biases, str | list) else biases)
         found[name] = tensor or CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
     for key, spelling in package.metadata.items():
         name = canonical_name(key.removeprefix(CODEC)) if key.startswith(CODEC) else None

@@ -44,6 +44,19 @@ def matrix_rows(array: Array, start: int, stop: int) -> NDArray:
     return found[start - first * share : stop - first * share]
 
 
+class Below:
+    """An array of several axes as a matrix `[rows, width]`: one below the other."""
+
+    def __init__(self, base: Array) -> None:
+        self.kind, self.shape, self._base = base.kind, matrix_of(base.shape), base
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        return matrix_rows(self._base, start, stop)
+
+    def numpy(self) -> NDArray:
+        return self._base.numpy().reshape(self.shape)
+
+
 def _plain(elements: NDArray, kind: str) -> NDArray:
     if kind == "bf16":
         return from_bf16(elements)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.coreml.arrays import Array, Palette, ShiftScale
+from gemexport.formats.coreml.arrays import Array, Below, Palette, ShiftScale, Stored
 from gemexport.formats.coreml.blob import TYPES
+from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.bitpack import Unsigned, signed, zero_code
-from gemexport.formats.tensor import DType, Floats, Grid, Kind, Rows, TensorBase, on_grid
+from gemexport.formats.tensor import DType, Floats, Grid, Kind, Rows, Tensor, TensorBase, on_grid
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,27 @@ def coded(name: str, array: Array, biases: Array | None) -> CodedTensor | None:
         return None
     kind = _kind(array, meaning, biases)
     return None if kind is None else CodedTensor(name, array, meaning, kind, biases if kind == "affine" else None)
+
+
+def stack(name: str, array: Array, biases: Array | None) -> Tensor | None:
+    """As `coded`, of a matrix or of several in one constant of three axes, each row with scales of its own."""
+    leading = array.shape[:-1]
+    if not isinstance(array, ShiftScale) or len(leading) < 2:
+        return coded(name, array, biases)
+    beside = [part for part in (array.scale, array.offset, biases) if part is not None]
+    if any(part.shape[:-1] != leading for part in beside):
+        return None
+    data = array.data
+    if isinstance(data, Palette) and data.lut.shape == (*[1] * len(array.shape), *data.lut.shape[-2:]):
+        table = Stored(
+            data.lut.kind, (1, 1, *data.lut.shape[-2:]), data.lut.numpy().reshape(1, 1, *data.lut.shape[-2:])
+        )
+        flat: Array = Palette(Below(data.indices), table, None)
+    else:
+        flat = Below(data)
+    offset = None if array.offset is None else Below(array.offset)
+    found = coded(name, ShiftScale(flat, Below(array.scale), offset), None if biases is None else Below(biases))
+    return None if found is None else Pieces(name, array.shape, [whole(found)])
 
 
 def _kind(array: ShiftScale, meaning: Coding, biases: Array | None) -> Kind | None:
