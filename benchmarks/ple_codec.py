@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids import additive_fit
 from gemexport.formats.grids.additive import Encoder, evaluate
 from gemexport.formats.grids.codebooks import fit as make_codebooks
@@ -115,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
     layers = checkpoint.architecture.per_layer
-    table = checkpoint.tensors[additive_fit.NAME if layers else EMBEDDING]
+    table = checkpoint.tensors[PER_LAYER_EMBEDDING if layers else EMBEDDING]
     block = layers.dim if layers else table.shape[1]
     # Between the rows that codebooks are made of, where there is room between them.
     chosen = np.linspace(0, table.shape[0] - 2, min(arguments.rows, table.shape[0])).astype(int) + 1

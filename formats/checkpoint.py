@@ -22,6 +22,7 @@ from pydantic_core import from_json
 from gemexport.formats.activations import Activations
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import check_containers, opened, read_bytes, read_json, regular
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _IN_LAYER = re.compile(r"(?:model\.layers|blk)\.\d+\.")
 # Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
 _UNUSED = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
@@ -255,8 +255,8 @@ def check_head(folder: Path, model: Model, stored: Mapping[str, MappedArray]) ->
         return
     for name, array in stored.items():
         head, _, key = name.rpartition(".")
-        if head == HEAD and len(array.entry.shape) == 2:
-            table = stored.get(f"{EMBEDDING}.{key}")
+        if head == module_of(HEAD) and len(array.entry.shape) == 2:
+            table = stored.get(f"{module_of(EMBEDDING)}.{key}")
             if table is None or not _same_bytes(array, table):
                 problem = "says that the head is tied to the embedding, but the model has a head of its own"
                 raise InputError(folder / "config.json", problem, "set tie_word_embeddings to false")

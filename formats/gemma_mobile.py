@@ -16,11 +16,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
-from gemexport.formats.checkpoint import HEAD, Source, check_head, stored_arrays
+from gemexport.formats.checkpoint import Source, check_head, stored_arrays
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.families import by_type
 from gemexport.formats.gemma.model import Model, describe
-from gemexport.formats.gemma.names import WEIGHT
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, layer_module, module_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.bitpack import signed, unpack
 from gemexport.formats.storage.errors import InputError
@@ -31,7 +31,7 @@ from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from
 SAVE_AGAIN, OWN_CONFIG = "save or download the model again", "use the config.json that came with the model"
 # A converted module of transformers: at the start up to a border, by a pattern with that border, or at the end.
 _BORDER = r"(?:(?<=\.)|(?=\.|$))"
-_CACHE = r"model\.layers\.{}\.(?:.+\.)?[kv]_cache_scale$"  # of a layer
+_CACHE = r"{}\.(?:.+\.)?[kv]_cache_scale$"  # of a layer
 
 
 class _Module(BaseModel):
@@ -74,15 +74,19 @@ class Widths:
         self._matcher = _compile("|".join(named), path, "module_quant_configs") if named else None
         skipped = self._settings.modules_to_not_convert
         if skipped is None:  # what transformers leaves in full precision unless it is told otherwise
-            skipped = [HEAD, f"{self._prefix}embed_tokens"] if tied else [HEAD]
+            skipped = [module_of(HEAD), *([self._converted(module_of(EMBEDDING))] if tied else [])]
         self._skipped = [(_compile(f"(?:{key}){_BORDER}", path, "modules_to_not_convert"), key) for key in skipped]
+
+    def _converted(self, module: str) -> str:
+        """The name of a module of the decoder in the model that transformers makes."""
+        return f"{self._prefix}{module.removeprefix('model.')}"
 
     def bits(self, spec: TensorSpec) -> int | None:
         """The width of a matrix' codes; None for one in floating point."""
         if spec.role.is_looked_up and not self._settings.quantize_embeddings:
             return None
-        module = spec.name.removesuffix(WEIGHT)
-        name = f"{self._prefix}{module.removeprefix('model.')}" if spec.role is not Role.HEAD else module
+        module = module_of(spec.name)
+        name = module if spec.role is Role.HEAD else self._converted(module)
         if any(pattern.match(name) or name.endswith(key) for pattern, key in self._skipped):
             return None
         match = self._matcher.search(name) if self._matcher else None
@@ -130,7 +134,7 @@ def source(folder: Path, config: dict[str, Any]) -> Source:
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearActivations] = {}
     for name, spec in model.specs.items():
-        module = name.removesuffix(WEIGHT)
+        module = module_of(name)
         bits = widths.bits(spec) if spec.role.is_matrix else None
         tensors[name] = files.plain(name, spec.shape) if bits is None else files.packed(spec, bits)
         if bits is not None and not spec.role.is_looked_up:
@@ -177,7 +181,7 @@ class _Files:
     def packed(self, spec: TensorSpec, bits: int) -> PackedRows:
         """A matrix of codes of `bits` bits with its scales."""
         name, shape = spec.name, spec.shape
-        module, kind = name.removesuffix(WEIGHT), "weight"
+        module, kind = module_of(name), "weight"
         codes_name = name
         if spec.role.is_looked_up:
             kind, codes_name = "embedding", f"{module}.embedding_quantized"
@@ -219,7 +223,8 @@ def _caches(decoder: Architecture, files: _Files) -> tuple[dict[int, CacheActiva
     strange = []
     for layer in decoder.layers:
         kinds: dict[str, Quantizer | None] = {}
-        for name in filter(re.compile(_CACHE.format(layer.index)).match, files.arrays if layer.owns_cache else ()):
+        scales = re.compile(_CACHE.format(re.escape(layer_module(layer.index))))
+        for name in filter(scales.match, files.arrays if layer.owns_cache else ()):
             if files.number(name) is None:
                 strange.append(name)
             else:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from gemexport.formats.checkpoint import EMBEDDING, HEAD, Checkpoint
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
 from gemexport.formats.storage.errors import InputError
@@ -33,7 +34,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The factors of a linear, and of an embedding, whose rows are the columns of its A.
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?$")
 # Weights of the base that peft saves beside them: of the layer under a factor, and of embeddings when asked for them.
-_BASE = re.compile(r"^(?:base_model\.model\.)?(?:(.+)\.base_layer|((?:.+\.)?(?:embed_tokens|lm_head)))\.weight$")
+_ENDS = "|".join(module_of(name).rpartition(".")[2] for name in (EMBEDDING, HEAD))
+_BASE = re.compile(rf"^(?:base_model\.model\.)?(?:(.+)\.base_layer|((?:.+\.)?(?:{_ENDS})))\.weight$")
 _TOWER = re.compile(r"vision|audio|projector")
 _MERGE = "merge it with peft (merge_and_unload) and give the merged checkpoint"
 _SAVE = "save the adapter again"
@@ -263,7 +265,7 @@ def adapted(base: Checkpoint, folder: Path) -> Checkpoint:
     notes = [f"the adapter {name} is merged into {len(merged)} matrices, in f32"]
     if towers:
         notes.append(f"the adapter's changes to {towers} modules of towers are left out")
-    if base.architecture.tied and EMBEDDING in adapter.modules:
+    if base.architecture.tied and module_of(EMBEDDING) in adapter.modules:
         notes.append("the output head is the embedding table, and changes with it as in peft's merge_and_unload")
     return replace(
         base,
@@ -279,7 +281,7 @@ def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Fact
     """The base's tensor that a module's product is added to; InputError when there is none of that shape."""
     remedy = "give the base that the adapter was made for"
     if tensor is None:
-        tied = module == HEAD and base.architecture.tied
+        tied = module == module_of(HEAD) and base.architecture.tied
         problem = "which is the embedding table here" if tied else "which the base does not have"
         raise InputError(folder / WEIGHTS, f"the adapter changes {module}, {problem}", remedy)
     if factors.shape != tensor.shape:
@@ -291,7 +293,7 @@ def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Fact
 def _check_copies(base: Checkpoint, adapter: Adapter) -> None:
     """Raise InputError unless weights that the adapter brings along are the base's own."""
     for module, stored in adapter.copies.items():
-        source = EMBEDDING if module == HEAD and base.architecture.tied else module
+        source = module_of(EMBEDDING) if module == module_of(HEAD) and base.architecture.tied else module
         tensor, copy = base.tensors.get(f"{source}.weight"), MappedTensor(stored)
         same = tensor is not None and tensor.shape == copy.shape
         if tensor is not None and same:

@@ -29,7 +29,7 @@ TYPES = {
 WORDS = {word for role in Role for word in re.split(r"[.{}]+", CANONICAL.stem(role)) if "_" in word}
 NAMES = re.compile(rf"(^|[^a-z_])({'|'.join(sorted(WORDS))}|model\.norm|model\.layers|norm\.weight)($|[^a-z_])")
 ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "get"}
-TO_DO = {
+TO_DO: set[str] = {
     "examples/real_model.py",
     "exporters/compressed_tensors/__init__.py",
     "exporters/compressed_tensors/activations.py",

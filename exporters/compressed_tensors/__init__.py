@@ -40,14 +40,12 @@ from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.names import EMBEDDING, EMBEDDINGS, FINAL_NORM, HEAD
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
-EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight")
-HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"  # a tensor that no format quantizes: it has the model's own dtype
 
 
 @dataclass
@@ -157,7 +155,7 @@ def _leave_embeddings(
     for name in (*EMBEDDINGS, HEAD):
         if name not in plan.packed or asked or (name == HEAD and name in given.linears):
             continue  # a head that rounds what it reads is a linear like the others
-        grid, tied = tensors[name].grid, name == EMBEDDINGS[0] and checkpoint.architecture.tied
+        grid, tied = tensors[name].grid, name == EMBEDDING and checkpoint.architecture.tied
         coded = tensors[name].dtype == "f32" and grid is not None and grid.lossless
         if asked is not None or tied or not coded:
             left.append(name)
@@ -175,7 +173,7 @@ def _fit_loader(checkpoint: Checkpoint, tensors: dict[str, Tensor], given: Activ
     """
     embeddings = [name for name in EMBEDDINGS if name in plan.packed]
     shifted = any(not scheme.symmetric for scheme in plan.packed.values())
-    shared = EMBEDDINGS[0] in embeddings and checkpoint.architecture.tied  # a head of bytes would stay one
+    shared = EMBEDDING in embeddings and checkpoint.architecture.tied  # a head of bytes would stay one
     several = len(set(plan.packed.values())) > 1
     wanted = bool(embeddings) or _widened(tensors, plan)
     plan.unpack_early = shifted or shared or (wanted and not several and not given)

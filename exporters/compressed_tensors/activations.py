@@ -13,6 +13,7 @@ from gemexport.exporters.compressed_tensors.schemes import Integers, Scheme
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
 from gemexport.formats.compressed_tensors.activations import CACHE_SCALES
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.names import attention_module, module_of
 from gemexport.formats.storage.safetensors import Entry
 from gemexport.formats.tensor import DType, round_to
 
@@ -88,7 +89,7 @@ def cache_scheme(activations: Activations) -> Integers:
 def arrays(activations: Activations) -> Iterator[tuple[Entry, NDArray[Any]]]:
     """The arrays of one number that hold the scales, and the zero points that are not 0."""
     for name, linear in activations.linears.items():
-        module = name.removesuffix(".weight")
+        module = module_of(name)
         for side, found in vars(linear).items():
             if found is not None:
                 yield Entry(f"{module}.{side}_scale", "F32", (1,)), np.array([found.scale], "<f4")
@@ -97,5 +98,5 @@ def arrays(activations: Activations) -> Iterator[tuple[Entry, NDArray[Any]]]:
     for layer, cache in activations.caches.items():
         for kind, found in vars(cache).items():
             if found is not None:
-                name = f"model.layers.{layer}.self_attn.{CACHE_SCALES[kind]}"
+                name = f"{attention_module(layer)}.{CACHE_SCALES[kind]}"
                 yield Entry(name, "F32", (1,)), np.array([found.scale], "<f4")

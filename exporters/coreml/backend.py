@@ -23,12 +23,12 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import stored_name
 from gemexport.formats.coreml.activations import cache_name
 from gemexport.formats.gemma.architecture import Architecture, Layer
+from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.tensor import Floats
 
 INPUT_IDS, LOGITS = "inputIds", "logits"
 FULL_MASK, SLIDING_MASK = "fullAttentionMask", "slidingAttentionMask"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 F16_MAX = 65504
 Var = Any
 

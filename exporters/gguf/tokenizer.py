@@ -54,7 +54,7 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
     with uncollected():
         vocabulary = build_vocabulary(source, checkpoint.architecture.vocab_size)
         merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
-        values, notes = _model(vocabulary, merges, checkpoint.model.family.name)
+        values, notes = _model(vocabulary, merges, checkpoint.model.family.sentencepiece)
     generation = read_settings(checkpoint.assets / "generation_config.json")
     values |= _special(checkpoint, source, settings, generation, vocabulary)
     values |= sampling(generation)
@@ -163,10 +163,10 @@ def _count_joins(characters: NDArray[np.uint32], ends: NDArray[np.int64]) -> int
 
 
 def _model(
-    vocabulary: Vocabulary, merges: Sequence[tuple[str, str]], family: str
+    vocabulary: Vocabulary, merges: Sequence[tuple[str, str]], expected: bool
 ) -> tuple[dict[str, Value], list[str]]:
-    """The tokenizer's algorithm and tables."""
-    scores = sentencepiece_scores(vocabulary, merges) if family == "gemma3" else None
+    """The tokenizer's algorithm and tables; `expected`: the family's are of a SentencePiece model."""
+    scores = sentencepiece_scores(vocabulary, merges) if expected else None
     notes = []
     values = {
         Keys.Tokenizer.MODEL: string("llama" if scores else "gemma4"),
@@ -181,7 +181,7 @@ def _model(
         if len(usable) != len(merges):
             notes.append(f"{len(merges) - len(usable)} merges make tokens that the vocabulary lacks and are left out")
         values[Keys.Tokenizer.MERGES] = string([" ".join(pair) for pair in usable])
-        if family == "gemma3":
+        if expected:
             notes.append("the merges are not those of a SentencePiece model: tokenizer.ggml.model is gemma4")
     return values, notes
 

@@ -21,6 +21,7 @@ from gemexport.exporters.support import require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.stacks import apart, switched
+from gemexport.formats.gemma.names import FINAL_NORM
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -28,7 +29,6 @@ from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWri
 from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Plain, Tensor
 
 VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
-FINAL_NORM = "model.norm.weight"  # a tensor that no format quantizes: it has the model's own dtype
 PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
 
 

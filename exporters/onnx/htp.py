@@ -16,7 +16,8 @@ from gemexport.exporters.onnx.graph import Weights
 from gemexport.exporters.onnx.npu import INTEGERS, MASKED, WEIGHTS, NpuBackend
 from gemexport.exporters.onnx.qdq import DTYPES, QdqGraph, constant_encoding
 from gemexport.formats.gemma.architecture import Architecture, Layer
-from gemexport.formats.onnx import DERIVED, EMBEDDING, HEAD, OFFSET, SCALES
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, attention_module
+from gemexport.formats.onnx import DERIVED, OFFSET, SCALES
 from gemexport.formats.onnx.blocks import pack_signed
 from gemexport.formats.tensor import Floats, Grid, Rows, Tensor
 
@@ -136,7 +137,7 @@ class HtpBackend(NpuBackend):
         shape = [1, layer.kv_heads, self.cache_length(layer), layer.head_dim]
         kept = []
         for kind, new in (("key", k), ("value", v)):
-            key = f"model.layers.{layer.index}.self_attn.{kind}_cache"
+            key = f"{attention_module(layer.index)}.{kind}_cache"
             encoding = None if g.measuring else g.activations.cache(key)
             dtype = ir.DataType.FLOAT if encoding is None else DTYPES[encoding.numpy.name]
             past = g.input(f"past_key_values.{layer.index}.{kind}", dtype, shape)
@@ -152,7 +153,7 @@ class HtpBackend(NpuBackend):
 
     def attention(self, q: ir.Value, layer: Layer, scale: float, softcap: float | None) -> ir.Value:
         g, n = self.graph, self.length
-        name = f"model.layers.{layer.index}.self_attn"
+        name = attention_module(layer.index)
         keys, values = self._cache[layer.kv_source]
         groups = self.a.heads // layer.kv_heads
         seen = self.cache_length(layer) + n

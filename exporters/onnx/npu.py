@@ -18,8 +18,9 @@ from gemexport.exporters.onnx.common import StandardOperations, packed_codes, st
 from gemexport.exporters.onnx.graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.grids.additive import AdditiveTensor
-from gemexport.formats.onnx import BITS, COPY, EMBEDDING, HEAD, SCALES, SHAPE, ZEROS
+from gemexport.formats.onnx import BITS, COPY, SCALES, SHAPE, ZEROS
 from gemexport.formats.onnx.blocks import pack_signed, pack_unsigned
 from gemexport.formats.tensor import Floats, Grid, Rows, Tensor, matrix_of
 

@@ -16,7 +16,7 @@ from gemexport.exporters.onnx.qdq import QdqGraph
 from gemexport.exporters.result import Progress
 from gemexport.formats.activations.ranges import ActivationRanges, Activations
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.onnx import EMBEDDING
+from gemexport.formats.gemma.names import EMBEDDING, PER_LAYER_EMBEDDING
 from gemexport.formats.storage.errors import InputError
 
 RANGES = "activations.json"
@@ -107,7 +107,7 @@ def measured(
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
     """What the NPU's integers could not hold."""
-    looked_up = {"model.embed_tokens_per_layer.weight"} | ({EMBEDDING} if not checkpoint.architecture.tied else set())
+    looked_up = {PER_LAYER_EMBEDDING} | ({EMBEDDING} if not checkpoint.architecture.tied else set())
     requantized = [
         name for name, tensor in checkpoint.tensors.items()
         if len(tensor.shape) == 2 and name not in looked_up and row_grid(tensor) != tensor.grid

@@ -17,8 +17,9 @@ from gemexport.exporters.onnx.additive import additive_rows
 from gemexport.exporters.onnx.common import StandardOperations, packed_codes, stored_bits, zero_points
 from gemexport.exporters.onnx.graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
+from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.grids.additive import AdditiveTensor
-from gemexport.formats.onnx import EMBEDDING, HEAD, SCALES, ZEROS
+from gemexport.formats.onnx import SCALES, ZEROS
 from gemexport.formats.onnx.blocks import pack_unsigned
 from gemexport.formats.tensor import Grid, Rows, Tensor, reblock
 

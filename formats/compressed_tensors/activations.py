@@ -16,7 +16,7 @@ from gemexport.formats.activations import Activations, CacheActivations, Quantiz
 from gemexport.formats.checkpoint import read_config
 from gemexport.formats.compressed_tensors.settings import Args
 from gemexport.formats.gemma.architecture import Architecture
-from gemexport.formats.gemma.names import canonical_name
+from gemexport.formats.gemma.names import attention_module, canonical_name
 from gemexport.formats.quantized import floats
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, read_folder
@@ -82,7 +82,7 @@ def caches(folder: Path, decoder: Architecture, args: Args | None) -> tuple[dict
         return found, names
     arrays = {canonical_name(name): array for name, array in read_folder(folder).items()}
     for layer in decoder.layers:
-        module = f"model.layers.{layer.index}.self_attn"
+        module = attention_module(layer.index)
         own = {key: arrays[f"{module}.{key}"] for key in CACHE_SCALES.values() if f"{module}.{key}" in arrays}
         kinds = {kind: quantizer(own, key.removesuffix("_scale"), args) for kind, key in CACHE_SCALES.items()}
         if layer.owns_cache and any(kinds.values()):

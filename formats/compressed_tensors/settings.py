@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from gemexport.formats.gemma.names import EMBEDDINGS
 from gemexport.formats.modules import Group, Module, settings
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.patterns import MAX_PATTERNS, Pattern
@@ -86,7 +87,7 @@ class Quantization(BaseModel):
         """
         inner = module.stem.removeprefix("model.")
         names = (module.stored_name, module.stem, f"model.language_model.{inner}", f"language_model.model.{inner}")
-        embedding = "embed_tokens" in module.stem
+        embedding = module.name in EMBEDDINGS
         groups = [group for group in self.config_groups.values() if isinstance(group, Scheme)]
         targets = [(target, group) for group in groups for target in group.targets]
         named = [pair for pair in targets if self._named(pair[0], names)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gemexport.formats.coreml.arrays import Array, Palette, Stored, matrix_rows
 from gemexport.formats.coreml.grids import stack
 from gemexport.formats.coreml.package import Package, Value, constant, everything, open_package
-from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.names import CANONICAL, Dialect, is_norm
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.additive import AdditiveTensor, Indices
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
@@ -27,9 +27,9 @@ BIASES = "_biases"  # after a weight's stored name: the constant of what its pro
 CODEC = "gemexport.codec."  # metadata, before a weight's stored name: the spelling of the vector codec that it is in
 FITTED_RMS = "gemexport.fitted_rms."  # beside it: the error that the fit measured
 CODEBOOK, SCALES = "_codebook_", "_scales"  # after a weight's stored name: its palettes of vectors, and its scales
-_ROLES = {CANONICAL.name(role, 0 if role.in_layer else None).replace(".", "_"): role for role in Role}
+NAMES = Dialect({role: CANONICAL.template(role).replace(".", "_") for role in Role})
 _SPELLING = re.compile(
-    r"^(?:model_)?(?:language_model_)?(?:model_)?(?:layers_(\d+)_)?(.+?)(?:_to_fp16|_to_fp32|_quantized|_palettized)*$"
+    r"^(?:model_)?(?:language_model_)?(?:model_)?(.+?)(?:_to_fp16|_to_fp32|_quantized|_palettized)*$"
 )
 
 
@@ -41,14 +41,9 @@ def stored_name(canonical: str) -> str:
 def canonical_name(stored: str) -> str | None:
     """The canonical name of a constant of a program, or None if it is none of the decoder's tensors."""
     match = _SPELLING.match(stored)
-    if match is None:
-        return None
-    layer, tail = match.groups()
-    if layer is not None:
-        role = _ROLES.get(f"model_layers_0_{tail}")
-        return None if role is None else CANONICAL.name(role, int(layer))
-    found = (_ROLES.get(name) for name in (tail, f"model_{tail}"))
-    return next((CANONICAL.name(role) for role in found if role is not None and not role.in_layer), None)
+    places = (NAMES.find(name) for name in (f"model_{match[1]}", match[1])) if match else ()
+    place = next(filter(None, places), None)
+    return None if place is None else CANONICAL.name(*place)
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
@@ -67,7 +62,7 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
             continue
         biases = values.get(f"{stored}{BIASES}")
         tensor = stack(name, value, None if isinstance(biases, str | list) else biases)
-        found[name] = tensor or CoreMLTensor(name, value, offset if name.endswith("norm.weight") else 0.0)
+        found[name] = tensor or CoreMLTensor(name, value, offset if is_norm(name) else 0.0)
     for key, spelling in package.metadata.items():
         name = canonical_name(key.removeprefix(CODEC)) if key.startswith(CODEC) else None
         if name is not None:

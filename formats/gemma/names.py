@@ -55,6 +55,10 @@ class Dialect:
         role = self._roles.get(f"{name[: number.start()]}{{}}{name[number.end() :]}")
         return None if role is None else (role, int(number[0]))
 
+    def template(self, role: Role) -> str:
+        """The name of a role, with `{}` for the layer's number."""
+        return self._names[role]
+
     def stem(self, role: Role) -> str:
         """What a tensor is called within its layer, or at the top: `self_attn.q_proj`."""
         return self._names[role].rpartition("{}")[2].removeprefix(".").removesuffix(WEIGHT)
@@ -104,9 +108,25 @@ def role_of(name: str) -> Role | None:
     return None if place is None else place[0]
 
 
-def layer_name(layer: int) -> str:
-    """The module of a layer, under its canonical name."""
-    return f"{_LAYER.format(layer)}".removesuffix(".")
+def is_norm(name: str) -> bool:
+    """Whether the tensor of this canonical name is what an RMSNorm multiplies by."""
+    role = role_of(name)
+    return role is not None and role.is_norm
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor is the weight of."""
+    return name.removesuffix(WEIGHT)
+
+
+def layer_module(layer: int) -> str:
+    """A layer's module, by its canonical name."""
+    return _LAYER.format(layer).removesuffix(".")
+
+
+def attention_module(layer: int) -> str:
+    """The module of a layer's attention, which its caches go by too."""
+    return CANONICAL.name(Role.Q, layer).removesuffix(f".{CANONICAL.stem(Role.Q).rpartition('.')[2]}{WEIGHT}")
 
 
 def canonical_name(name: str) -> str:
@@ -115,3 +135,9 @@ def canonical_name(name: str) -> str:
         if pattern.match(name):
             return pattern.sub(replacement, name)
     return name
+
+
+EMBEDDING, PER_LAYER_EMBEDDING = CANONICAL.name(Role.EMBEDDING), CANONICAL.name(Role.PER_LAYER_EMBEDDING)
+EMBEDDINGS = (EMBEDDING, PER_LAYER_EMBEDDING)
+HEAD = CANONICAL.name(Role.HEAD)
+FINAL_NORM = CANONICAL.name(Role.FINAL_NORM)  # a tensor that no format quantizes: it has the model's own dtype

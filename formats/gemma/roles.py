@@ -81,6 +81,14 @@ class Role(Enum):
         return self.has_rows and self.kind is not Kind.EXPERT
 
     @property
+    def block(self) -> str:
+        """The part of a layer that it belongs to: attention, MLP or other."""
+        if self in (Role.Q, Role.Q_NORM, Role.K, Role.K_NORM, Role.V, Role.O):
+            return "attention"
+        dense = self in (Role.GATE, Role.UP, Role.DOWN)
+        return "MLP" if dense or self.kind in (Kind.ROUTER, Kind.EXPERT) else "other"
+
+    @property
     def is_looked_up(self) -> bool:
         """Whether its rows are looked up by token id."""
         return self.kind is Kind.EMBEDDING

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids.additive import AdditiveTensor, Encoder, Indices, evaluate
 from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.grids.vector_codec import Codec, check
@@ -24,7 +25,6 @@ from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.parallel import ordered
 from gemexport.formats.tensor import Floats, Tensor, round_to, slices
 
-NAME = "model.embed_tokens_per_layer.weight"
 RECORD, CODES, SCALES, CODEBOOKS = "fitted.json", "codes.u8", "scales.f32", "codebooks.f16"
 SAMPLED_ROWS, SAMPLED_VECTORS = 4096, 1 << 16
 
@@ -57,7 +57,7 @@ def find_codec(
     """
     layers = check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     mark, known = fingerprint(checkpoint, codec), read_record(folder)
-    tensor = checkpoint.tensors[NAME]
+    tensor = checkpoint.tensors[PER_LAYER_EMBEDDING]
     if known is not None and known.fingerprint == mark:
         progress(math.prod(known.shape))
         return known

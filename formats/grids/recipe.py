@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from gemexport.formats.gemma.names import role_of
+from gemexport.formats.gemma.roles import Kind, Role
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import read_text
 
@@ -46,9 +48,10 @@ class Recipe(BaseModel):
 
     def scheme(self, tensor: str) -> Scheme | None:
         """The scheme for a matrix by its canonical name."""
-        if tensor == "model.embed_tokens_per_layer.weight":
+        role = role_of(tensor)
+        if role is Role.PER_LAYER_EMBEDDING:
             return self.per_layer_embedding
-        if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+        if role is not None and role.kind in (Kind.EMBEDDING, Kind.HEAD):
             return self.embedding
         return self.linear
 

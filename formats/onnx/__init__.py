@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.gemma.names import role_of
+from gemexport.formats.gemma.dialects import genai_canonical
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, role_of
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
@@ -39,7 +40,6 @@ SHAPE = "gemexport.shape"  # on a matrix that is a stack of matrices: the stack'
 CODEBOOKS = ".codebooks"  # what its codebooks are called, after its own name
 SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero points are called, after its own name
 
-EMBEDDING, HEAD = onnx_builder.EMBEDDING, onnx_builder.HEAD
 NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 MAX_GRAPH_BYTES = 2 << 30  # of a graph without its external data: protobuf has no larger
@@ -106,9 +106,9 @@ def canonical_name(name: str) -> str | None:
     Knows its own names and those of ONNX Runtime GenAI's model builder.
     """
     name = re.sub(r"_(Q\d+(G\d+)?|quant|qweight)$", "", name).replace(".MatMul.weight", ".weight")
-    name = name.replace(".attn.", ".self_attn.").replace("_norm.layernorm.weight", "_norm.weight")
-    name = re.sub(r"^model\.layers\.\d+\.final_norm_layernorm\.", "model.norm.", name)
-    return name if role_of(name) is not None or re.match(r"(model|lm_head)\..*weight$", name) else None
+    name = genai_canonical(name)
+    known = role_of(name) is not None
+    return name if known or (name.startswith("model.") and name.endswith(".weight")) else None
 
 
 def read_model(file: Path) -> ir.Model:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemexport.formats.gemma.dialects import GENAI_STACKED
 from gemexport.formats.gemma.families import by_type
-from gemexport.formats.gemma.names import role_of
+from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, WEIGHT, is_norm
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.reading import read_optional_json
 from gemexport.formats.tensor import ArrayTensor, Rows, Tensor, TensorBase
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PRODUCER = "onnxruntime-genai"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-STACKED = ".self_attn.qkv_proj.weight"
 
 
 class RowRange(TensorBase):
@@ -43,10 +43,10 @@ def conform(found: dict[str, Tensor], graph: ir.Graph, folder: Path) -> dict[str
     offset = _norm_offset(folder)
     result: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        layer = name.removesuffix(STACKED)
+        layer = name.removesuffix(GENAI_STACKED)
         if layer != name and layer in heads:
             result |= _unstacked(layer, tensor, *heads[layer])
-        elif offset and (role := role_of(name)) is not None and role.is_norm:
+        elif offset and is_norm(name):
             result[name] = ArrayTensor(name, tensor.numpy() - np.float32(offset), tensor.dtype)
         else:
             result[name] = tensor
@@ -73,8 +73,8 @@ def _unstacked(layer: str, tensor: Tensor, heads: int, kv_heads: int) -> dict[st
     head_dim = tensor.shape[0] // (heads + 2 * kv_heads)
     result: dict[str, Tensor] = {}
     start = 0
-    for kind, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-        name = f"{layer}.self_attn.{kind}_proj.weight"
+    for role, count in ((Role.Q, heads), (Role.K, kv_heads), (Role.V, kv_heads)):
+        name = f"{layer}.{CANONICAL.stem(role)}{WEIGHT}"
         result[name] = RowRange(name, tensor, start, start + count * head_dim)
         start += count * head_dim
     return result

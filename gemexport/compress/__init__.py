@@ -22,6 +22,7 @@ from gemexport.exporters.result import ignore
 from gemexport.exporters.streaming import write_plain as write_tensor
 from gemexport.exporters.streaming import write_settings
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.names import HEAD, module_of
 from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.storage.errors import InputError
@@ -146,13 +147,14 @@ def _run(
     # Norms of 1 + w become w in the model's dtype after AWQ has changed them: in bf16 that would round twice.
     dtype = write_plain(plain, source, "f32" if asked.method == "awq" else None)
     ignored = [
-        name.removesuffix(".weight")
+        module_of(name)
         for name, tensor in plain.tensors.items()
         if len(tensor.shape) == 2 and tensor.shape[1] % scheme.group_size
     ]
+    ignored.insert(0, module_of(HEAD))
     facts = {
         "model": str(source.absolute()), "out": str(out.absolute()), "method": asked.method, "samples": samples,
-        "bits": scheme.bits, "group_size": scheme.group_size, "dtype": _TORCH[dtype], "ignore": ["lm_head", *ignored],
+        "bits": scheme.bits, "group_size": scheme.group_size, "dtype": _TORCH[dtype], "ignore": ignored,
     }  # fmt: skip
     task.write_text(json.dumps(facts), "utf-8")
     _call(asked, task, progress)

@@ -11,9 +11,10 @@ from gemexport.faults import folders
 from gemexport.faults.places import _blob, save_package
 from gemexport.faults.stored import writable
 from gemexport.faults.weights import Fault, Subject
-from gemexport.formats.coreml import constants
+from gemexport.formats.coreml import constants, stored_name
 from gemexport.formats.coreml.package import Package, open_package
 from gemexport.formats.gemma.architecture import Layer, Rope
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.tensor import Floats
 
 WINDOW = "co.huggingface.exporters.sliding_window"
@@ -153,15 +154,15 @@ def head_untied(package: Package, subject: Subject) -> None:
     """The head reads a matrix of its own, the embedding with noise."""
     from gemexport.formats.coreml import tensors
 
-    table = tensors(subject.path)["model.embed_tokens.weight"].numpy()
-    linear = next(item for item in _ops(package, "linear") if _argument(item, "weight") == "model_embed_tokens_weight")
-    source = _named(package, "model_embed_tokens_weight")
+    table = tensors(subject.path)[EMBEDDING].numpy()
+    linear = next(item for item in _ops(package, "linear") if _argument(item, "weight") == stored_name(EMBEDDING))
+    source = _named(package, stored_name(EMBEDDING))
     constant = type(source)()
     constant.type = "const"
     constant.outputs.add().CopyFrom(source.outputs[0])
-    constant.outputs[0].name = "lm_head_weight"
+    constant.outputs[0].name = stored_name(HEAD)
     constant.attributes["name"].CopyFrom(source.attributes["name"])
-    constant.attributes["name"].immediateValue.tensor.strings.values[0] = "lm_head_weight"
+    constant.attributes["name"].immediateValue.tensor.strings.values[0] = stored_name(HEAD)
     value = constant.attributes["val"]
     value.type.CopyFrom(source.outputs[0].type)
     noisy = _noisy(table)
@@ -174,7 +175,7 @@ def head_untied(package: Package, subject: Subject) -> None:
         value.immediateValue.tensor.bytes.values = noisy.astype("<f2").tobytes()
     place = list(package.operations).index(source)
     package.operations.insert(place + 1, constant)
-    linear.inputs["weight"].arguments[0].name = "lm_head_weight"
+    linear.inputs["weight"].arguments[0].name = stored_name(HEAD)
 
 
 def _noisy(table: Floats) -> Floats:
@@ -205,7 +206,7 @@ FAULTS: dict[str, Fault | str] = {
     "soft cap lost": changed(softcap, "logits"),
     "embedding scale lost": changed(embedding_scale),
     "shared KV layer reads the wrong donor": changed(donor),
-    "tied head untied with noise": changed(head_untied, "lm_head"),
+    "tied head untied with noise": changed(head_untied, module_of(HEAD)),
     "KV cache written one position late": changed(cache_late),
     "metadata of another size": "the program says every size",
     "context length halved": "a package is exported for the context that is asked for",

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemexport.faults.stored import floats, like, writable
 from gemexport.faults.weights import NOISE, Fault, Subject
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.storage.safetensors import read_folder
 
 Json = dict[str, Any]
@@ -122,11 +123,11 @@ def head_untied(subject: Subject) -> str:
 
     file = subject.path / "model.safetensors"
     arrays = {name: (item.entry, np.array(item.array)) for name, item in read_file(file).items()}
-    table = TARGETS[subject.target].reader().tensors(subject.path)["model.embed_tokens.weight"].numpy()
+    table = TARGETS[subject.target].reader().tensors(subject.path)[EMBEDDING].numpy()
     noise = np.random.default_rng(0).normal(0, NOISE * float(table.std()), table.shape).astype(np.float32)
     stored = like(table + noise, np.empty(0, np.uint16))
     wrapped = any(name.startswith("language_model.") for name in arrays)
-    name = "language_model.lm_head.weight" if wrapped else "lm_head.weight"
+    name = f"language_model.{HEAD}" if wrapped else HEAD
     arrays[name] = Entry(name, "BF16", table.shape), stored
     writer = Writer(
         file, [entry for entry, _ in arrays.values()], {"format": "mlx" if subject.target == "mlx" else "pt"}
@@ -137,7 +138,7 @@ def head_untied(subject: Subject) -> str:
     config = json.loads((subject.path / "config.json").read_text("utf-8"))
     config["tie_word_embeddings"] = _text(config)["tie_word_embeddings"] = False
     (subject.path / "config.json").write_text(json.dumps(config), "utf-8")
-    return "tie_word_embeddings|lm_head"
+    return f"tie_word_embeddings|{module_of(HEAD)}"
 
 
 def truncated(subject: Subject) -> str:

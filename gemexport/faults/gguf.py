@@ -11,6 +11,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
 
 from gemexport.faults.stored import floats
 from gemexport.faults.weights import NOISE, Fault, Subject
+from gemexport.formats.gemma import names
 
 TOKENS, TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 SCORES, TEMPLATE, ADD_BOS = "tokenizer.ggml.scores", "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"
@@ -113,14 +114,14 @@ def head_untied(subject: Subject) -> str:
     """A head of its own, which is the embedding with noise."""
     from gemexport.formats.gguf import tensors
 
-    table = tensors(subject.path)["model.embed_tokens.weight"].numpy()
+    table = tensors(subject.path)[names.EMBEDDING].numpy()
     noise = np.random.default_rng(0).normal(0, NOISE * float(floats(table).std()), table.shape)
 
     def edit(_: Fields, new: Tensors) -> None:
         new[HEAD] = table + noise
 
     rewrite(subject.path, edit)
-    return "lm_head.weight"
+    return names.HEAD
 
 
 def _tokens(change: Callable[[Fields], None], named: str) -> Fault:

@@ -16,7 +16,8 @@ from gemexport.faults import folders
 from gemexport.faults.stored import writable
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.gemma.architecture import Layer, Rope
-from gemexport.formats.onnx import COPY, HEAD, _array, graph_files
+from gemexport.formats.gemma.names import HEAD, module_of
+from gemexport.formats.onnx import COPY, _array, graph_files
 
 NOISE_EVERY = 7  # of the head's packed codes, one in so many is another
 
@@ -199,7 +200,7 @@ def head_untied(subject: Subject) -> str:
         head.const_value = ir.ExternalTensor(
             str(stored.location), start, len(codes), stored.dtype, shape=stored.shape, name=HEAD, base_dir=file.parent
         )
-    return "lm_head"
+    return module_of(HEAD)
 
 
 def activation(edit: Callable[[ir.Graph, ir.Node], None]) -> Fault:

@@ -18,7 +18,10 @@ from gemexport.faults.places import PLACES
 from gemexport.faults.stored import Numbers, Place, floats, like
 from gemexport.formats.gemma.architecture import Architecture, Layer
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
 
+name_of = CANONICAL.name
 NOISE = 0.02  # of a weight, in a head that should be the embedding
 
 
@@ -52,35 +55,30 @@ class Subject:
         return next(layer for layer in self.decoder.layers if layer.sliding == sliding and layer.owns_cache)
 
 
-def name_of(layer: int, tail: str) -> str:
-    """A tensor of a layer."""
-    return f"model.layers.{layer}.{tail}"
-
-
 def q_and_k_swapped(subject: Subject) -> str:
     """The query and the key projection exchanged, as far as the smaller one has rows."""
     layer = subject.layer().index
-    q, k = (subject.place(name_of(layer, f"self_attn.{kind}_proj.weight")) for kind in "qk")
+    q, k = (subject.place(name_of(role, layer)) for role in (Role.Q, Role.K))
     ours, theirs = q.read(), k.read()
     rows = min(len(ours.codes), len(theirs.codes))
     for a, b in zip([ours.codes, *ours.scales], [theirs.codes, *theirs.scales], strict=True):
         a[:rows], b[:rows] = b[:rows].copy(), a[:rows].copy()
     q.write(ours)
     k.write(theirs)
-    return name_of(layer, "self_attn.q_proj.weight")
+    return name_of(Role.Q, layer)
 
 
 def from_the_neighbour(subject: Subject) -> str:
     """A layer's down projection is the next layer's."""
-    name = name_of(0, "mlp.down_proj.weight")
-    subject.place(name).write(subject.place(name_of(1, "mlp.down_proj.weight")).read())
+    name = name_of(Role.DOWN, 0)
+    subject.place(name).write(subject.place(name_of(Role.DOWN, 1)).read())
     return name
 
 
 def transposed(subject: Subject) -> str:
     """A square matrix transposed, its codes and, where the blocks of both ways hold as many, its scales."""
-    shapes = subject.decoder.tensor_shapes()
-    name = next(name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1])
+    specs = subject.model.specs.values()
+    name = next(spec.name for spec in specs if spec.role.is_matrix and spec.shape[0] == spec.shape[1])
 
     def edit(numbers: Numbers) -> None:
         numbers.codes = np.ascontiguousarray(numbers.codes.T)
@@ -93,7 +91,7 @@ def interleaved(subject: Subject) -> str:
     layer = subject.layer()
     half = np.arange(layer.head_dim).reshape(2, -1).T.reshape(-1)
     rows = np.concatenate([half + head * layer.head_dim for head in range(subject.decoder.heads)])
-    return subject.change(name_of(layer.index, "self_attn.q_proj.weight"), lambda numbers: _rows(numbers, rows))
+    return subject.change(name_of(Role.Q, layer.index), lambda numbers: _rows(numbers, rows))
 
 
 def _rows(numbers: Numbers, order: NDArray[np.intp]) -> None:
@@ -104,7 +102,7 @@ def _rows(numbers: Numbers, order: NDArray[np.intp]) -> None:
 def norm_without_one(subject: Subject) -> str:
     """A norm that multiplies by `1 + weight` where it means `weight`, or the other way round."""
     by = 1.0 if subject.decoder.norm_offset == 0.0 else -1.0
-    return subject.change(name_of(1, "post_attention_layernorm.weight"), lambda numbers: _moved(numbers, by))
+    return subject.change(name_of(Role.POST_ATTENTION_NORM, 1), lambda numbers: _moved(numbers, by))
 
 
 def _moved(numbers: Numbers, by: float) -> None:
@@ -117,7 +115,7 @@ def layer_scalar_lost(subject: Subject) -> str:
     def edit(numbers: Numbers) -> None:
         numbers.codes = like(np.ones(numbers.codes.shape, np.float32), numbers.codes)
 
-    return subject.change(name_of(0, "layer_scalar"), edit)
+    return subject.change(name_of(Role.LAYER_SCALAR, 0), edit)
 
 
 def per_layer_shifted(subject: Subject) -> str:
@@ -130,11 +128,11 @@ def per_layer_shifted(subject: Subject) -> str:
         numbers.codes = np.roll(numbers.codes, -dim, axis=1)
         numbers.scales = [np.roll(array, -dim * array.shape[1] // width, axis=1) for array in numbers.scales]
 
-    return subject.change("model.embed_tokens_per_layer.weight", edit)
+    return subject.change(name_of(Role.PER_LAYER_EMBEDDING), edit)
 
 
 def _matrix(subject: Subject) -> str:
-    return name_of(subject.layer(sliding=False).index, "mlp.up_proj.weight")
+    return name_of(Role.UP, subject.layer(sliding=False).index)
 
 
 def scale_halved(subject: Subject) -> str:
@@ -176,7 +174,7 @@ def one_weight(subject: Subject) -> str:
         flat = numbers.codes.reshape(-1)
         flat[5] = like(floats(flat[5:6]) * np.float32(1.5), numbers.codes)[0]
 
-    return subject.change("model.norm.weight", edit)
+    return subject.change(name_of(Role.FINAL_NORM), edit)
 
 
 Fault = Callable[[Subject], Any]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gemexport.formats.gemma.names import role_of
 from gemexport.report.schema import ArtifactReport, Report
 from gemexport.shared.measured import TensorReport
 
@@ -110,6 +111,5 @@ def layer(name: str) -> int:
 
 
 def _group(name: str) -> str:
-    if ".self_attn." in name:
-        return "attention"
-    return "MLP" if ".mlp." in name else "other"
+    role = role_of(name)
+    return "other" if role is None else role.block

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, FINAL_NORM, layer_module, module_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.tensor import Floats
 
-LAST_NORM = "model.norm.weight"
 T = TypeVar("T")
 
 
@@ -26,9 +27,9 @@ class Departure:
 def in_order(by_norm: Mapping[str, T]) -> list[T]:
     """What the norm before each layer reads, then the last norm; empty unless all are there."""
     found: list[T] = []
-    while (name := f"model.layers.{len(found)}.input_layernorm.weight") in by_norm:
+    while (name := CANONICAL.name(Role.INPUT_NORM, len(found))) in by_norm:
         found.append(by_norm[name])
-    return [*found, by_norm[LAST_NORM]] if found and LAST_NORM in by_norm else []
+    return [*found, by_norm[FINAL_NORM]] if found and FINAL_NORM in by_norm else []
 
 
 def relative_error(found: Floats, expected: Floats) -> float:
@@ -43,6 +44,6 @@ def departure(found: Sequence[Floats], expected: Sequence[Floats], limit: float)
     for index, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
         error = relative_error(theirs, ours)
         if error > limit:
-            name = f"model.layers.{index - 1}" if index else "model.embed_tokens"
+            name = layer_module(index - 1) if index else module_of(EMBEDDING)
             return Departure(index - 1, name, error)
     return None

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.names import attention_module, module_of
 
 ATTENTION = "gemexport_rounded_cache"  # transformers' eager attention on rounded keys and values
 _CACHE = "_gemexport_cache"
@@ -42,12 +43,12 @@ def attention_implementation(activations: Activations | None) -> str:
 def install(model: Any, activations: Activations, decoder: Architecture) -> None:
     """Round what goes through the linears and caches of `model`, a text decoder, from now on."""
     for weight, both in activations.linears.items():
-        module = model.get_submodule(weight.removesuffix(".weight"))
+        module = model.get_submodule(module_of(weight))
         _round_linear(module, both.input, both.output)
     for layer in decoder.layers:
         # A layer that reads another's cache reads what that one remembered.
         cache = activations.caches.get(layer.kv_source, CacheActivations())
-        setattr(model.get_submodule(f"model.layers.{layer.index}.self_attn"), _CACHE, cache)
+        setattr(model.get_submodule(attention_module(layer.index)), _CACHE, cache)
 
 
 def _round_linear(module: torch.nn.Module, before: Quantizer | None, after: Quantizer | None) -> None:

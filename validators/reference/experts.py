@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
+
+_STACKED = CANONICAL.stem(Role.EXPERT_GATE_UP).rpartition(".")[2]  # how a module of experts is known
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # `x` `[…, in]` and `weight` `[out, in]` to `[…, out]`
 
 
 def install(model: torch.nn.Module, linear: Linear) -> None:
     """Let every module of experts in `model` compute with `linear` from now on."""
     for module in model.modules():
-        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+        if isinstance(getattr(module, _STACKED, None), torch.nn.Parameter):
             module.forward = partial(computed, module, linear)
 
 

@@ -30,9 +30,11 @@ class Family(ABC, Generic[F]):
     reference_class: ClassVar[str]
     gguf: ClassVar[str]  # llama.cpp's name of the graph, which is `general.architecture`
     mlx_type: ClassVar[str]  # mlx-lm's module
+    mlx_rounds_embed_scale: ClassVar[bool] = False  # mlx-lm rounds the embedding's factor to bf16, in f32 as well
     genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
 
     fields: type[F]
+    sentencepiece: ClassVar[bool] = False  # its tokenizer's merges are those of a SentencePiece model
     partial_rope: ClassVar[bool]  # full layers may rotate a part of a head (proportional RoPE)
     gguf_owners: ClassVar[int] = 1  # layers with keys and values of their own that llama.cpp's graph asks for
     default_vocabulary: ClassVar[int]

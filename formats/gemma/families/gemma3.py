@@ -35,6 +35,8 @@ class Gemma3(Family[Fields]):
     norm_offset = 1.0
     value_norm = False
     partial_rope = False
+    sentencepiece = True
+    mlx_rounds_embed_scale = True
     layer_scalar = False
 
     def layers(self, fields: Fields) -> tuple[Layer, ...]:

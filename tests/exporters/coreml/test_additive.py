@@ -10,6 +10,7 @@ import pytest
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.coreml import CODEBOOK, CODEC, stored_name, tensors
 from gemexport.formats.coreml.package import open_package
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids import additive_fit
 from gemexport.formats.grids import search as grids
 from gemexport.formats.grids.additive import AdditiveTensor
@@ -24,7 +25,7 @@ from gemexport.validators.checks.divergence import Divergence  # noqa: E402
 from gemexport.validators.reference import reference  # noqa: E402
 from gemexport.validators.runtimes.coreml import Program, load  # noqa: E402
 
-NAME = additive_fit.NAME
+NAME = PER_LAYER_EMBEDDING
 TOKENS = [2, *np.random.default_rng(5).integers(3, 200, 40).tolist()]
 
 

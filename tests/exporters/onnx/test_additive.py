@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids import additive_fit
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.vector_codec import Codec, parse
@@ -25,7 +26,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from gemexport.exporters.onnx.additive import additive_rows  # noqa: E402
 from gemexport.exporters.onnx.graph import GraphBuilder, Weights  # noqa: E402
 
-NAME = additive_fit.NAME
+NAME = PER_LAYER_EMBEDDING
 
 
 def coded(source: Path, spelling: str, folder: Path) -> Checkpoint:

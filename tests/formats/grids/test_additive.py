@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.coreml import StackedCodes
 from gemexport.formats.coreml.arrays import Palette, Stored
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids import additive_fit
 from gemexport.formats.grids.additive import AdditiveTensor, Encoder, evaluate
 from gemexport.formats.grids.vector_codec import Codec, parse, parse_all, stated_rms
@@ -230,7 +231,7 @@ def test_a_fit_is_kept_and_made_again_for_another_checkpoint(tiny_gemma4: Path, 
     assert (tmp_path / "fit" / additive_fit.CODES).stat().st_mtime_ns == changed
     assert sum(seen) == first.shape[0] * first.shape[1]
     assert additive_fit.find_codec(checkpoint, tmp_path / "fit", parse("aqlm:1x5")).codec.bits == 5
-    found = additive_fit.attach(checkpoint, tmp_path / "fit").tensors[additive_fit.NAME]
+    found = additive_fit.attach(checkpoint, tmp_path / "fit").tensors[PER_LAYER_EMBEDDING]
     assert isinstance(found, AdditiveTensor)
     # A scale for each layer's part of a row.
     assert found.scales.shape == (first.shape[0], len(checkpoint.architecture.layers))

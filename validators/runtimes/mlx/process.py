@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemexport.formats.gemma.families import by_type
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.runtimes.protocol import Laps
 
@@ -111,8 +112,10 @@ class Model:
         return logits
 
     def _embedded(self, ids: Any) -> dict[str, Any]:
-        """For Gemma 3: embeddings that make up for mlx-lm's embedding scale, which it rounds to bf16 in f32 as well."""
-        if self._decoder.model_type != "gemma3_text":
+        """Of a family that needs it: embeddings that make up for mlx-lm's factor, rounded to bf16 in f32 as well."""
+        kind = str(self._decoder.model_type)
+        family = by_type(kind)
+        if family is None or kind != family.mlx_type or not family.mlx_rounds_embed_scale:
             return {}
         scale = self._decoder.args.hidden_size**0.5
         rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
