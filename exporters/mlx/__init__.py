@@ -20,8 +20,8 @@ from gemexport.exporters.streaming import Column, Rounding, rounding_note, write
 from gemexport.exporters.support import require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gemma.stacks import apart, switched
 from gemexport.formats.gemma.names import FINAL_NORM
+from gemexport.formats.gemma.stacks import apart, switched
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic

@@ -18,7 +18,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from gemexport.formats.gemma.architecture import TensorSpec
 from gemexport.formats.gemma.families import FAMILIES, by_gguf
 from gemexport.formats.gemma.families.family import Family
-from gemexport.formats.gemma.names import CANONICAL, WEIGHT
+from gemexport.formats.gemma.names import CANONICAL, WEIGHT, role_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.gemma.stacks import by_projection, put
 from gemexport.formats.gguf.blocks import BLOCK, Bytes
@@ -60,9 +60,10 @@ def file_names(family: Family[Any], layers: int) -> dict[str, str]:
 
 
 def norm_shift(family: Family[Any], name: str, q_norm_factor: float = 1.0) -> tuple[float, float]:
-    """`(offset, factor)` of a canonical 1-D tensor: the file holds `(value + offset) * factor`."""
-    offset = family.norm_offset if name.endswith("norm.weight") else 0.0
-    return offset, q_norm_factor if name.endswith("q_norm.weight") else 1.0
+    """`(offset, factor)` of a canonical vector: the file holds `(value + offset) * factor`."""
+    role = role_of(name)
+    offset = family.norm_offset if role is not None and role.is_norm else 0.0
+    return offset, q_norm_factor if role is Role.Q_NORM else 1.0
 
 
 class StoredTensor(TensorBase):
