@@ -77,12 +77,12 @@ def read_importances(path: Path, _: Path) -> None:
     read_imatrix(path)
 
 
-def plain(folder: Path, family: demo.Family = "gemma3") -> Path:
+def plain(folder: Path, family: demo.FamilyName = "gemma3") -> Path:
     """A tiny model in bf16."""
     return demo.make(folder / "plain", family=family, size=SMALL)
 
 
-def gguf(folder: Path, family: demo.Family) -> Path:
+def gguf(folder: Path, family: demo.FamilyName) -> Path:
     """A GGUF file of a tiny model."""
     from gemexport.exporters import gguf as exporter
 

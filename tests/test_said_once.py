@@ -29,12 +29,6 @@ TYPES = {
 WORDS = {word for role in Role for word in re.split(r"[.{}]+", CANONICAL.stem(role)) if "_" in word}
 NAMES = re.compile(rf"(^|[^a-z_])({'|'.join(sorted(WORDS))}|model\.norm|model\.layers|norm\.weight)($|[^a-z_])")
 ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "get"}
-TO_DO: set[str] = {
-    "examples/real_model.py",
-    "gemexport/demo/__init__.py",
-    "gemexport/demo/mobile.py",
-    "gemexport/demo/tokenizer.py",
-}
 
 
 def strings(tree: ast.AST) -> Iterator[ast.Constant]:
@@ -72,9 +66,6 @@ def faults(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_else_knows_names_or_families(path: Path) -> None:
-    if str(path.relative_to(ROOT)) in TO_DO:
-        assert faults(path), "done: take it off the list"
-        pytest.xfail("still to do")
     assert faults(path) == []
 
 

@@ -21,50 +21,29 @@ from transformers.utils.quantization_config import GemmaQuantizationConfig
 from gemexport import demo
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.families.gemma4 import Gemma4
+from gemexport.formats.gemma.fields import FULL, SLIDING
 from gemexport.formats.gemma.model import architecture
-from gemexport.formats.gemma.names import canonical_name
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, attention_module, canonical_name
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.bitpack import pack
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import Entry, ShardedWriter
 from gemexport.formats.tensor import Codes, Floats, round_to, to_bf16
 
-# What the released E2B says of its language model: two bits for embeddings and for the MLPs behind layer 14.
-QUANTIZATION: dict[str, Any] = {
-    "quant_method": "gemma",
-    "num_bits": 4,
-    "quantize_embeddings": True,
-    "module_quant_configs": {
-        r"^lm_head$": {"num_bits": 2},
-        r"language_model\.embed_tokens$": {"num_bits": 2},
-        r"language_model\.embed_tokens_per_layer$": {"num_bits": 4},
-        r"language_model\.layers\.(\d|1[0-4])\.mlp\.": {"num_bits": 4},
-        r"language_model\.layers\.\d+\.mlp\.": {"num_bits": 2},
-        r"language_model\.layers\.\d+\.per_layer_input_gate$": {"num_bits": 8},
-        r"language_model\.layers\.\d+\.per_layer_projection$": {"num_bits": 8},
-        r"language_model\.layers\.\d+\.self_attn\.": {"num_bits": 4},
-        r"vision_tower": {"num_bits": 8},
-        r"audio_tower(?!.*lconv1d\.linear_start)": {"num_bits": 2},
-        r"audio_tower\.layers\.\d+\.lconv1d\.linear_start\.": {"num_bits": 4},
-    },
-    "modules_to_not_convert": [
-        "per_layer_model_projection",
-        "model.vision_tower.patch_embedder",
-        "model.audio_tower.subsample_conv_projection",
-        "model.audio_tower.output_proj",
-    ],
-}
+# What the released E2B says: of its language model, two bits for embeddings and for the MLPs behind layer 14.
+QUANTIZATION: dict[str, Any] = json.loads(Path(__file__).with_name("mobile-quantization.json").read_text("utf-8"))
 # Three layers behind number 14 share keys and values, so that those have the doubled MLP in two bits, as in E2B.
-LAYER_TYPES = [demo.SLIDING, demo.SLIDING, demo.FULL] * 6
+LAYER_TYPES = [SLIDING, SLIDING, FULL] * 6
 SHARED_LAYERS = 3
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST_CODE = {2: 2.0, 4: 7.5, 8: 127.0}  # what a row's largest weight is divided by
 # Of what the demo has: how far logits spread, how peaked attention is, and what each part of a layer adds.
 SHARES = {
-    "model.norm": 1 / 3,
-    "k_norm": 3.0,
-    "post_attention": 0.03,
-    "post_feedforward": 0.03,
-    "post_per_layer": 0.015,
+    Role.FINAL_NORM: 1 / 3,
+    Role.K_NORM: 3.0,
+    Role.POST_ATTENTION_NORM: 0.03,
+    Role.POST_MLP_NORM: 0.03,
+    Role.POST_PER_LAYER_NORM: 0.015,
 }
 RESEMBLANCE = 0.5  # of the head's rows to those of the embedding
 QUIET = 0.25  # what is left of a head's row whose token is no text
@@ -75,14 +54,14 @@ SAMPLE = 16384  # values of an activation that a scale is fitted to
 
 def config_json(size: demo.Size) -> dict[str, Any]:
     """The config.json: a multimodal Gemma 4 without towers."""
-    text = demo.config_json("gemma4", size)
+    text = demo.config_json(Gemma4.name, size)
     text |= {"layer_types": LAYER_TYPES, "num_hidden_layers": len(LAYER_TYPES), "num_kv_shared_layers": SHARED_LAYERS}
     del text["architectures"]
     # transformers cannot tie a packed embedding to the head: the released files hold both.
     untied = {"tie_word_embeddings": False}
     return {
-        "architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None, "dtype": "bfloat16",
-        "eos_token_id": text["eos_token_id"], "model_type": "gemma4", "quantization_config": QUANTIZATION,
+        "architectures": [Gemma4.whole_class], "audio_config": None, "dtype": "bfloat16",
+        "eos_token_id": text["eos_token_id"], "model_type": Gemma4.whole_type, "quantization_config": QUANTIZATION,
         "text_config": text | untied, "vision_config": None, **untied,
     }  # fmt: skip
 
@@ -96,7 +75,7 @@ def make(folder: Path, *, size: demo.Size | str = "demo", seed: int = 0, calibra
     config = config_json(dimensions)
     with atomic(folder) as partial:
         partial.mkdir()
-        tokens = demo_tokenizer.write(partial, dimensions.vocab, "gemma4")
+        tokens = demo_tokenizer.write(partial, dimensions.vocab, Gemma4.wording)
         model = _model(config, architecture(config, folder), demo_tokenizer.silent_ids(tokens), seed)
         caches = _calibrate(model, dimensions.vocab, seed) if calibrated else {}
         stored = {name: _stored(name, tensor) for name, tensor in model.state_dict().items()} | caches
@@ -144,15 +123,16 @@ def _values(name: str, decoder: Architecture, silent: list[int], seed: int) -> F
     one just read, at a probability so near 1 that 96 % of the positions could not differ whatever was rounded.
     """
     stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
-    kind = EMBEDDING if name == HEAD else name
-    values = demo.random_values(kind, decoder.tensor_shapes()[kind], decoder, [], stream)
+    specs = {spec.name: spec for spec in decoder.specs()}
+    spec = specs[EMBEDDING if name == HEAD else name]
+    values = demo.random_values(spec, decoder, [], stream)
     if name == HEAD:
         same = _values(EMBEDDING, decoder, silent, seed)
         values = np.float32(RESEMBLANCE) * same + np.float32((1 - RESEMBLANCE**2) ** 0.5) * values
         values[silent] *= np.float32(QUIET)
-    if name.endswith("layer_scalar"):
+    if spec.role is Role.LAYER_SCALAR:
         return values * np.float32(0.25) + np.float32(0.775)  # 0.9 to 1 instead of 0.5 to 0.9
-    return values * np.float32(next((share for part, share in SHARES.items() if part in name), 1.0))
+    return values * np.float32(SHARES.get(spec.role, 1.0))
 
 
 def quantize(weights: Floats, bits: int) -> tuple[Codes, Floats]:
@@ -189,7 +169,7 @@ def _calibrate(model: Any, vocabulary: int, seed: int) -> dict[str, tuple[str, A
     caches = {}
     for index, layer in enumerate(found.past_key_values.layers):
         for kind, cached in (("k", layer.keys), ("v", layer.values)):
-            name = f"model.language_model.layers.{index}.self_attn.{kind}_cache_scale"
+            name = f"model.language_model.{attention_module(index).removeprefix('model.')}.{kind}_cache_scale"
             caches[name] = "F32", np.array(_scale(_end(cached)), np.float32)
     return caches
 

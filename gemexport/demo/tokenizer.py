@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.gemma.families import FAMILIES
+from gemexport.formats.gemma.families.family import Wording
+
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-TURNS = {"gemma3": ("<start_of_turn>", "<end_of_turn>"), "gemma4": ("<|turn>", "<turn|>")}
-# Gemma 4's markup for reasoning and tools: some runtimes must show these, so they are not plain control tokens.
-MARKUP = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
 RUNS = [("\n", 1, 8), ("▁", 2, 8)]
 LONGEST_PIECE = 16
 LEAST_ROOM = 200  # twice the printable ASCII characters, which are always in
@@ -95,9 +95,9 @@ def _learn(size: int) -> tuple[list[str], list[str]]:
     return [piece for piece in pieces if len(piece) > 1], [piece for piece in pieces if len(piece) == 1]
 
 
-def vocabulary(size: int, family: str) -> list[str]:
+def vocabulary(size: int, wording: Wording) -> list[str]:
     """`size` tokens; a token's id is its place. Raises ValueError when `size` has no room for the fixed ones."""
-    fixed = [*SPECIAL, *TURNS[family], *(MARKUP if family == "gemma4" else [])]
+    fixed = [*SPECIAL, *wording.turn, *wording.markup]
     fixed += [*_runs(), *(f"<0x{byte:02X}>" for byte in range(256))]
     room = size - len(fixed)
     if room < LEAST_ROOM:
@@ -109,7 +109,7 @@ def vocabulary(size: int, family: str) -> list[str]:
 
 def silent_ids(tokens: Iterable[str]) -> list[int]:
     """Ids of the tokens that a sensible model hardly ever says: special ones, single bytes and unused ones."""
-    quiet = (*SPECIAL, *MARKUP, *(turn for pair in TURNS.values() for turn in pair))
+    quiet = {*SPECIAL, *(token for family in FAMILIES for token in (*family.wording.turn, *family.wording.markup))}
     return [
         i
         for i, token in enumerate(tokens)
@@ -128,11 +128,11 @@ def _merges(tokens: list[str]) -> Iterator[tuple[str, str]]:
                 yield token[:cut], token[cut:]
 
 
-def _added(tokens: list[str], family: str) -> list[dict[str, Any]]:
-    special = {*SPECIAL[:4], *TURNS[family]}
-    plain = {SPECIAL[4], *MARKUP}
-    if family == "gemma3":
-        # Gemma 3 lists its runs as added tokens too, and "▁▁" as one never matches: text has spaces there.
+def _added(tokens: list[str], wording: Wording) -> list[dict[str, Any]]:
+    special = {*SPECIAL[:4], *wording.turn}
+    plain = {SPECIAL[4], *wording.markup}
+    if wording.adds_runs:
+        # "▁▁" as an added token never matches: text has spaces there.
         plain |= set(_runs())
     return [
         {
@@ -144,15 +144,15 @@ def _added(tokens: list[str], family: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def tokenizer_json(size: int, family: str) -> dict[str, Any]:
+def tokenizer_json(size: int, wording: Wording) -> dict[str, Any]:
     """A whole tokenizer.json, laid out as Gemma's."""
-    tokens = vocabulary(size, family)
+    tokens = vocabulary(size, wording)
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added(tokens, family),
+        "added_tokens": _added(tokens, wording),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": {
             "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
@@ -186,9 +186,9 @@ def tokenizer_json(size: int, family: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chat_template(family: str) -> str:
+def chat_template(wording: Wording) -> str:
     """A Jinja template that lays out turns as the family's models were trained on."""
-    start, end = TURNS[family]
+    start, end = wording.turn
     return (
         "{{ bos_token }}"
         "{%- for message in messages -%}"
@@ -199,16 +199,16 @@ def chat_template(family: str) -> str:
     )
 
 
-def write(folder: Path, size: int, family: str) -> list[str]:
+def write(folder: Path, size: int, wording: Wording) -> list[str]:
     """Write tokenizer.json and tokenizer_config.json; returns the vocabulary."""
-    tokenizer = tokenizer_json(size, family)
+    tokenizer = tokenizer_json(size, wording)
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": "<bos>",
-        "chat_template": chat_template(family),
+        "chat_template": chat_template(wording),
         "clean_up_tokenization_spaces": False,
-        "eos_token": "<eos>" if family == "gemma4" else TURNS[family][1],
+        "eos_token": wording.eos,
         "mask_token": "<mask>",
         "model_max_length": 4096,
         "pad_token": "<pad>",

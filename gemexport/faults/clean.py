@@ -56,7 +56,7 @@ def fault_free(
     """Make a model for each seed, export it into every column, judge each; `work` is left empty."""
     for seed in seeds:
         stream = np.random.default_rng(seed)
-        family: demo.Family = "gemma4" if seed % 2 == 0 else "gemma3"
+        family: demo.FamilyName = "gemma4" if seed % 2 == 0 else "gemma3"
         size, rule = random_size(stream), RULED[seed % len(RULED)]
         folder = work / f"seed-{seed}"
         model = demo.make(folder / "model", family=family, size=size, seed=seed, rule=rule)

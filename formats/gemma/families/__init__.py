@@ -26,6 +26,11 @@ def by_type(model_type: str) -> Family[Any] | None:
     return next((family for family in FAMILIES if model_type in _types(family)), None)
 
 
+def named(name: str) -> Family[Any]:
+    """The family called so; KeyError when there is none."""
+    return {family.name: family for family in FAMILIES}[name]
+
+
 def by_gguf(architecture: str) -> Family[Any] | None:
     """The family of a GGUF file, by `general.architecture`: of several that are computed alike, the first."""
     return next((family for family in FAMILIES if family.gguf == architecture), None)

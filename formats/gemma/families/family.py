@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -19,12 +20,23 @@ ROPES = ("default", "linear", "proportional")
 MENDED = "use the config.json that came with the model"
 
 
+@dataclass(frozen=True)
+class Wording:
+    """The tokens of a family's tokenizer that are no text."""
+
+    turn: tuple[str, str]  # begin and end of a turn
+    eos: str  # what its tokenizer_config.json calls the end
+    markup: tuple[str, ...] = ()  # of reasoning and tools: some runtimes must show it, so these are not control tokens
+    adds_runs: bool = False  # runs of newlines and of spaces are listed as added tokens too
+
+
 class Family(ABC, Generic[F]):
     """One family; an instance without state is registered under its model types."""
 
     name: ClassVar[str]  # what reports call it
     text_type: ClassVar[str]  # `model_type` of a decoder's own config.json
     whole_type: ClassVar[str | None] = None  # of the config of a multimodal model that holds one as its `text_config`
+    whole_class: ClassVar[str | None] = None
     # What its artefacts call themselves. A family may be computed as another one is, and then says so in these.
     reference_type: ClassVar[str]  # `model_type` of the transformers class that computes it
     reference_class: ClassVar[str]
@@ -33,6 +45,7 @@ class Family(ABC, Generic[F]):
     mlx_rounds_embed_scale: ClassVar[bool] = False  # mlx-lm rounds the embedding's factor to bf16, in f32 as well
     genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
 
+    wording: ClassVar[Wording]
     fields: type[F]
     sentencepiece: ClassVar[bool] = False  # its tokenizer's merges are those of a SentencePiece model
     partial_rope: ClassVar[bool]  # full layers may rotate a part of a head (proportional RoPE)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gemexport.formats.gemma.architecture import Layer, Rope
-from gemexport.formats.gemma.families.family import Family, rope
+from gemexport.formats.gemma.families.family import Family, Wording, rope
 from gemexport.formats.gemma.fields import SLIDING, Positive, TextFields
 
 THETAS = {True: 10_000.0, False: 1_000_000.0}  # of sliding layers and of full ones, where a config names none
@@ -28,7 +28,9 @@ class Gemma3(Family[Fields]):
     name = "gemma3"
     text_type = reference_type = mlx_type = "gemma3_text"
     whole_type = gguf = "gemma3"
+    whole_class = "Gemma3ForConditionalGeneration"
     reference_class = "Gemma3ForCausalLM"
+    wording = Wording(("<start_of_turn>", "<end_of_turn>"), eos="<end_of_turn>", adds_runs=True)
     fields = Fields
     default_vocabulary = 262_208
     default_window = 4096

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from gemexport.formats.gemma.architecture import Experts, Layer, PerLayerEmbeddings, Rope
-from gemexport.formats.gemma.families.family import Family, rope
+from gemexport.formats.gemma.families.family import Family, Wording, rope
 from gemexport.formats.gemma.fields import FULL, SLIDING, Least, Size, TextFields
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -19,6 +19,7 @@ ROPES: dict[str, dict[str, Any]] = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 GLOBAL_HEAD_DIM = 512
+MARKUP = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
 
 class OwnFields(BaseModel):
@@ -51,7 +52,9 @@ class Gemma4(Family[Fields]):
     name = "gemma4"
     text_type = reference_type = mlx_type = "gemma4_text"
     whole_type = gguf = "gemma4"
+    whole_class = "Gemma4ForConditionalGeneration"
     reference_class = "Gemma4ForCausalLM"
+    wording = Wording(("<|turn>", "<turn|>"), eos="<eos>", markup=MARKUP)
     fields = Fields
     default_vocabulary = 262_144
     default_window = 512

@@ -29,7 +29,7 @@ SMALL = demo.Size(vocab=512, hidden=32, intermediate=32, heads=1, kv_heads=1, he
 class Sample:
     """A small file, and what it is made of."""
 
-    def __init__(self, folder: Path, family: demo.Family) -> None:
+    def __init__(self, folder: Path, family: demo.FamilyName) -> None:
         checkpoint = open_checkpoint(demo.make(folder / "model", family=family, size=SMALL))
         self.path = exporter.export(checkpoint, folder / "model.gguf", variant="BF16").path
         self.values = metadata(checkpoint.model, "model", "BF16") | tokenizer(checkpoint)[0]

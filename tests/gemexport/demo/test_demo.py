@@ -15,9 +15,11 @@ from gemexport import demo
 from gemexport.demo import qat
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.gemma.families import named
+from gemexport.formats.gemma.families.gemma4 import Gemma4
 from gemexport.formats.tensor import expand, from_bf16
 
-FAMILIES: list[demo.Family] = ["gemma3", "gemma4"]
+FAMILIES: list[demo.FamilyName] = ["gemma3", "gemma4"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -25,7 +27,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_seed_same_bytes(tmp_path: Path, family: demo.Family) -> None:
+def test_same_seed_same_bytes(tmp_path: Path, family: demo.FamilyName) -> None:
     first = files(demo.make(tmp_path / "a", family=family, size="tiny"))
     again = files(demo.make(tmp_path / "b", family=family, size="tiny"))
     other = files(demo.make(tmp_path / "c", family=family, size="tiny", seed=1))
@@ -76,7 +78,7 @@ def test_spellings_and_wrapping_are_one_model(tmp_path: Path, tiny_gemma4: Path,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_takes_it_whole(tmp_path: Path, family: demo.Family) -> None:
+def test_transformers_takes_it_whole(tmp_path: Path, family: demo.FamilyName) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     folder = demo.make(tmp_path / "model", family=family, size="tiny")
@@ -98,21 +100,21 @@ def test_transformers_takes_it_whole(tmp_path: Path, family: demo.Family) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chat_template_makes_turns(tmp_path: Path, family: demo.Family) -> None:
+def test_chat_template_makes_turns(tmp_path: Path, family: demo.FamilyName) -> None:
     transformers = pytest.importorskip("transformers")
     folder = demo.make(tmp_path / "model", family=family, size="tiny")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "Hello"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    start, end = demo_tokenizer.TURNS[family]
+    start, end = named(family).wording.turn
     assert text == f"<bos>{start}user\nHello{end}\n{start}model\n"
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["<bos>", start]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokenizer_is_laid_out_as_gemmas(family: demo.Family) -> None:
-    tokenizer = demo_tokenizer.tokenizer_json(2048, family)
+def test_tokenizer_is_laid_out_as_gemmas(family: demo.FamilyName) -> None:
+    tokenizer = demo_tokenizer.tokenizer_json(2048, named(family).wording)
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     assert list(vocab)[:5] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     assert list(vocab.values()) == list(range(2048))
@@ -126,14 +128,14 @@ def test_tokenizer_is_laid_out_as_gemmas(family: demo.Family) -> None:
 def test_every_text_survives_the_tokenizer(text: str) -> None:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(json.dumps(demo_tokenizer.tokenizer_json(512, "gemma4")))
+    tokenizer = Tokenizer.from_str(json.dumps(demo_tokenizer.tokenizer_json(512, Gemma4.wording)))
     decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
     assert decoded == text.replace("▁", " ")
 
 
 def test_a_vocabulary_must_have_room() -> None:
     with pytest.raises(ValueError, match="at least"):
-        demo_tokenizer.vocabulary(300, "gemma4")
+        demo_tokenizer.vocabulary(300, Gemma4.wording)
 
 
 @pytest.mark.parametrize("rule", qat.RULES)

@@ -1,0 +1,117 @@
+"""The config.json of a demo model of each family: small, and with every feature of the released ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gemexport.demo import tokenizer as demo_tokenizer
+from gemexport.formats.gemma.families import named
+from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.families.gemma3 import Gemma3
+from gemexport.formats.gemma.families.gemma4 import Gemma4
+from gemexport.formats.gemma.fields import FULL, SLIDING
+
+
+class Size(NamedTuple):
+    """The dimensions of a demo model; full-attention layers of Gemma 4 have heads twice as wide."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    per_layer: int
+    window: int
+
+
+SIZES = {
+    "demo": Size(2048, 256, 512, 4, 2, 64, 64, 32),
+    "tiny": Size(512, 64, 96, 2, 1, 32, 32, 8),
+}
+# Two layers of each type compute keys and values, one of them is the donor, and both types are shared. llama.cpp takes
+# the last two layers before the shared ones for the donors, sliding first, as in the released sizes.
+GEMMA4_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
+GEMMA4_SHARED = 3
+GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
+EXPERTS_LAYERS = [SLIDING, FULL, SLIDING, FULL]
+EXPERTS, CHOSEN = 8, 2
+GLOBAL_HEAD_DIM, PER_LAYER_CONFIG = "global_head_dim", "per_layer_config"  # spellings
+
+
+def config_json(family: str, size: Size, spelling: str = GLOBAL_HEAD_DIM, experts: bool = False) -> dict[str, Any]:
+    """The config.json of a demo model; `spelling` is how Gemma 4 says that heads differ between layers.
+
+    "global_head_dim" is what released checkpoints say, "per_layer_config" what transformers 5.23 writes. With `experts`
+    a Gemma 4 is like 26B-A4B, else like E2B.
+    """
+    known = named(family)
+    own = CONFIGS[type(known)](size, spelling, experts)
+    return _common(size) | {"architectures": [known.reference_class], "model_type": known.text_type} | own
+
+
+def wrapped(config: dict[str, Any], family: Family[Any]) -> dict[str, Any]:
+    """The config of a multimodal model whose decoder is that of `config`."""
+    text = {key: value for key, value in config.items() if key != "architectures"}
+    return {
+        "architectures": [family.whole_class],
+        "dtype": "bfloat16",
+        "eos_token_id": config["eos_token_id"],
+        "model_type": family.whole_type,
+        "text_config": text,
+        "tie_word_embeddings": True,
+    }
+
+
+def _common(size: Size) -> dict[str, Any]:
+    return {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16",
+        "head_dim": size.head_dim, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": size.hidden,
+        "initializer_range": 0.02, "intermediate_size": size.intermediate, "max_position_embeddings": 4096,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "rms_norm_eps": 1e-6,
+        "sliding_window": size.window, "tie_word_embeddings": True, "use_cache": True, "vocab_size": size.vocab,
+    }  # fmt: skip
+
+
+def _gemma3(size: Size, _: str, __: bool) -> dict[str, Any]:
+    return {
+        "eos_token_id": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "layer_types": GEMMA3_LAYERS, "num_hidden_layers": len(GEMMA3_LAYERS), "query_pre_attn_scalar": size.head_dim,
+        "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0,
+    }  # fmt: skip
+
+
+def _gemma4(size: Size, spelling: str, experts: bool) -> dict[str, Any]:
+    layers = EXPERTS_LAYERS if experts else GEMMA4_LAYERS
+    if spelling == PER_LAYER_CONFIG:
+        full = [i for i, kind in enumerate(layers) if kind == FULL]
+        heads: dict[str, Any] = {"per_layer_config": {str(i): {"head_dim": 2 * size.head_dim} for i in full}}
+    else:
+        heads = {"global_head_dim": 2 * size.head_dim, "num_global_key_value_heads": None}
+    wording = Gemma4.wording
+    turn_end = demo_tokenizer.vocabulary(size.vocab, wording).index(wording.turn[1])
+    return heads | {
+        "eos_token_id": [1, turn_end],
+        "attention_k_eq_v": False, "enable_moe_block": False, "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": size.per_layer, "layer_types": GEMMA4_LAYERS,
+        "num_hidden_layers": len(GEMMA4_LAYERS), "num_kv_shared_layers": GEMMA4_SHARED, "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": size.vocab,
+        "rope_parameters": {
+            FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+            SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+    } | (_experts(size) if experts else {})  # fmt: skip
+
+
+def _experts(size: Size) -> dict[str, Any]:
+    """What 26B-A4B's config says otherwise than E2B's."""
+    return {
+        "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+        "layer_types": EXPERTS_LAYERS, "moe_intermediate_size": size.hidden, "num_experts": EXPERTS,
+        "num_hidden_layers": len(EXPERTS_LAYERS), "num_kv_shared_layers": 0, "top_k_experts": CHOSEN,
+        "use_double_wide_mlp": False,
+    }  # fmt: skip
+
+
+CONFIGS: dict[type[Family[Any]], Callable[[Size, str, bool], dict[str, Any]]] = {Gemma3: _gemma3, Gemma4: _gemma4}
