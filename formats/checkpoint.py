@@ -22,7 +22,8 @@ from pydantic_core import from_json
 from gemexport.formats.activations import Activations
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
-from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
+from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, LAYERS, module_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import check_containers, opened, read_bytes, read_json, regular
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
@@ -39,9 +40,10 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
-_IN_LAYER = re.compile(r"(?:model\.layers|blk)\.\d+\.")
+_IN_LAYER = re.compile(rf"(?:{re.escape(LAYERS)}|blk)\.\d+\.")
 # Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
-_UNUSED = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
+_ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
+_UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {

@@ -60,7 +60,11 @@ def compared(tree: ast.AST) -> Iterator[ast.Constant]:
 def faults(path: Path) -> list[str]:
     tree = ast.parse(path.read_text("utf-8"))
     found = [f"{node.lineno}: asks for {node.value}" for node in compared(tree) if node.value in TYPES]
-    found += [f"{node.lineno}: the name {node.value}" for node in strings(tree) if NAMES.search(str(node.value))]
+    found += [
+        f"{node.lineno}: the name {node.value}"
+        for node in strings(tree)
+        if NAMES.search(str(node.value).replace("\\.", "."))
+    ]
     return found
 
 

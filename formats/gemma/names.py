@@ -64,7 +64,8 @@ class Dialect:
         return self._names[role].rpartition("{}")[2].removeprefix(".").removesuffix(WEIGHT)
 
 
-_LAYER = "model.layers.{}."
+LAYERS = "model.layers"  # the module that holds all layers
+_LAYER = f"{LAYERS}.{{}}."
 CANONICAL = Dialect(
     {
         Role.EMBEDDING: "model.embed_tokens.weight",
