@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from gemexport import cli, validate
+import gemexport
+from gemexport import Advance, cli, validate
+from gemexport.shared.memory import anonymous_bytes, descendants
 from gemexport.shared.node import Call, Node, StepError
 
 
@@ -26,6 +30,22 @@ def test_the_log_that_a_message_points_to_is_kept(
     log = Path(said.strip().partition("; see ")[2])
     assert log.parent == out / ".gemexport" / "logs"
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.skipif(anonymous_bytes() is None, reason="the system does not tell which processes a step has")
+def test_a_step_that_the_system_kills_says_so_in_the_report(tiny_gemma3: Path, tmp_path: Path) -> None:
+    def kill(heard: Advance) -> None:
+        if heard.step == "export gguf:Q4_0" and not heard.ended:
+            for process in descendants(os.getpid()):
+                os.kill(process, signal.SIGKILL)
+
+    report = gemexport.export(tiny_gemma3, tmp_path / "out", formats=["gguf"], validate=False, jobs=1, progress=kill)
+    (artifact,) = report.artifacts
+    assert artifact.status == "error"
+    cause, _, log = str(artifact.reason).partition("; see ")
+    assert cause == "the process was killed; memory may be short"
+    assert Path(log) == tmp_path / "out" / ".gemexport" / "logs" / "export gguf-Q4_0.log"
+    assert Path(log).is_file()
 
 
 def test_what_judging_leaves_on_the_way_lies_beside_the_artefact(

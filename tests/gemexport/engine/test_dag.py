@@ -1,0 +1,60 @@
+"""Which step waits for which, and what each may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gemexport.engine.dag import graph, judgement, logits_memory
+from gemexport.engine.scheduler import in_order
+from gemexport.registry import TARGETS
+from gemexport.request import Step, request, steps
+
+
+@pytest.mark.parametrize("affordable", [True, False])
+def test_an_artefact_that_lies_there_is_judged_as_one_of_a_run(
+    affordable: bool, tiny_gemma3: Path, tmp_path: Path
+) -> None:
+    """It waits for the grids in place of its export; else its steps are those of a run that wrote it."""
+    memory = "1TB" if affordable else 1 << 20
+    asked = request(model=tiny_gemma3, out=tmp_path, formats=["gguf"], memory=memory)
+    checkpoint = asked.checkpoint()
+    (step,) = steps(asked, checkpoint)
+    ran = {node.name: node for node in graph(asked, checkpoint, tmp_path, [step])}
+    judged = {node.name: node for node in judgement(asked, checkpoint, tmp_path, step)}
+    assert judged.keys() == ran.keys() - {step.export_node}
+    reference = ("reference",) if affordable else ()
+    assert ran[step.validate_node].needs == (step.export_node, *reference)
+    assert judged.pop(step.validate_node).needs == ("grids", *reference)
+    assert all(node == ran[name] for name, node in judged.items())
+    if affordable:
+        assert judged["reference"].all_cores
+        assert judged["reference"].memory == logits_memory(checkpoint, asked.tokens)
+
+
+def test_every_graph_can_be_run(tiny_gemma4: Path, tmp_path: Path) -> None:
+    everything = {name: target.known_variants for name, target in TARGETS.items()}
+    asked = request(model=tiny_gemma4, out=tmp_path, variants=everything, ple_codec="none,aqlm:2x8")
+    checkpoint = asked.checkpoint()
+    nodes = graph(asked, checkpoint, tmp_path, steps(asked, checkpoint))
+    order, ended = in_order(nodes), set[str]()
+    needs = {node.name: set(node.needs) for node in nodes}
+    while order.is_active():
+        for name in order.get_ready():
+            assert needs[name] <= ended
+            ended.add(name)
+            order.done(name)
+    assert ended == needs.keys()
+
+
+def test_a_runtimes_copy_is_planned_for(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """llama.cpp maps the tensors as float32 from a file to compute in that."""
+    asked = request(model=tiny_gemma3, out=tmp_path, memory="1TB", tokens=100)
+    checkpoint = asked.checkpoint()
+    logits = 4 * 100 * checkpoint.architecture.vocab_size
+    for name, copied in (("gguf", 4 * checkpoint.architecture.parameters()), ("mlx", 0)):
+        step = Step(TARGETS[name], "any", tmp_path / "artefact")
+        nodes = {node.name: node for node in judgement(asked, checkpoint, tmp_path, step)}
+        assert nodes["reference"].writes == logits
+        assert nodes[step.validate_node].scratch == logits + copied
