@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +31,10 @@ WRITTEN = [
     ("onnx", "npu"),
     ("coreml", "int4"),
     ("coreml", "f32"),
+    ("compressed-tensors", "w4a16"),
+    ("compressed-tensors", "bf16"),
 ]
-READ = ["gguf", "mlx"]  # artefacts that are checkpoints too
+READ = ["gguf", "mlx", "compressed-tensors"]  # artefacts that are checkpoints too
 
 
 def with_grids(model: Path, folder: Path) -> Checkpoint:
@@ -165,3 +170,16 @@ def test_codes_that_were_fitted_to_plain_experts_are_what_is_written(
             assert np.array_equal(ours.grid()[0], theirs.grid()[0])
         elif variant in ("BF16", "bf16", "f32"):
             assert np.array_equal(ours.values, theirs.values)
+
+
+def test_what_the_docs_tell_transformers_is_enough(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With nothing of ours imported: a process of its own runs the page's code on a folder, and continues a prompt."""
+    page = (Path(__file__).parents[1] / "docs" / "compressed-tensors.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = export(checkpoint, tmp_path, "compressed-tensors", "w4a16")
+    program = code.replace("FOLDER", str(folder))
+    ran = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The capital of France is")
+    assert "newly initialized" not in ran.stderr
+    assert "MISSING" not in ran.stderr

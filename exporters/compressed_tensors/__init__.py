@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemexport.exporters.compressed_tensors import activations as rounding
+from gemexport.exporters.compressed_tensors import experts
 from gemexport.exporters.compressed_tensors.schemes import (
     Scheme,
     activation_args,
@@ -36,7 +37,6 @@ from gemexport.exporters.streaming import (
     write_plain,
     write_settings,
 )
-from gemexport.exporters.support import experts, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
@@ -82,24 +82,31 @@ def export(
     Static activation scales, those of caches too, are written where transformers computes with them: not where it
     unpacks while it loads. A model whose scales its own dtype does not hold is then to be loaded in float32.
     """
-    require(checkpoint, supports(checkpoint.model, variant), "compressed-tensors")
     if variant == "bf16":
         plan = _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
     else:
+        checkpoint, notes = experts.modules(checkpoint)
         checkpoint, plan = _plan(checkpoint, variant, pack_embeddings)
+        plan.notes += notes
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, _config(checkpoint, plan), checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    notes = [*plan.notes, *rounding_note(plan.rounded, plan.model)]
+    return Export(Path(path), variant, _run(Path(path), notes), notes, files)
+
+
+def _run(path: Path, notes: list[str]) -> str:
+    """The command that runs a folder, in a program that knows all of its modules."""
+    if experts.TOLD in notes:
+        return f"vllm serve {quote(str(path))}"
     call = f'pipeline("text-generation", {json.dumps(str(path))})("The capital of France is")[0]["generated_text"]'
-    run = f"python -c {quote(f'from transformers import pipeline; print({call})')}"
-    return Export(Path(path), variant, run, [*plan.notes, *rounding_note(plan.rounded, plan.model)], files)
+    return f"python -c {quote(f'from transformers import pipeline; print({call})')}"
 
 
 def supports(model: Model, variant: str) -> str | None:
     """Why the format does not hold a model; None where it does."""
-    found = experts(model)
-    return None if found is None else f"compressed-tensors does not hold this decoder: {found}"
+    return None  # it holds whatever tensors there are
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

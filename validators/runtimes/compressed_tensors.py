@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from gemexport.formats.compressed_tensors import read_config
 from gemexport.formats.compressed_tensors.activations import activations
+from gemexport.formats.gemma.model import describe
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.reference import Reference, quiet
@@ -30,15 +33,17 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
 
     Raises InputError when transformers cannot load the folder, or finds tensors missing in it.
     """
-    read_config(Path(path))
+    config = read_config(Path(path))
     automatic: Any = transformers.AutoModelForCausalLM
     remedy = "export or download the model again"
     try:
+        _know_experts(describe(config, path).family.reference_type)
         with quiet(), _scales_in_f32():
             model, report = automatic.from_pretrained(
                 str(path),
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -70,6 +75,28 @@ class CompressedTensors(Reference):
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """Conversations as its tokenizer's `apply_chat_template` lays them out."""
         return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
+
+
+def _know_experts(model_type: str) -> None:
+    """Tell transformers of experts that are modules of their own, which 5.23 knows of other families than Gemma 4.
+
+    The converters are those that it has for `qwen2_moe`; one that it has for the model is left as it is.
+    """
+    if get_checkpoint_conversion_mapping(model_type) is not None:
+        return
+    stacked: list[WeightConverter | WeightRenaming] = [
+        WeightConverter(
+            source_patterns=["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+            target_patterns="experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="experts.*.down_proj.weight",
+            target_patterns="experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ]
+    register_checkpoint_conversion_mapping(model_type, stacked)
 
 
 @contextmanager
