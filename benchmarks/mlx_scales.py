@@ -96,7 +96,6 @@ def measure(checkpoint: Checkpoint, work: Path, tokens: int, kernel_tokens: int)
     (work / "sequences.json").write_text(json.dumps(sequences))
     exact = reference(checkpoint.text_config, checkpoint.tensors)
     expected = [exact.logits(sequence) for sequence in sequences]
-    exact.close()
     rows = []
     for dtype in DTYPES:
         folder, out = work / dtype, work / f"{dtype}-logits"

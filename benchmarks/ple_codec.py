@@ -102,9 +102,7 @@ def logits(checkpoint: Checkpoint, table: Tensor, texts: Sequence[Sequence[int]]
         tensors[HEAD] = checkpoint.tensors[EMBEDDING]
         config["tie_word_embeddings"] = False
     model = reference(config, tensors)
-    found = [model.logits(text) for text in texts]
-    model.close()
-    return found
+    return [model.logits(text) for text in texts]
 
 
 def main() -> None:

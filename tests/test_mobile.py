@@ -28,7 +28,8 @@ from gemexport.formats.tensor import Floats, Tensor
 from gemexport.registry import TARGETS
 from gemexport.shared.place import Place
 from gemexport.validators.checks.divergence import Divergence
-from gemexport.validators.reference import quiet, reference
+from gemexport.validators.reference import reference
+from gemexport.validators.reference.decoder import quiet
 from gemexport.validators.runtimes.onnxruntime import load
 
 TOKENS, CONTEXT, PREFILL = 256, 256, 64

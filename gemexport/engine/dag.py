@@ -115,7 +115,8 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
     nodes = []
     if affordable:
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
-        total, writes = asked.tokens * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
+        positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
+        total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
         nodes.append(Node("reference", call, (), room, total, writes=writes, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from gemexport.exporters.result import Export
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import GridIndex, find_grids
+from gemexport.formats.storage.files import remove
 from gemexport.registry import TARGETS
 from gemexport.shared.measured import Divergence
-from gemexport.shared.place import Place, Progress, model_activations, opened, reference_model
+from gemexport.shared.place import Place, Progress, model_activations, opened
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.additive_fit import Record
@@ -49,29 +50,25 @@ def export(place: Place, target: str, variant: str, path: Path, options: dict[st
 def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
     """Logits of the source's weights in f32, and how far the same weights are from them in other arithmetics.
 
-    Progress in tokens, once for f32 and once for each of `noises`.
+    Progress in positions, for f32 and each of `noises` once a layer and once for the head.
     """
     from gemexport.validators.checks import divergence
 
     checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    store = place.source()
-    for sequence in sequences:
-        store.logits(sequence)
-        progress(len(sequence))
-    store.close()
+    place.source().compute(sequences, progress)
     floors = {}
     for arithmetic in noises:
         # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
         rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
         exact = place.store("source", checkpoint, tensors, rounded)
-        noisy = reference_model(checkpoint, tensors, arithmetic, rounded)
+        exact.compute(sequences)
+        noisy = place.store("source", checkpoint, tensors, rounded, arithmetic)
+        noisy.compute(sequences, progress)
         total = divergence.Divergence()
         for sequence in sequences:
             total.add(exact.logits(sequence), noisy.logits(sequence), sequence)
-            progress(len(sequence))
-        noisy.close()
-        exact.close()
+        remove(noisy.folder)
         floors[arithmetic] = Divergence.of(total)
     return floors

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,7 @@ from gemexport.shared.measured import (
     DepartureReport,
     GreedyReport,
     LogitsReport,
+    SpeedReport,
     TokenizerReport,
 )
 from gemexport.shared.measured import Divergence as Figures
@@ -29,6 +32,22 @@ from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits
 
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
+
+
+@dataclass
+class Try:
+    """What the runtime gave in one arithmetic: compared already, or kept for the references that are not there yet."""
+
+    adapter: ModuleType
+    arithmetic: str | None  # that was asked for
+    runtime: Runtime  # closed
+    conversion: Divergence
+    loss: Divergence
+    later: list[tuple[Divergence, ReferenceStore]] = field(default_factory=list)
+    kept: list[Logits] = field(default_factory=list)  # by sequence, if anything is compared later
+    top_k: int | None = None
+    continuation: list[int] = field(default_factory=list)
+    speed: SpeedReport | None = None
 
 
 class Trial:
@@ -43,6 +62,7 @@ class Trial:
         self._tie = TIES.get(target.name, TIE_NATS)
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
         self._sequences = place.sequences(checkpoint)
+        self._prompt = self._sequences[0][:GREEDY_PROMPT]
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
         self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
@@ -51,18 +71,16 @@ class Trial:
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
 
     def _load(self, adapter: ModuleType, arithmetic: str | None) -> Runtime:
-        """The artefact's runtime; no reference is held beside it: a machine that can hold one model can do this."""
-        self._free_references()
         context = max(map(len, self._sequences)) + GREEDY_TOKENS
         options = {} if arithmetic is None else {"arithmetic": arithmetic}
         runtime: Runtime = adapter.load(self._path, threads=threads(), context=context, **options)
         return runtime
 
-    def logits(self, adapter: ModuleType, arithmetic: str | None, progress: Progress) -> LogitsReport:
-        """Run every sequence in the program of `adapter` and compare with both references.
+    def run(self, adapter: ModuleType, arithmetic: str | None, progress: Progress) -> Try:
+        """Every sequence in the program of `adapter`, and what it goes on with after a prompt.
 
-        One model is loaded at a time, a reference or the runtime. So what a reference has said already is compared at
-        once, and for the other the runtime's logits are kept.
+        What a reference has said already is compared at once, for the other the logits are kept. The program is closed
+        when this ends, and no reference was held beside it: a machine that can hold the program can do this.
         """
         watch, speed = self._watch, Speedometer(threads())
         with watch.time("load"):
@@ -70,58 +88,62 @@ class Trial:
         speed.loaded()
         with watch.time("tokenizer"):
             self.wording = self.wording or check_wording(self._place.work, self._checkpoint, self._path, runtime)
-        conversion, loss = Divergence(tie=self._tie), Divergence()
-        judged = ((loss, self._source), (conversion, self._read_back))  # which then judges the continuation too
+        found = Try(adapter, arithmetic, runtime, Divergence(tie=self._tie), Divergence())
         now: list[tuple[Divergence, ReferenceStore]] = []
-        later: list[tuple[Divergence, ReferenceStore]] = []
-        for pair in judged:
-            (now if pair[1].holds(self._sequences) else later).append(pair)
-        kept: list[tuple[list[int], Logits]] = []
-        top_k = None
-        for i, sequence in enumerate(self._sequences):
+        for pair in ((found.conversion, self._read_back), (found.loss, self._source)):
+            (now if pair[1].holds(self._sequences) else found.later).append(pair)
+        for sequence in self._sequences:
             with watch.time("run"):
                 output = runtime.logits(sequence)
-            top_k = output.ids.shape[1] if isinstance(output, TopLogits) else None
+            found.top_k = output.ids.shape[1] if isinstance(output, TopLogits) else None
             for total, store in now:
                 with watch.time("compare"):
                     total.add(store.logits(sequence), output, sequence)
-            if later:
+            if found.later:
                 with watch.time("keep"):
-                    kept.append((sequence, self._keep(i, output)))
+                    found.kept.append(self._keep(output))
             del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
-        prompt = self._sequences[0][:GREEDY_PROMPT]
         with watch.time("run"), speed.generating(runtime):
-            continuation = runtime.greedy(prompt, GREEDY_TOKENS)
+            found.continuation = runtime.greedy(self._prompt, GREEDY_TOKENS)
+        found.speed = speed.report(runtime.laps)
         runtime.close()
-        for total, store in later:
-            self._free_references()
-            for sequence, output in kept:
-                with watch.time("reference"):
-                    expected = store.logits(sequence)
-                with watch.time("compare"):
-                    total.add(expected, output, sequence)
-        with watch.time("reference"):
-            greedy = self._greedy(prompt, continuation)
+        return found
+
+    def judge(self, tries: Sequence[Try]) -> list[LogitsReport]:
+        """What was run, against both references, which take all that is asked of them through their layers in one go."""
+        judged = [[*self._prompt, *each.continuation] for each in tries]
+        with self._watch.time("reference"):
+            self._source.compute(self._sequences)
+            self._read_back.compute([*self._sequences, *judged])
+        return [self._report(each, tokens) for each, tokens in zip(tries, judged, strict=True)]
+
+    def _report(self, found: Try, judged: list[int]) -> LogitsReport:
+        """What a runtime gave against both references, which have their logits of it all by now."""
+        for total, store in found.later:
+            for sequence, output in zip(self._sequences, found.kept, strict=True):
+                with self._watch.time("compare"):
+                    total.add(store.logits(sequence), output, sequence)
+        conversion, runtime = found.conversion, found.runtime
         if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
-            with watch.time("walk"):
-                self.departs = self._walk(adapter, arithmetic)
+            with self._watch.time("walk"):
+                self.departs = self._walk(found)
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
             tokens=conversion.positions,
-            top_k=top_k,
+            top_k=found.top_k,
             conversion=Figures.of(conversion),
-            loss=Figures.of(loss),
-            greedy=greedy,
-            speed=speed.report(runtime.laps),
+            loss=Figures.of(found.loss),
+            greedy=self._greedy(judged, len(found.continuation)),
+            speed=found.speed,
         )
 
-    def _walk(self, adapter: ModuleType, arithmetic: str | None) -> DepartureReport:
+    def _walk(self, departing: Try) -> DepartureReport:
         """The first layer whose output is not the reference's, on the first sequence."""
         tokens, layers = self._sequences[0], len(self._checkpoint.architecture.layers)
         limit = LAYER_ERRORS.get(self._target.name, LAYER_ERROR)
-        runtime = self._load(adapter, arithmetic)
+        runtime = self._load(departing.adapter, departing.arithmetic)
         found = runtime.hidden(tokens)
         runtime.close()
         if found is None:
@@ -137,27 +159,22 @@ class Trial:
         """A sequence's part of the work, in the unit of progress: all sequences weigh as much as all weights."""
         return self._checkpoint.architecture.parameters() * len(sequence) // sum(map(len, self._sequences))
 
-    def _keep(self, index: int, output: Logits) -> Logits:
+    def _keep(self, output: Logits) -> Logits:
         """Whole distributions go to the disk, from where they are mapped: they are as large as a model."""
         if isinstance(output, TopLogits):
             return output
         self._scratch.mkdir(parents=True, exist_ok=True)
-        path = self._scratch / f"{index}.npy"
+        path = self._scratch / f"{len(list(self._scratch.iterdir()))}.npy"
         np.save(path, output)
         mapped: Logits = np.load(path, mmap_mode="r")
         return mapped
 
-    def _greedy(self, prompt: list[int], continuation: list[int]) -> GreedyReport:
-        """How many of the runtime's tokens the reference would have chosen after the same ones before."""
-        judged = self._read_back.logits([*prompt, *continuation])[len(prompt) - 1 : -1]
-        chosen = judged[np.arange(len(continuation)), continuation]
-        return GreedyReport(tokens=len(continuation), equal=int((judged.max(axis=1) - chosen <= self._tie).sum()))
-
-    def _free_references(self) -> None:
-        self._source.close()
-        self._read_back.close()
+    def _greedy(self, judged: list[int], count: int) -> GreedyReport:
+        """How many of the last `count` tokens the reference would have chosen after the same ones before."""
+        expected = self._read_back.logits(judged)[-count - 1 : -1]
+        chosen = expected[np.arange(count), judged[-count:]]
+        return GreedyReport(tokens=count, equal=int((expected.max(axis=1) - chosen <= self._tie).sum()))
 
     def close(self) -> None:
-        """Free the references and the scratch files."""
-        self._free_references()
+        """Free the scratch files."""
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -34,8 +34,9 @@ def validate(place: Place, target: str, path: Path, run_logits: bool, progress: 
     trial = Trial(place, checkpoint, TARGETS[target], path, digest, watch)
     try:
         adapter, arithmetics = TARGETS[target].adapter(), TARGETS[target].arithmetics
-        first, *more = [trial.logits(adapter, arithmetic, progress) for arithmetic in arithmetics]
-        more += [trial.logits(other, None, _uncounted) for other in TARGETS[target].seconds(path)]
+        tries = [trial.run(adapter, arithmetic, progress) for arithmetic in arithmetics]
+        tries += [trial.run(other, None, _uncounted) for other in TARGETS[target].seconds(path)]
+        first, *more = trial.judge(tries)
     finally:
         trial.close()
     tokenizer_report, chat = trial.wording or (None, None)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
@@ -16,8 +15,9 @@ from gemexport.formats.grids.vector_codec import Codec
 from gemexport.formats.tensor import Tensor
 
 if TYPE_CHECKING:
+    from gemexport.validators.reference import Reference
+    from gemexport.validators.reference.arithmetic import Arithmetic
     from gemexport.validators.reference.store import ReferenceStore
-    from gemexport.validators.runtimes.protocol import Runtime
 
 Progress = Callable[[int], None]
 
@@ -72,15 +72,24 @@ class Place:
         return prompts.sequences([ids[text] for text in prompts.prompts()], checkpoint.architecture, self.tokens)
 
     def store(
-        self, digest: str, checkpoint: Checkpoint, tensors: dict[str, Tensor], activations: Activations | None
+        self,
+        digest: str,
+        checkpoint: Checkpoint,
+        tensors: dict[str, Tensor],
+        activations: Activations | None,
+        arithmetic: str = "f32",
     ) -> ReferenceStore:
         """The reference's logits with these tensors and static scales of activations, known by their digests."""
         from gemexport.validators.reference.store import ReferenceStore
 
-        name = f"{digest}-{activations.digest()}" if activations else digest
-        return ReferenceStore(
-            self.work / "reference" / name, lambda: reference_model(checkpoint, tensors, activations=activations)
-        )
+        def make() -> Reference:
+            from gemexport.validators.reference import reference
+
+            config, kind = checkpoint.text_config, cast("Arithmetic", arithmetic)
+            return reference(config, tensors, threads(), dtype=kind, activations=activations)
+
+        parts = (digest, activations.digest() if activations else "", "" if arithmetic == "f32" else arithmetic)
+        return ReferenceStore(self.work / "reference" / "-".join(filter(None, parts)), make)
 
     def source(self) -> ReferenceStore:
         """The reference's logits with what the checkpoint holds, before it was compressed."""
@@ -105,17 +114,6 @@ def opened(place: Place) -> tuple[Checkpoint, list[str]]:
     loss = f"its error is {coded.fitted_rms or 0.0:.4g} of its root mean square"
     note = f"{coded.name} is in the vector codec {coded.codec}, as was asked: {loss}"
     return attach_codec(checkpoint, place.vectors), [note]
-
-
-def reference_model(
-    checkpoint: Checkpoint, tensors: dict[str, Tensor], dtype: str = "f32", activations: Activations | None = None
-) -> Runtime:
-    """The reference holding these tensors, in an arithmetic of `validators.reference`."""
-    module = import_module("gemexport.validators.reference")
-    runtime: Runtime = module.reference(
-        checkpoint.text_config, tensors, threads(), dtype=dtype, activations=activations
-    )
-    return runtime
 
 
 def threads() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,8 +39,11 @@ def relative_error(found: Floats, expected: Floats) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def departure(found: Sequence[Floats], expected: Sequence[Floats], limit: float) -> Departure | None:
-    """The first of the layers' inputs and outputs that is further from the reference than `limit`; None: none is."""
+def departure(found: Sequence[Floats], expected: Iterable[Floats], limit: float) -> Departure | None:
+    """The first of the layers' inputs and outputs that is further from the reference than `limit`; None: none is.
+
+    No more of `expected` is asked for than that takes.
+    """
     for index, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
         error = relative_error(theirs, ours)
         if error > limit:

@@ -6,66 +6,63 @@ Artefacts of one run mostly hold the same numbers in different bytes, so one ref
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemexport.formats.storage.files import atomic, locked
+from gemexport.formats.storage.files import locked
 from gemexport.formats.tensor import Floats
-from gemexport.validators.runtimes.protocol import Runtime, TopLogits
+
+if TYPE_CHECKING:
+    from gemexport.validators.reference import Reference
 
 
 class ReferenceStore:
-    """Logits by sequence in `folder`; `make` loads the model, which happens only when some are not there yet."""
+    """Logits by sequence in `folder`; `make` gives the reference, which is wanted only when some are not there yet."""
 
-    def __init__(self, folder: Path, make: Callable[[], Runtime]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, make: Callable[[], Reference]) -> None:
+        self.folder = folder
         self._make = make
-        self._model: Runtime | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
+    @cached_property
+    def _reference(self) -> Reference:
+        return self._make()
+
     def holds(self, sequences: Iterable[Sequence[int]]) -> bool:
-        """Whether the logits of all these are there, and no model is needed for them."""
+        """Whether the logits of all these are there."""
         return all(self._path(tokens).is_file() for tokens in sequences)
+
+    def compute(
+        self, sequences: Sequence[Sequence[int]], progress: Callable[[int], None] = lambda positions: None
+    ) -> None:
+        """See to it that the logits of all these are there: what is not goes through the layers together.
+
+        Progress in positions, once for each layer and once for the head, of what is computed here.
+        """
+        if self.holds(sequences):
+            return
+        # Whoever comes second waits here, and then finds the files.
+        with locked(self.folder / "lock"):
+            missing = {self._path(tokens): tokens for tokens in sequences if not self._path(tokens).is_file()}
+            if missing:
+                self._reference.write_logits([*missing.values()], [*missing], progress)
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`, mapped."""
-        path = self._path(tokens)
-        if not path.is_file():
-            # Whoever comes second waits here, and then finds the file.
-            with locked(self._folder / "lock"):
-                if not path.is_file():
-                    self._compute(tokens, path)
-        mapped: Floats = np.load(path, mmap_mode="r")
+        self.compute([tokens])
+        mapped: Floats = np.load(self._path(tokens), mmap_mode="r")
         return mapped
 
-    def hidden(self, tokens: Sequence[int]) -> list[Floats]:
-        """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`; kept by nobody."""
-        if self._model is None:
-            self._model = self._make()
-        found = self._model.hidden(tokens)
-        if found is None:
-            raise TypeError("a reference shows its layers")
-        return found
-
-    def _compute(self, tokens: Sequence[int], path: Path) -> None:
-        if self._model is None:
-            self._model = self._make()
-        logits = self._model.logits(tokens)
-        if isinstance(logits, TopLogits):
-            raise TypeError("a reference gives whole distributions")
-        with atomic(path) as partial, partial.open("wb") as file:
-            np.save(file, logits)
+    def hidden(self, tokens: Sequence[int]) -> Iterator[Floats]:
+        """What goes into the first layer and then what each gives, `[n, hidden]`, as it is asked for; kept by nobody."""
+        return self._reference.hidden(tokens, self.folder)
 
     def _path(self, tokens: Sequence[int]) -> Path:
-        return self._folder / f"{_digest(tokens)}.npy"
-
-    def close(self) -> None:
-        """Let go of the model."""
-        if self._model is not None:
-            self._model.close()
-            self._model = None
+        return self.folder / f"{_digest(tokens)}.npy"
 
 
 def _digest(tokens: Sequence[int]) -> str:

@@ -21,8 +21,9 @@ from gemexport.formats.compressed_tensors.activations import activations
 from gemexport.formats.gemma.model import describe
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
-from gemexport.validators.reference import Reference, quiet
+from gemexport.validators.reference.decoder import quiet
 from gemexport.validators.runtimes.protocol import Arithmetic, Layout
+from gemexport.validators.runtimes.pytorch import PyTorch
 
 
 def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
@@ -60,7 +61,7 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
     return CompressedTensors(model, tokenizer, threads, "static-activations" if activations(path) else "f32")
 
 
-class CompressedTensors(Reference):
+class CompressedTensors(PyTorch):
     """The model as transformers loaded it, and the tokenizer beside it."""
 
     def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:

@@ -22,6 +22,7 @@ from gemexport.formats.tensor import ArrayTensor, Floats, round_to
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import reference
 from gemexport.validators.runtimes.coreml import Program, load
+from gemexport.validators.runtimes.pytorch import whole
 
 ct = pytest.importorskip("coremltools")
 
@@ -86,7 +87,7 @@ def test_float16_rounds_what_it_cannot_hold_and_says_so(
 @pytest.mark.parametrize("name", ["gemma3-int4", "gemma4-int4", "gemma4-f32", "gemma4-f16"])
 def test_the_program_is_the_model(name: str, packages: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
     checkpoint = checkpoints[name.split("-")[0]]
-    judge = reference(checkpoint.text_config, tensors(packages[name]), threads=1)
+    judge = whole(checkpoint.text_config, tensors(packages[name]), threads=1)
     wanted = judge.logits(TOKENS)
     runtime = load(packages[name], threads=1, context=100)
     found = divergence(runtime.logits(TOKENS), wanted)

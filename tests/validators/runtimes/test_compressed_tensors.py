@@ -17,8 +17,8 @@ from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
-from gemexport.validators.reference import reference
 from gemexport.validators.runtimes import compressed_tensors as adapter
+from gemexport.validators.runtimes.pytorch import whole
 
 pytest.importorskip("compressed_tensors")
 
@@ -52,7 +52,7 @@ def test_conversion(checkpoint: Checkpoint, tmp_path: Path, pack_embeddings: boo
     texts = [encode(text) for text in prompts.prompts()]
     sequence = prompts.sequences(texts, checkpoint.architecture, 60)[0]
     runtime = adapter.load(folder, threads=2, context=256)
-    expected = reference(checkpoint.text_config, compressed_tensors.tensors(folder), 2)
+    expected = whole(checkpoint.text_config, compressed_tensors.tensors(folder), 2)
     total = Divergence()
     total.add(expected.logits(sequence), runtime.logits(sequence), sequence)
     assert total.kld_mean < 1e-9

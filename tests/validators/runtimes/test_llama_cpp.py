@@ -55,12 +55,10 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 @pytest.fixture(scope="module")
-def truth(model: Path) -> Iterator[Reference]:
+def truth(model: Path) -> Reference:
     """transformers with the source's weights."""
     checkpoint = open_checkpoint(model)
-    found = reference(checkpoint.text_config, checkpoint.tensors, 2)
-    yield found
-    found.close()
+    return reference(checkpoint.text_config, checkpoint.tensors, 2)
 
 
 def _tokens(vocab: int, count: int) -> list[int]:

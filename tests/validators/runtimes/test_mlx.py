@@ -17,8 +17,8 @@ from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
-from gemexport.validators.reference import reference
 from gemexport.validators.runtimes import mlx as adapter
+from gemexport.validators.runtimes.pytorch import whole
 
 pytest.importorskip("mlx_lm")
 
@@ -39,7 +39,7 @@ def test_conversion(artefact: tuple[Checkpoint, Path]) -> None:
     texts = [encode(text) for text in prompts.prompts()]
     sequence = prompts.sequences(texts, checkpoint.architecture, 100)[0]
     runtime = adapter.load(folder, threads=2, context=256)
-    expected = reference(checkpoint.text_config, mlx.tensors(folder), 2)
+    expected = whole(checkpoint.text_config, mlx.tensors(folder), 2)
     try:
         found, total = runtime.logits(sequence), Divergence()
         total.add(expected.logits(sequence), found, sequence)

@@ -23,7 +23,7 @@ ort = pytest.importorskip("onnxruntime")
 export = pytest.importorskip("gemexport.exporters.onnx").export
 adapter = pytest.importorskip("gemexport.validators.runtimes.onnxruntime")
 divergence = pytest.importorskip("gemexport.validators.checks.divergence")
-reference = pytest.importorskip("gemexport.validators.reference").reference
+whole = pytest.importorskip("gemexport.validators.runtimes.pytorch").whole
 tensors = pytest.importorskip("gemexport.formats.onnx").tensors
 
 TOKENS = np.random.default_rng(0).integers(10, 500, 75).tolist()
@@ -40,7 +40,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def agrees(checkpoint: Checkpoint, path: Path) -> None:
     """The artefact gives the logits of transformers with its weights, and the same continuation."""
     runtime = adapter.load(path, threads=1, context=128)
-    model = reference(checkpoint.text_config, tensors(path), 1)
+    model = whole(checkpoint.text_config, tensors(path), 1)
     total = divergence.Divergence()
     total.add(model.logits(TOKENS), runtime.logits(TOKENS), TOKENS)
     assert total.kld_max < 1e-6

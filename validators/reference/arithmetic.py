@@ -1,0 +1,103 @@
+"""Other ways to compute what the reference computes, played by PyTorch: each shows how far it takes right programs.
+
+All of them change how transformers' modules multiply, or the dtype of these: nothing else is computed otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gemexport.validators.reference import experts
+
+Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
+
+DTYPES: dict[Arithmetic, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8-activations": torch.float32,
+    "int8-activations-256": torch.float32,
+    "f32-reordered": torch.float32,
+}
+# Inputs of a row that are rounded together: those of ggml's Q8_0 and Q8_K, which its K-quants are multiplied with.
+_ROUNDED: dict[Arithmetic, tuple[int, ...]] = {"int8-activations": (32,), "int8-activations-256": (256, 32)}
+
+
+def install(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
+    """Make the linears and experts of `model` compute so from now on, whatever weights they are given."""
+    if arithmetic in _ROUNDED:
+        linear = _rounded_linear(_ROUNDED[arithmetic])
+    elif arithmetic == "f32-reordered":
+        linear = _in_halves
+    else:
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(_through, module, linear)  # type: ignore[method-assign]
+    experts.install(model, linear)
+
+
+@contextmanager
+def computing(arithmetic: str, threads: int) -> Iterator[None]:
+    """Compute with so many threads, and keep nothing for gradients."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), _Bf16Products() if arithmetic == "bf16" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Bf16Products(TorchFunctionMode):
+    """Products of bf16 matrices as kernels compute them: summed in f32, the result rounded.
+
+    PyTorch's own kernels do the same sums in another order, but without AVX-512 they take four times as long.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _PRODUCTS or args[0].dtype is not torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        wide = [item.float() if isinstance(item, torch.Tensor) else item for item in args]
+        return func(*wide, **(kwargs or {})).to(torch.bfloat16)
+
+
+_PRODUCTS = (functional.linear, torch.matmul)
+
+
+def round_to_int8(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """`x` `[…, in]` rounded to 8-bit codes on one f16 scale a block, of the first of `sizes` that divides the row.
+
+    Blocks of 32 are ggml's Q8_0, blocks of 256 its Q8_K but for the scale, which is f32 there (ggml-common.h).
+    """
+    block = next((size for size in sizes if x.shape[-1] % size == 0), None)
+    if block is None:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+    codes = torch.where(scale > 0, blocks / scale, 0).round().clamp(-128, 127)
+    return (codes * scale).reshape(x.shape)
+
+
+def _through(module: torch.nn.Linear, linear: experts.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a linear without bias computes by another way of multiplying."""
+    return linear(x, module.weight)
+
+
+def _rounded_linear(sizes: tuple[int, ...]) -> experts.Linear:
+    """What a linear without bias computes of inputs that are rounded to 8 bits."""
+    return lambda x, weight: functional.linear(round_to_int8(x, sizes), weight)
+
+
+def _in_halves(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a linear without bias computes, its sums taken in two halves."""
+    half = weight.shape[1] // 2
+    return functional.linear(x[..., :half], weight[:, :half]) + functional.linear(x[..., half:], weight[:, half:])

@@ -1,0 +1,154 @@
+"""transformers' decoder without its weights, and what fills its modules with some of them for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from gemexport.formats.activations import Activations
+from gemexport.formats.gemma.model import architecture
+from gemexport.formats.tensor import Floats, Tensor, matrix_of, row_slices
+from gemexport.validators.reference import activation_rounding
+from gemexport.validators.reference.arithmetic import DTYPES, Arithmetic, install
+
+# What a config says about how weights were stored: the weights given here are plain numbers already.
+STORAGE_KEYS = ("quantization_config", "quantization", "dtype", "torch_dtype")
+
+
+class Decoder:
+    """transformers' causal language model of a config on the meta device, and the tensors that belong into it.
+
+    `model` is that; `text` the model in it, `embeddings` its tables by their tensors' names, on which rows are looked
+    up that are small enough to be held.
+    """
+
+    def __init__(
+        self,
+        text_config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        arithmetic: Arithmetic = "f32",
+        activations: Activations | None = None,
+    ) -> None:
+        self.tensors, self.dtype = tensors, DTYPES[arithmetic]
+        config = config_of(text_config)
+        kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        attention = activation_rounding.attention_implementation(activations)
+        with quiet(), torch.device("meta"):
+            self.model = kind._from_config(config, attn_implementation=attention, experts_implementation="eager", dtype=self.dtype).eval()
+        self.text: Any = self.model.model
+        self.tied = bool(config.tie_word_embeddings)
+        self._check(config.model_type)
+        # Frequencies are in no checkpoint: they are computed when the module is made.
+        self.text.rotary_emb = type(self.text.rotary_emb)(config)
+        self.embeddings: dict[str, Any] = {
+            f"model.{name}.weight": module
+            for name, module in self.text.named_children()
+            if isinstance(module, torch.nn.Embedding)
+        }
+        install(self.model, arithmetic)
+        if activations is not None:
+            decoder = architecture(dict(text_config), config.model_type)
+            activation_rounding.install(self.model, activations, decoder)
+
+    def _check(self, model_type: str) -> None:
+        """Raise ValueError unless the tensors are those that the modules need, in their shapes."""
+        needed = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        if self.tied:
+            del needed[HEAD]
+        given = {name: tensor.shape for name, tensor in self.tensors.items()}
+        wrong = {
+            "missing_keys": sorted(needed.keys() - given.keys()),
+            "unexpected_keys": sorted(given.keys() - needed.keys()),
+            "mismatched_keys": sorted(name for name in needed.keys() & given.keys() if needed[name] != given[name]),
+        }
+        if any(wrong.values()):
+            raise ValueError(f"the tensors do not make up a {model_type}: {wrong}")
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix that gives the logits, `[vocab, hidden]`."""
+        return self.tensors[EMBEDDING if self.tied else HEAD]
+
+    def whole(self) -> Any:
+        """`model` with all of its weights, from now on."""
+        weights = {name: self.read(tensor) for name, tensor in self.tensors.items()}
+        if self.tied:
+            weights[HEAD] = weights[EMBEDDING]
+        self.model.load_state_dict(weights, assign=True)
+        for module in self.embeddings.values():
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        return self.model
+
+    @contextmanager
+    def filled(self, module: torch.nn.Module, prefix: str) -> Iterator[None]:
+        """Give `module`, whose tensors' names begin with `prefix`, its weights as long as the block lasts."""
+        weights = {name: self.read(self.tensors[f"{prefix}.{name}"]) for name in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        del weights
+        try:
+            yield
+        finally:
+            module.to_empty(device="meta")
+
+    def read(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The whole tensor, or rows of a matrix, read a piece at a time so that no second copy exists."""
+        shape = tensor.shape if stop is None else (stop - start, tensor.shape[1])
+        found = torch.empty(shape, dtype=self.dtype)
+        rows = found.view(matrix_of(shape))
+        for first, last in row_slices(shape):
+            values = tensor.rows(start + first, start + last).values
+            rows[first:last].copy_(torch.from_numpy(_writable(values)))
+        return found
+
+    def table(self, name: str, ids: list[int]) -> torch.nn.Module:
+        """The embedding of the tensor `name` with only the rows `ids`, ascending: its id i looks up ids[i]."""
+        whole, tensor = self.embeddings[name], self.tensors[name]
+        found: torch.nn.Module = type(whole)(len(ids), tensor.shape[1], None, embed_scale=whole.scalar_embed_scale)
+        rows = torch.empty((len(ids), tensor.shape[1]), dtype=self.dtype)
+        for first, last in _runs(ids):
+            values = tensor.rows(ids[first], ids[last - 1] + 1).values
+            rows[first:last].copy_(torch.from_numpy(_writable(values)))
+        found.weight = torch.nn.Parameter(rows, requires_grad=False)
+        return found
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Where ids that follow each other begin and end in the list."""
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[i - 1] + 1:
+            yield start, i
+            start = i
+
+
+def _writable(values: Floats) -> Floats:
+    # What is mapped cannot be written to, and PyTorch has no tensors like that.
+    return np.require(values, np.float32, ["C", "W"])
+
+
+def config_of(text_config: Mapping[str, Any]) -> Any:
+    """The transformers config, without what would make it quantize or cast the weights."""
+    raw = {key: value for key, value in text_config.items() if key not in STORAGE_KEYS}
+    return transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports on the way: what is wrong is raised."""
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,190 @@
+"""All sequences through a decoder, a layer at a time: no more than one layer is held, whatever the model's size.
+
+transformers' own model says what a layer is given besides hidden states (masks, positions, per-layer inputs): it runs
+with layers that only take note. Then each layer is filled in turn and all sequences go through it. Hidden states,
+per-layer inputs, and the keys and values that later layers share wait on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemexport.validators.reference.arithmetic import computing
+from gemexport.validators.reference.decoder import Decoder
+from gemexport.validators.reference.shelf import SharedStates, Shelf
+
+Watcher = Callable[[str, torch.Tensor], None]  # a matrix's name, and what it is multiplied with, `[…, in]`
+# Rows of the head are read so many bytes at a time, as f32. In multiples of 1024 rows its products are, bit for bit,
+# those of the whole matrix: MKL takes the same kernels for them.
+HEAD_BYTES, HEAD_ROWS = 64 << 20, 1024
+
+
+class Walk:
+    """`sequences` on their way through `decoder`, with `folder` to wait in, which is theirs alone.
+
+    `layers()` comes first, `logits()` after it; each can be had once.
+    """
+
+    def __init__(
+        self, decoder: Decoder, sequences: Sequence[Sequence[int]], folder: Path, arithmetic: str, threads: int
+    ) -> None:
+        self._decoder, self._arithmetic, self._threads = decoder, arithmetic, threads
+        self._layers = list(decoder.text.layers)
+        self.sequences = [list(sequence) for sequence in sequences]
+        self.shelf = Shelf(folder)
+        self.given: dict[int, list[dict[str, Any]]] = {}  # to each layer, by the length of the sequence
+        self._enter()
+
+    def _enter(self) -> None:
+        """What goes into the first layer, and what each layer is given beside what the one before gave."""
+        text = self._decoder.text
+        notes = [_Note() for _ in self._layers]
+        norm, text.norm, text.layers = text.norm, torch.nn.Identity(), torch.nn.ModuleList(notes)
+        before = [name for name, module in text.named_children() if name not in _LATER and module.state_dict()]
+        before = [name for name in before if f"model.{name}.weight" not in self._decoder.embeddings]
+        with self.computing(), _filled(self._decoder, before):
+            for number, tokens in enumerate(self.sequences):
+                ids, places = np.unique(tokens, return_inverse=True)
+                for name in self._decoder.embeddings:
+                    setattr(text, name.split(".")[1], self._decoder.table(name, ids.tolist()))
+                embedded = text(input_ids=torch.from_numpy(places)[None], use_cache=False).last_hidden_state
+                self.shelf.put(f"hidden-0-{number}", embedded)
+                for index, note in enumerate(notes):
+                    self.shelf.put(f"inputs-{index}-{number}", *note.inputs)
+                if len(tokens) not in self.given:
+                    self.given[len(tokens)] = [note.options for note in notes]
+        text.norm, text.layers = norm, torch.nn.ModuleList(self._layers)
+        for name, module in self._decoder.embeddings.items():
+            setattr(text, name.split(".")[1], module)
+
+    def layers(self) -> Iterator[Visit]:
+        """Each layer in order, filled while it is the one; who asks for no outputs of it gets them computed anyhow."""
+        for index, module in enumerate(self._layers):
+            with self._decoder.filled(module, f"model.layers.{index}"):
+                visit = Visit(self, index, module)
+                yield visit
+                visit.finish()
+
+    def embedded(self) -> Iterator[torch.Tensor]:
+        """What goes into the first layer, `[n, hidden]` of each sequence, until the first layer is done with."""
+        for number in range(len(self.sequences)):
+            yield self.shelf.get(f"hidden-0-{number}")[0][0]
+
+    def logits(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """Slices of the vocabulary: (sequence, first token id, last and one, logits `[n, ids]` in f32)."""
+        decoder, model, last = self._decoder, self._decoder.model, len(self._layers)
+        vocab, width = decoder.head.shape
+        rows = max(HEAD_ROWS, HEAD_BYTES // (4 * width) // HEAD_ROWS * HEAD_ROWS)
+        with decoder.filled(decoder.text.norm, "model.norm"):
+            model.model = _Last(decoder.text.norm)
+            for start in range(0, vocab, rows):
+                stop = min(start + rows, vocab)
+                model.lm_head.weight = torch.nn.Parameter(decoder.read(decoder.head, start, stop), requires_grad=False)
+                for number in range(len(self.sequences)):
+                    with self.computing():
+                        (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
+                        found = model(inputs_embeds=hidden, use_cache=False).logits[0].float()
+                    yield number, start, stop, found
+            model.lm_head.to_empty(device="meta")
+            model.model = decoder.text
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute as the reference does, for as long as the block lasts."""
+        with computing(self._arithmetic, self._threads):
+            yield
+
+
+class Visit:
+    """One layer with its weights: `index` from 0, and `module`, transformers' own."""
+
+    def __init__(self, walk: Walk, index: int, module: torch.nn.Module) -> None:
+        self.index, self.module = index, module
+        self._walk = walk
+        self._done = False
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What the layer makes of each sequence in turn, `[n, hidden]`; the next layer is given what came last.
+
+        Can be asked for again, with `watch` or after the weights of `module` were changed.
+        """
+        walk, shelf = self._walk, self._walk.shelf
+        for number, tokens in enumerate(walk.sequences):
+            options = dict(walk.given[len(tokens)][self.index])
+            if "shared_kv_states" in options:
+                options["shared_kv_states"] = SharedStates(shelf, number)
+            (hidden,) = shelf.get(f"hidden-{self.index}-{number}")
+            with walk.computing():
+                output = self.module(hidden, *shelf.get(f"inputs-{self.index}-{number}"), **options)
+            shelf.put(f"hidden-{self.index + 1}-{number}", output)
+            yield output[0]
+        self._done = True
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Show `watcher` what each matrix of the layer is multiplied with, under the name of the matrix."""
+
+        def hook(name: str) -> Any:
+            return lambda _, inputs: watcher(name, inputs[0])
+
+        hooks = [
+            module.register_forward_pre_hook(hook(f"model.layers.{self.index}.{name}.weight"))
+            for name, module in self.module.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        try:
+            yield
+        finally:
+            for installed in hooks:
+                installed.remove()
+
+    def finish(self) -> None:
+        """See to it that the next layer has its inputs, and forget this one's."""
+        if not self._done:
+            for _ in self.outputs():
+                pass
+        for number in range(len(self._walk.sequences)):
+            self._walk.shelf.drop(f"hidden-{self.index}-{number}")
+            self._walk.shelf.drop(f"inputs-{self.index}-{number}")
+
+
+_LATER = ("layers", "norm", "rotary_emb")  # what of the model is not needed before the first layer
+
+
+class _Note(torch.nn.Module):
+    """In a layer's place: passes hidden states on, and keeps what else the layer would have been given.
+
+    What is given by position (per-layer inputs) differs between sequences, what is given by name between lengths alone.
+    """
+
+    def forward(self, hidden: torch.Tensor, *inputs: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        self.inputs, self.options = inputs, options
+        return hidden
+
+
+class _Last(torch.nn.Module):
+    """In the model's place before its head: the last norm of what went through all layers."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+        rest = dict.fromkeys(("past_key_values", "hidden_states", "attentions", "shared_kv_states", "router_logits"))
+        return SimpleNamespace(last_hidden_state=self.norm(inputs_embeds), **rest)
+
+
+@contextmanager
+def _filled(decoder: Decoder, names: Sequence[str]) -> Iterator[None]:
+    """Fill these modules of the model at once."""
+    with ExitStack() as held:
+        for name in names:
+            held.enter_context(decoder.filled(decoder.text.get_submodule(name), f"model.{name}"))
+        yield
