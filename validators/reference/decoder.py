@@ -39,7 +39,9 @@ class Decoder:
         kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         attention = activation_rounding.attention_implementation(activations)
         with quiet(), torch.device("meta"):
-            self.model = kind._from_config(config, attn_implementation=attention, experts_implementation="eager", dtype=self.dtype).eval()
+            self.model = kind._from_config(
+                config, attn_implementation=attention, experts_implementation="eager", dtype=self.dtype
+            ).eval()
         self.text: Any = self.model.model
         self.tied = bool(config.tie_word_embeddings)
         self._check(config.model_type)

@@ -58,7 +58,7 @@ class ReferenceStore:
         return mapped
 
     def hidden(self, tokens: Sequence[int]) -> Iterator[Floats]:
-        """What goes into the first layer and then what each gives, `[n, hidden]`, as it is asked for; kept by nobody."""
+        """What goes into the first layer and then what each gives, `[n, hidden]`, as it is asked for."""
         return self._reference.hidden(tokens, self.folder)
 
     def _path(self, tokens: Sequence[int]) -> Path:

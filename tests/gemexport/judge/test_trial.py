@@ -15,8 +15,10 @@ from gemexport.judge.speed import Stopwatch
 from gemexport.judge.trial import Trial
 from gemexport.judge.validation import check_weights
 from gemexport.registry import TARGETS
-from gemexport.shared import place as places
 from gemexport.shared.place import Place
+from gemexport.validators.reference import Reference
+from gemexport.validators.reference.decoder import Decoder
+from gemexport.validators.runtimes.pytorch import PyTorch
 
 pytest.importorskip("torch")
 pytest.importorskip("gguf")
@@ -43,29 +45,39 @@ class Counted:
         return getattr(self._model, name)
 
 
-def test_one_model_is_loaded_at_a_time(tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two arithmetics, neither reference known before, and a walk through the layers."""
+def test_a_trial_holds_one_runtime_at_a_time_and_walks_once(
+    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two arithmetics, neither reference known before, and a walk to where the runtimes depart."""
     place = Place(tiny_gemma3, tmp_path, 24)
     steps.grids(place, load_recipe("default"), lambda _: None)
     path = steps.export(place, "gguf", "Q4_0", tmp_path / "model.gguf", {}, lambda _: None).path
     _, digest = check_weights(place, "gguf", path, lambda _: None)
-    make = places.reference_model
     checkpoint = place.open()
-    monkeypatch.setattr(places, "reference_model", lambda *given, **named: Counted(make(*given, **named)))
 
-    def load(path: Path, *, arithmetic: str, **_: Any) -> Counted:
+    def load(path: Path, *, arithmetic: Any, **_: Any) -> Counted:
         # In bf16 the runtime departs from the reference, so that it is walked through.
-        runtime = make(checkpoint, dict(checkpoint.tensors), arithmetic)
-        monkeypatch.setattr(runtime, "arithmetic", "f32", raising=False)
-        return Counted(runtime)
+        decoder = Decoder(checkpoint.text_config, checkpoint.tensors, arithmetic)
+        runtime = PyTorch(decoder.whole(), "bf16" if arithmetic == "bf16" else "f32", 1)
+        found = Counted(runtime)
+        found.arithmetic = "f32"
+        return found
 
-    target = replace(TARGETS["gguf"], arithmetics=("bf16", "f32"))
+    target = replace(TARGETS["gguf"], arithmetics=("bf16", "int8-activations"))
     monkeypatch.setattr(type(target), "adapter", lambda _: SimpleNamespace(load=load))
+    walked: list[int] = []
+    walk = Reference.walk
+
+    def counted(self: Reference, sequences: list[list[int]], *where: Path) -> Any:
+        walked.append(len(sequences))
+        return walk(self, sequences, *where)
+
+    monkeypatch.setattr(Reference, "walk", counted)
     trial = Trial(place, checkpoint, target, path, digest, Stopwatch())
-    for arithmetic in target.arithmetics:
-        trial.logits(arithmetic, lambda _: None)
+    trial.logits(target.arithmetics, lambda _: None)
     trial.close()
     assert trial.departs is not None
-    assert Counted.made >= 5
-    assert Counted.most == 1
-    assert Counted.loaded == 0
+    assert Counted.made == 3  # both arithmetics, and the walk through the first one's layers
+    assert (Counted.loaded, Counted.most) == (0, 1)
+    # The source's sequence; that of the weights read back with what is judged of both continuations; the departure's.
+    assert walked == [1, 3, 1]

@@ -15,8 +15,8 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor
 from gemexport.validators.reference import Arithmetic, reference, walk
 from gemexport.validators.reference.decoder import Decoder
-from gemexport.validators.runtimes.pytorch import PyTorch, whole
 from gemexport.validators.runtimes.protocol import Arithmetic as Computed
+from gemexport.validators.runtimes.pytorch import PyTorch, whole
 
 LENGTHS = (100, 7, 100)  # longer than the windows, and two alike
 
