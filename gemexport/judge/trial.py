@@ -111,7 +111,7 @@ class Trial:
         return found
 
     def judge(self, tries: Sequence[Try]) -> list[LogitsReport]:
-        """What was run, against both references, which take all that is asked of them through their layers in one go."""
+        """What was run, against both references, which take what is asked of them through their layers in one go."""
         judged = [[*self._prompt, *each.continuation] for each in tries]
         with self._watch.time("reference"):
             self._source.compute(self._sequences)

@@ -23,8 +23,7 @@ STORAGE_KEYS = ("quantization_config", "quantization", "dtype", "torch_dtype")
 class Decoder:
     """transformers' causal language model of a config on the meta device, and the tensors that belong into it.
 
-    `model` is that; `text` the model in it, `embeddings` its tables by their tensors' names, on which rows are looked
-    up that are small enough to be held.
+    `model` is that; `text` the model in it without the head, `embeddings` the tables of that by their names in it.
     """
 
     def __init__(
@@ -43,14 +42,18 @@ class Decoder:
                 config, attn_implementation=attention, experts_implementation="eager", dtype=self.dtype
             ).eval()
         self.text: Any = self.model.model
-        self.tied = bool(config.tie_word_embeddings)
+        self._names: dict[torch.nn.Module, str] = {module: name for name, module in self.model.named_modules()}
+        embedding, head = (
+            f"{self._names[module]}.weight"
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        self._tied = {head: embedding} if config.tie_word_embeddings else {}
         self._check(config.model_type)
+        self.head = tensors[self._tied.get(head, head)]  # the matrix that gives the logits, `[vocab, hidden]`
         # Frequencies are in no checkpoint: they are computed when the module is made.
         self.text.rotary_emb = type(self.text.rotary_emb)(config)
         self.embeddings: dict[str, Any] = {
-            f"model.{name}.weight": module
-            for name, module in self.text.named_children()
-            if isinstance(module, torch.nn.Embedding)
+            name: module for name, module in self.text.named_children() if isinstance(module, torch.nn.Embedding)
         }
         install(self.model, arithmetic)
         if activations is not None:
@@ -59,9 +62,8 @@ class Decoder:
 
     def _check(self, model_type: str) -> None:
         """Raise ValueError unless the tensors are those that the modules need, in their shapes."""
-        needed = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        if self.tied:
-            del needed[HEAD]
+        state = self.model.state_dict()
+        needed = {name: tuple(value.shape) for name, value in state.items() if name not in self._tied}
         given = {name: tensor.shape for name, tensor in self.tensors.items()}
         wrong = {
             "missing_keys": sorted(needed.keys() - given.keys()),
@@ -71,25 +73,23 @@ class Decoder:
         if any(wrong.values()):
             raise ValueError(f"the tensors do not make up a {model_type}: {wrong}")
 
-    @property
-    def head(self) -> Tensor:
-        """The matrix that gives the logits, `[vocab, hidden]`."""
-        return self.tensors[EMBEDDING if self.tied else HEAD]
+    def name(self, module: torch.nn.Module) -> str:
+        """What a module of `model` is called: its tensors' names begin with that."""
+        return self._names[module]
 
     def whole(self) -> Any:
         """`model` with all of its weights, from now on."""
         weights = {name: self.read(tensor) for name, tensor in self.tensors.items()}
-        if self.tied:
-            weights[HEAD] = weights[EMBEDDING]
+        weights |= {name: weights[other] for name, other in self._tied.items()}
         self.model.load_state_dict(weights, assign=True)
         for module in self.embeddings.values():
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
         return self.model
 
     @contextmanager
-    def filled(self, module: torch.nn.Module, prefix: str) -> Iterator[None]:
-        """Give `module`, whose tensors' names begin with `prefix`, its weights as long as the block lasts."""
-        weights = {name: self.read(self.tensors[f"{prefix}.{name}"]) for name in module.state_dict()}
+    def filled(self, module: torch.nn.Module) -> Iterator[None]:
+        """Give a module of `model` its weights as long as the block lasts."""
+        weights = {name: self.read(self.tensors[f"{self._names[module]}.{name}"]) for name in module.state_dict()}
         module.load_state_dict(weights, assign=True)
         del weights
         try:
@@ -108,8 +108,9 @@ class Decoder:
         return found
 
     def table(self, name: str, ids: list[int]) -> torch.nn.Module:
-        """The embedding of the tensor `name` with only the rows `ids`, ascending: its id i looks up ids[i]."""
-        whole, tensor = self.embeddings[name], self.tensors[name]
+        """One of `embeddings` with only the rows `ids`, ascending: its id i looks up ids[i]."""
+        whole = self.embeddings[name]
+        tensor = self.tensors[f"{self._names[whole]}.weight"]
         found: torch.nn.Module = type(whole)(len(ids), tensor.shape[1], None, embed_scale=whole.scalar_embed_scale)
         rows = torch.empty((len(ids), tensor.shape[1]), dtype=self.dtype)
         for first, last in _runs(ids):
@@ -117,9 +118,6 @@ class Decoder:
             rows[first:last].copy_(torch.from_numpy(_writable(values)))
         found.weight = torch.nn.Parameter(rows, requires_grad=False)
         return found
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:

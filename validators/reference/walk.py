@@ -47,13 +47,15 @@ class Walk:
         text = self._decoder.text
         notes = [_Note() for _ in self._layers]
         norm, text.norm, text.layers = text.norm, torch.nn.Identity(), torch.nn.ModuleList(notes)
-        before = [name for name, module in text.named_children() if name not in _LATER and module.state_dict()]
-        before = [name for name in before if f"model.{name}.weight" not in self._decoder.embeddings]
-        with self.computing(), _filled(self._decoder, before):
+        later = {*self._decoder.embeddings, *_LATER}
+        with self.computing(), ExitStack() as held:
+            for name, module in text.named_children():
+                if name not in later:
+                    held.enter_context(self._decoder.filled(module))
             for number, tokens in enumerate(self.sequences):
                 ids, places = np.unique(tokens, return_inverse=True)
                 for name in self._decoder.embeddings:
-                    setattr(text, name.split(".")[1], self._decoder.table(name, ids.tolist()))
+                    setattr(text, name, self._decoder.table(name, ids.tolist()))
                 embedded = text(input_ids=torch.from_numpy(places)[None], use_cache=False).last_hidden_state
                 self.shelf.put(f"hidden-0-{number}", embedded)
                 for index, note in enumerate(notes):
@@ -62,13 +64,13 @@ class Walk:
                     self.given[len(tokens)] = [note.options for note in notes]
         text.norm, text.layers = norm, torch.nn.ModuleList(self._layers)
         for name, module in self._decoder.embeddings.items():
-            setattr(text, name.split(".")[1], module)
+            setattr(text, name, module)
 
     def layers(self) -> Iterator[Visit]:
         """Each layer in order, filled while it is the one; who asks for no outputs of it gets them computed anyhow."""
         for index, module in enumerate(self._layers):
-            with self._decoder.filled(module, f"model.layers.{index}"):
-                visit = Visit(self, index, module)
+            with self._decoder.filled(module):
+                visit = Visit(self, index, module, self._decoder.name(module))
                 yield visit
                 visit.finish()
 
@@ -82,7 +84,7 @@ class Walk:
         decoder, model, last = self._decoder, self._decoder.model, len(self._layers)
         vocab, width = decoder.head.shape
         rows = max(HEAD_ROWS, HEAD_BYTES // (4 * width) // HEAD_ROWS * HEAD_ROWS)
-        with decoder.filled(decoder.text.norm, "model.norm"):
+        with decoder.filled(decoder.text.norm):
             model.model = _Last(decoder.text.norm)
             for start in range(0, vocab, rows):
                 stop = min(start + rows, vocab)
@@ -105,8 +107,8 @@ class Walk:
 class Visit:
     """One layer with its weights: `index` from 0, and `module`, transformers' own."""
 
-    def __init__(self, walk: Walk, index: int, module: torch.nn.Module) -> None:
-        self.index, self.module = index, module
+    def __init__(self, walk: Walk, index: int, module: torch.nn.Module, name: str) -> None:
+        self.index, self.module, self._name = index, module, name
         self._walk = walk
         self._done = False
 
@@ -135,7 +137,7 @@ class Visit:
             return lambda _, inputs: watcher(name, inputs[0])
 
         hooks = [
-            module.register_forward_pre_hook(hook(f"model.layers.{self.index}.{name}.weight"))
+            module.register_forward_pre_hook(hook(f"{self._name}.{name}.weight"))
             for name, module in self.module.named_modules()
             if isinstance(module, torch.nn.Linear)
         ]
@@ -179,12 +181,3 @@ class _Last(torch.nn.Module):
     def forward(self, *, inputs_embeds: torch.Tensor, **_: Any) -> Any:
         rest = dict.fromkeys(("past_key_values", "hidden_states", "attentions", "shared_kv_states", "router_logits"))
         return SimpleNamespace(last_hidden_state=self.norm(inputs_embeds), **rest)
-
-
-@contextmanager
-def _filled(decoder: Decoder, names: Sequence[str]) -> Iterator[None]:
-    """Fill these modules of the model at once."""
-    with ExitStack() as held:
-        for name in names:
-            held.enter_context(decoder.filled(decoder.text.get_submodule(name), f"model.{name}"))
-        yield

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -63,8 +62,6 @@ def test_a_trial_holds_one_runtime_at_a_time_and_walks_once(
         found.arithmetic = "f32"
         return found
 
-    target = replace(TARGETS["gguf"], arithmetics=("bf16", "int8-activations"))
-    monkeypatch.setattr(type(target), "adapter", lambda _: SimpleNamespace(load=load))
     walked: list[int] = []
     walk = Reference.walk
 
@@ -73,8 +70,9 @@ def test_a_trial_holds_one_runtime_at_a_time_and_walks_once(
         return walk(self, sequences, *where)
 
     monkeypatch.setattr(Reference, "walk", counted)
-    trial = Trial(place, checkpoint, target, path, digest, Stopwatch())
-    trial.logits(target.arithmetics, lambda _: None)
+    trial = Trial(place, checkpoint, TARGETS["gguf"], path, digest, Stopwatch())
+    adapter = cast("ModuleType", SimpleNamespace(load=load))
+    trial.judge([trial.run(adapter, arithmetic, lambda _: None) for arithmetic in ("bf16", "int8-activations")])
     trial.close()
     assert trial.departs is not None
     assert Counted.made == 3  # both arithmetics, and the walk through the first one's layers
