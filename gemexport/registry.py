@@ -156,6 +156,7 @@ TARGETS: dict[str, Target] = {
             settings=(
                 Setting("ranges", "The activations.json of an earlier npu-a8 or npu-a16.", Path, "FILE"),
                 Setting("range_method", "minmax or percentile, for npu-a8 and npu-a16."),
+                Setting("layout", "flat, or transformers.js: int4 or f32 as it looks for them; docs/onnx.md."),
             ),
         ),
         Target(
@@ -213,7 +214,7 @@ def recognise(path: Path) -> Target:
         return TARGETS["gguf"]
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
         return TARGETS["coreml"]
-    if path.is_dir() and any(path.glob("*.onnx")):
+    if path.is_dir() and any((*path.glob("*.onnx"), *path.glob("onnx/*.onnx"))):
         return TARGETS["onnx"]
     config = path / "config.json"
     if config.is_file():

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.graphs import decoder
+from gemexport.exporters.onnx import transformers_js
 from gemexport.exporters.onnx.additive import byte_notes
 from gemexport.exporters.onnx.common import KINDS, stored_bits
 from gemexport.exporters.onnx.genai_config import genai_config
@@ -40,6 +41,7 @@ from gemexport.formats.tensor import Grid
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
 Placing = Literal["all", "linears", "none"]  # of static activation scales
+Layout = Literal["flat", "transformers.js"]
 CONTEXT, PREFILL = 2048, 128
 SCRIPT = Path(__file__).with_name("generate.py")  # goes along: it runs the graphs with nothing of ours
 
@@ -55,6 +57,7 @@ def export(
     ranges: str | Path | None = None,
     range_method: Method = "minmax",
     activations: Placing = "all",
+    layout: Layout = "flat",
     progress: Progress = ignore,
 ) -> Export:
     """Write `checkpoint`, with its grids, to the folder `path`; it appears when it is whole.
@@ -62,13 +65,18 @@ def export(
     `context` and `prefill`, in positions, are the fixed sizes of `npu`: what its caches hold, and how many tokens
     its prompt graph takes at once. `activations` says which of the checkpoint's static scales `npu` computes with: all,
     those of linears with caches in floating point, or none. `npu-a8` and `npu-a16` measure activations on the token
-    sequences `calibration`, or take the `ranges` of a JSON file that an earlier export wrote. Raises InputError when
-    the folder cannot be written or the disk is full, and for a `range_method` that does not exist.
+    sequences `calibration`, or take the `ranges` of a JSON file that an earlier export wrote. The `layout` is for
+    `int4` and `f32`: the graph in the folder itself, or where transformers.js looks for it. Raises InputError when the
+    folder cannot be written or the disk is full, and for a `range_method` or a `layout` that does not exist.
     """
     path = Path(path)
     require(checkpoint, supports(checkpoint.model, variant), "onnx")
     if range_method not in get_args(Method):
         raise InputError(path, f"there is no range method {range_method}", f"use one of {', '.join(get_args(Method))}")
+    if layout not in get_args(Layout):
+        raise InputError(path, f"there is no layout {layout}", f"use one of {', '.join(get_args(Layout))}")
+    if layout == "transformers.js":
+        transformers_js.check(checkpoint, variant)
     context = min(context, checkpoint.architecture.max_positions)
     rounding = placed(checkpoint.activations, activations) if variant == "npu" else Activations()
     if variant in ("f32", *PRECISIONS):
@@ -91,8 +99,16 @@ def export(
             _write_runtime(checkpoint, partial, variant == "int4", progress)
         shutil.copyfile(SCRIPT, partial / "generate.py")
         write_settings(partial, decoder_config(checkpoint), checkpoint)
+        if layout == "transformers.js":
+            transformers_js.arrange(partial, variant)
     run = f"python {quote(str(path / 'generate.py'))} 'The capital of France is'"
-    return Export(path=path, variant=variant, run=run, notes=notes, files=sorted(path.iterdir()))
+    return Export(
+        path=path,
+        variant=variant,
+        run=run,
+        notes=notes,
+        files=sorted(file for file in path.rglob("*") if file.is_file()),
+    )
 
 
 def ranges(

@@ -56,10 +56,10 @@ def empty(graph: onnxruntime.InferenceSession) -> Arrays:
 
 
 class Free:
-    """model.onnx: any number of tokens at once."""
+    """One graph: any number of tokens at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.graph = session(folder / "model.onnx")
+    def __init__(self, file: Path) -> None:
+        self.graph = session(file)
         self.cache = empty(self.graph)
         self.seen = 0
 
@@ -112,7 +112,8 @@ def main() -> None:
     end = json.loads(settings.read_text("utf-8")).get("eos_token_id", []) if settings.is_file() else []
     stop = set(end if isinstance(end, list) else [end])
     tokens = tokenizer.encode(prompt).ids
-    model = Free(folder) if (folder / "model.onnx").is_file() else Fixed(folder)
+    free = [*folder.glob("model.onnx"), *folder.glob("onnx/*.onnx")]  # the latter is where transformers.js looks
+    model = Free(free[0]) if free else Fixed(folder)
     found = [int(model.feed(tokens).argmax())]
     while len(found) < count and found[-1] not in stop:
         found.append(int(model.feed(found[-1:]).argmax()))

@@ -28,6 +28,7 @@ from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+NESTED = "onnx"  # the folder in which transformers.js wants the graph
 GRAPHS = ("model.onnx", "embeddings.onnx", "prefill.onnx", "decode.onnx")
 # On an initializer whose grid no operator names: a packed table that standard operators look rows up in.
 BITS = "gemexport.bits"
@@ -79,8 +80,14 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def graph_files(path: Path) -> list[Path]:
-    """The graphs of a model: an .onnx file, or the `GRAPHS` in a folder; InputError where there are none."""
+    """The graphs of a model: an .onnx file, or the `GRAPHS` in a folder, or the one graph in its folder `onnx`.
+
+    Raises InputError where there are none, or several models in `onnx`.
+    """
     files = [path] if path.is_file() else [path / name for name in GRAPHS if (path / name).is_file()]
+    files = files or sorted((path / NESTED).glob("*.onnx"))
+    if files and files[0].parent != path and path.is_dir() and len(files) > 1:
+        raise InputError(path, f"there are {len(files)} models in {NESTED}", "give the path of one of them")
     if not files:
         raise InputError(path, "there is no ONNX model", f"give an .onnx file, or a folder with {' or '.join(GRAPHS)}")
     return files

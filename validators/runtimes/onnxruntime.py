@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gemexport.formats.onnx import read_model
+from gemexport.formats.onnx import graph_files, read_model
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.layers import in_order
 from gemexport.validators.runtimes import genai
@@ -50,10 +50,10 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
     if path.is_dir() and all((path / f"{name}.onnx").is_file() for name in NPU_GRAPHS):
         files = {name: path / f"{name}.onnx" for name in NPU_GRAPHS}
         return NpuModel(folder, files, context, lambda _, file: cpu_session(file, threads))
-    file = path / "model.onnx" if path.is_dir() else path
-    if not file.is_file():
+    file = graph_files(path)[0] if path.exists() else path
+    if file.stem in NPU_GRAPHS or not file.is_file():
         raise InputError(path, "there is no model.onnx", "give an .onnx file or the folder of one")
-    return OnnxModel(file, threads)
+    return OnnxModel(file, threads, folder)
 
 
 class Input(Protocol):
@@ -212,8 +212,8 @@ class _Model(ABC):
 class OnnxModel(_Model):
     """One graph: input_ids, attention_mask, position_ids and past_key_values in; logits and present out."""
 
-    def __init__(self, file: Path, threads: int) -> None:
-        super().__init__(file.parent, [file])
+    def __init__(self, file: Path, threads: int, folder: Path) -> None:
+        super().__init__(folder, [file])
         self.file, self.threads = file, threads
         self.session = cpu_session(file, threads)
         self.inputs = {item.name: item for item in self.session.get_inputs()}

@@ -22,13 +22,17 @@ from gemexport.validators.runtimes.onnxruntime import NPU_GRAPHS, NUMPY_TYPES, N
 
 PACKAGE = "openvino"
 ONNX_TYPES = {np.dtype(dtype): name for name, dtype in NUMPY_TYPES.items()}
+UNKNOWN = ("INT2", "UINT2")  # to version 2026.4
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def takes(path: Path) -> bool:
-    """Whether OpenVINO is here and `path` is a folder of an NPU's graphs, computing in f32."""
+    """Whether OpenVINO is here, and `path` a folder of an NPU's graphs that compute in f32, of types that it knows."""
     files = [path / f"{name}.onnx" for name in NPU_GRAPHS]
-    return find_spec(PACKAGE) is not None and all(map(Path.is_file, files)) and traits(files).arithmetic == "f32"
+    if find_spec(PACKAGE) is None or not all(map(Path.is_file, files)) or traits(files).arithmetic != "f32":
+        return False
+    stored = (value.dtype for file in files for value in read_model(file).graph.initializers.values())
+    return not any(dtype is not None and dtype.name in UNKNOWN for dtype in stored)
 
 
 def load(path: Path, *, threads: int, context: int) -> OpenVinoModel:

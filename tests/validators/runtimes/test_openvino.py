@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.tensor import ArrayTensor, Grid, expand
 from gemexport.registry import TARGETS
 
 pytest.importorskip("torch")
@@ -92,6 +94,21 @@ def test_it_takes_what_it_can_run(tiny_gemma3: Path, tmp_path: Path) -> None:
         adapter.OpenVinoSession(path / "prefill.onnx", 1)
     (path / "decode.onnx").unlink()
     assert not adapter.takes(path)
+
+
+def test_two_bit_codes_are_not_for_it(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """It knows no INT2: such a folder is judged in ONNX Runtime alone."""
+    source = open_checkpoint(tiny_gemma3)
+    name = next(name for name in source.tensors if name.endswith("gate_proj.weight"))
+    out, width = source.tensors[name].shape
+    codes = np.random.default_rng(1).integers(-2, 2, (out, width)).astype(np.int8)
+    scales = np.full((out, width // 32), 0.125, np.float32)
+    coded = ArrayTensor(name, codes * expand(scales, 32), "f32", codes, scales, Grid(2, 32, "f16", lossless=True))
+    made = replace(source, tensors={**source.tensors, name: coded})
+    path = export(made, tmp_path / "npu", variant="npu", context=64, prefill=8).path
+    assert TARGETS["onnx"].seconds(path) == []
+    with pytest.raises(InputError, match="OpenVINO does not load it"):
+        adapter.OpenVinoSession(path / "prefill.onnx", 1)
 
 
 def test_without_it_there_is_no_second_verdict(
