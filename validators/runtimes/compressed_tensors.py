@@ -18,7 +18,6 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from gemexport.formats.compressed_tensors import read_config
 from gemexport.formats.compressed_tensors.activations import activations
-from gemexport.formats.gemma.model import describe
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.reference.decoder import quiet
@@ -38,7 +37,7 @@ def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
     automatic: Any = transformers.AutoModelForCausalLM
     remedy = "export or download the model again"
     try:
-        _know_experts(describe(config, path).family.reference_type)
+        _know_experts(str((config.get("text_config") or config).get("model_type")))
         with quiet(), _scales_in_f32():
             model, report = automatic.from_pretrained(
                 str(path),
