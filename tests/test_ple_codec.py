@@ -11,8 +11,8 @@ import gemexport
 from gemexport.cli import main
 from gemexport.engine.dag import graph
 from gemexport.formats import coreml, onnx
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING as NAME
 from gemexport.formats.grids.additive import AdditiveTensor
-from gemexport.formats.grids.additive_fit import NAME
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.judge.verdict import bounds
 from gemexport.report.schema import Report, read_report

@@ -29,37 +29,50 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
         call = Call("gemexport.compress:compress", {"place": place, "asked": asked.compression, "recipe": recipe})
         room, plain = logits_memory(checkpoint, asked.tokens), checkpoint.plain_nbytes()
         # A copy for llm-compressor and what it makes of that; then that again, with what it left as it was.
-        nodes.append(Node("compress", call, (), room, PERCENT, writes=plain // 2, scratch=2 * plain, all_cores=True))
+        nodes.append(
+            Node("compress", call, memory=room, total=PERCENT, writes=plain // 2, scratch=2 * plain, all_cores=True)
+        )
         # The codes are ours, not those of a maker who left the rest as it is on purpose.
         before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.engine.steps:grids", {"place": place, "recipe": recipe})
     scales = replaced(weights // 16, place.grids)[0]  # of 16 bits, one for 32 weights
-    nodes.append(Node("grids", call, before, EXPORT_BYTES, weights, writes=scales, light=True))
+    nodes.append(Node("grids", call, before, memory=EXPORT_BYTES, total=weights, writes=scales, light=True))
+    nodes += codecs(checkpoint, place, wanted)
+    nodes += calibrations(asked, checkpoint, place, recipe, wanted)
+    nodes += [export(asked, checkpoint, place, step) for step in wanted]
+    if asked.validate and wanted:
+        nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
+    return nodes
+
+
+def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:
+    """The nodes that fit vector codecs to the per-layer embeddings."""
+    nodes = []
     for codec in dict.fromkeys(step.codec for step in wanted if step.codec is not None):
         call = Call("gemexport.engine.steps:fit_codec", {"place": replace(place, codec=codec)})
         coded = _per_layer_weights(checkpoint)
         codes = coded * codec.codebooks * codec.bits // (8 * codec.vector)
-        nodes.append(Node(f"codec {codec}", call, ("grids",), EXPORT_BYTES, coded, writes=codes, all_cores=True))
-    nodes += calibrations(asked, checkpoint, place, recipe, wanted)
-    for step in wanted:
-        options = asked.options.get(step.target.name, {})
-        if measures(asked, step):
-            options = {**options, "ranges": ranges_file(replace(place, codec=step.codec))}
-        arguments = {
-            "place": replace(place, codec=step.codec), "target": step.target.name, "variant": step.variant,
-            "path": step.path, "options": options,
-        }  # fmt: skip
-        call = Call("gemexport.engine.steps:export", arguments)
-        coded_by = () if step.codec is None else (f"codec {step.codec}",)
-        needs = ("grids", *coded_by, *((calibration_name(step.codec),) if measures(asked, step) else ()))
-        writes, scratch = replaced(artifact_bytes(checkpoint.tensors, step.variant), step.path)
         nodes.append(
-            Node(step.export_node, call, needs, EXPORT_BYTES, checkpoint.plain_nbytes(), writes=writes,
-                 scratch=scratch, light=True)
-        )  # fmt: skip
-    if asked.validate and wanted:
-        nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
+            Node(f"codec {codec}", call, ("grids",), memory=EXPORT_BYTES, total=coded, writes=codes, all_cores=True)
+        )
     return nodes
+
+
+def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step) -> Node:
+    """The node that writes an artefact."""
+    own, options = replace(place, codec=step.codec), asked.options.get(step.target.name, {})
+    needs: tuple[str, ...] = ("grids",) if step.codec is None else ("grids", f"codec {step.codec}")
+    if measures(asked, step):
+        options = {**options, "ranges": ranges_file(own)}
+        needs = (*needs, calibration_name(step.codec))
+    arguments = {
+        "place": own, "target": step.target.name, "variant": step.variant, "path": step.path, "options": options,
+    }  # fmt: skip
+    writes, scratch = replaced(artifact_bytes(checkpoint.tensors, step.variant), step.path)
+    return Node(
+        step.export_node, Call("gemexport.engine.steps:export", arguments), needs, memory=EXPORT_BYTES,
+        total=checkpoint.plain_nbytes(), writes=writes, scratch=scratch, light=True,
+    )  # fmt: skip
 
 
 def measures(asked: Request, step: Step) -> bool:
@@ -86,7 +99,7 @@ def calibrations(
         call = Call("gemexport.engine.calibration:calibrate", arguments)
         needs = ("grids", *(() if codec is None else (f"codec {codec}",)))
         room = logits_memory(checkpoint, asked.tokens)
-        nodes.append(Node(calibration_name(codec), call, needs, room, checkpoint.plain_nbytes()))
+        nodes.append(Node(calibration_name(codec), call, needs, memory=room, total=checkpoint.plain_nbytes()))
     return nodes
 
 
@@ -117,7 +130,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
-        nodes.append(Node("reference", call, (), room, total, writes=writes, all_cores=True))
+        nodes.append(Node("reference", call, memory=room, total=total, writes=writes, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))
         call = Call(
@@ -129,7 +142,9 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         # The reference's logits with the weights read back stay, the runtime's until they are compared.
         kept = logits if affordable else 0
         copied = weights * step.target.copies if affordable else 0
-        nodes.append(Node(step.validate_node, call, needs, memory, total, writes=kept, scratch=kept + copied))
+        nodes.append(
+            Node(step.validate_node, call, needs, memory=memory, total=total, writes=kept, scratch=kept + copied)
+        )
     return nodes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Node:
     name: str
     call: Call
     needs: tuple[str, ...] = ()
+    _: KW_ONLY
     memory: int = 0  # anonymous bytes, estimated
     total: int = 0  # units of progress
     writes: int = 0  # bytes that it adds to the disk until the run ends, estimated

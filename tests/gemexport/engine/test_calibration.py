@@ -72,7 +72,7 @@ def test_measured_once(tiny_gemma4: Path, tmp_path: Path) -> None:
 def test_texts_that_cannot_be_read(tiny_gemma4: Path, tmp_path: Path) -> None:
     place, recipe = Place(tiny_gemma4, tmp_path, 32), load_recipe("default")
     grids(place, recipe, lambda _: None)
-    for content, message in ((b"\xff\xfe\x00", "cannot be read as text"), (b"", "has no text")):
+    for content, message in ((b"\xff\xfe\x00", "is no text in UTF-8"), (b"", "has no text")):
         (tmp_path / "text.txt").write_bytes(content)
         with pytest.raises(InputError, match=message):
             calibrate(place, recipe, tmp_path / "text.txt", SIZES, lambda _: None)
