@@ -114,6 +114,8 @@ def goes_on(command: list[str], path: Path, **where: object) -> None:
 @pytest.mark.parametrize("variant", ["int4", "f32"])
 def test_optimum_generates(optimum: list[str], checkpoint: Checkpoint, tmp_path: Path, variant: str) -> None:
     goes_on(optimum, export(checkpoint, tmp_path / variant, variant=variant).path)
+    other = export(checkpoint, tmp_path / "js", variant=variant, layout="transformers.js").path
+    goes_on(optimum, other, file_name=next((other / "onnx").glob("*.onnx")).name)
 
 
 @pytest.mark.slow
