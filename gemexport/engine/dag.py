@@ -139,12 +139,10 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         )
         total = weights * (1 + len(step.target.arithmetics))
         memory = room if affordable else EXPORT_BYTES
-        # The reference's logits with the weights read back stay, the runtime's until they are compared.
-        kept = logits if affordable else 0
-        copied = weights * step.target.copies if affordable else 0
-        nodes.append(
-            Node(step.validate_node, call, needs, memory=memory, total=total, writes=kept, scratch=kept + copied)
-        )
+        # The reference's logits with the weights read back stay, those of all programs until they are compared.
+        programs = len(step.target.arithmetics) + len(step.target.second_runtimes)
+        disk = (logits, programs * logits + step.target.copies * weights) if affordable else (0, 0)
+        nodes.append(Node(step.validate_node, call, needs, memory=memory, total=total, writes=disk[0], scratch=disk[1]))
     return nodes
 
 

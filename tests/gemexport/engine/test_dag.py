@@ -48,13 +48,15 @@ def test_every_graph_can_be_run(tiny_gemma4: Path, tmp_path: Path) -> None:
     assert ended == needs.keys()
 
 
-def test_a_runtimes_copy_is_planned_for(tiny_gemma3: Path, tmp_path: Path) -> None:
-    """llama.cpp maps the tensors as float32 from a file to compute in that."""
+def test_logits_and_a_runtimes_copy_are_planned_for(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """llama.cpp is run twice, and maps the tensors as float32 from a file to compute in that."""
     asked = request(model=tiny_gemma3, out=tmp_path, memory="1TB", tokens=100)
     checkpoint = asked.checkpoint()
     logits = 4 * 100 * checkpoint.architecture.vocab_size
-    for name, copied in (("gguf", 4 * checkpoint.architecture.parameters()), ("mlx", 0)):
+    weights = checkpoint.architecture.parameters()
+    for name, scratch in (("gguf", 2 * logits + 4 * weights), ("mlx", logits)):
         step = Step(TARGETS[name], "any", tmp_path / "artefact")
         nodes = {node.name: node for node in judgement(asked, checkpoint, tmp_path, step)}
-        assert nodes["reference"].writes == logits
-        assert nodes[step.validate_node].scratch == logits + copied
+        assert nodes["reference"].writes == nodes["reference"].scratch == logits
+        assert nodes[step.validate_node].writes == logits
+        assert nodes[step.validate_node].scratch == scratch
