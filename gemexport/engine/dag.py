@@ -130,7 +130,8 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
-        nodes.append(Node("reference", call, memory=room, total=total, writes=writes, all_cores=True))
+        noisy = logits if noises else 0
+        nodes.append(Node("reference", call, memory=room, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))
         call = Call(
