@@ -6,12 +6,15 @@ They are mapped, none read yet.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,31 +22,34 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import from_json
 
+from gemexport.formats import assets
 from gemexport.formats.activations import Activations
+from gemexport.formats.assets.stops import GENERATION
+from gemexport.formats.assets.stops import check as check_generation
+from gemexport.formats.assets.tables import check_types
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, LAYERS, module_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.reading import check_containers, opened, read_bytes, read_json, regular
-from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder
+from gemexport.formats.storage.files import write_whole
+from gemexport.formats.storage.reading import (
+    check_containers,
+    opened,
+    read_bytes,
+    read_json,
+    read_optional_json,
+    regular,
+)
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder, weight_files
 from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "generation_config.json",
-)
 TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
 _IN_LAYER = re.compile(rf"(?:{re.escape(LAYERS)}|blk)\.\d+\.")
 # Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
 _ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
 _UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
+_KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
@@ -66,6 +72,14 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Unpacked:
+    """A folder with tokenizer.json and the other settings, and what is to be said about them in every format."""
+
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A decoder and where it came from."""
 
@@ -75,7 +89,7 @@ class Checkpoint:
     text_config: dict[str, Any]  # the decoder's own part of it
     model: Model
     tensors: Mapping[str, Tensor]  # exactly those of model.specs, in that order
-    unpack: Callable[[], Path]  # the folder with tokenizer.json and the other settings, made when it is first wanted
+    unpack: Callable[[], Unpacked]  # tokenizer.json and the other settings, composed when they are first wanted
     files: tuple[Path, ...] = ()  # that hold the weights, where they are not those of a folder
     left_out: tuple[str, ...] = ()  # tensors of the file that the decoder does not have: towers, heads
     notes: tuple[str, ...] = ()  # what the reader could not keep
@@ -92,12 +106,12 @@ class Checkpoint:
     @property
     def assets(self) -> Path:
         """The folder with tokenizer.json and the other settings."""
-        return self.unpack()
+        return self.unpack().folder
 
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings that came with the weights."""
         folder = self.assets
-        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return [folder / name for name in assets.FILES if (folder / name).is_file()]
 
     def nbytes(self) -> int:
         """Bytes of the decoder's tensors as stored; of a model in files of its own, bytes of these."""
@@ -125,7 +139,7 @@ def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: s
 def _open(path: Path, scratch: Path | None) -> Checkpoint:
     """The checkpoint in the folder or the file `path`, by itself."""
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, scratch)
     if is_gguf(path):
         return _gguf(path, scratch)
     if path.exists():
@@ -162,16 +176,17 @@ def _gguf(path: Path, scratch: Path | None) -> Checkpoint:
     return found
 
 
-def _folder(folder: Path) -> Checkpoint:
+def _folder(folder: Path, scratch: Path | None) -> Checkpoint:
     """The checkpoint in a folder in Hugging Face layout."""
     config = read_config(folder)
     model = describe(config, folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
         remedy = "save the tokenizer there (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         raise InputError(folder, "there is no tokenizer.json", remedy)
-    for name in TOKENIZER_FILES:
+    for name in assets.FILES:
         if os.path.lexists(folder / name):
             regular(folder / name, TOKENIZER_BYTES)
+    check_generation(folder / GENERATION, read_optional_json(folder / GENERATION))
     found = _source(folder, config, model)
     check_left_out(folder, found.left_out, _UNUSED)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
@@ -182,11 +197,51 @@ def _folder(folder: Path) -> Checkpoint:
         text_config=text_config(plain, folder / "config.json"),
         model=model,
         tensors=found.tensors,
-        unpack=lambda: folder,
+        unpack=_composing(folder, model, scratch),
         left_out=found.left_out,
         notes=found.notes,
         activations=found.activations,
     )
+
+
+def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[], Unpacked]:
+    """A function that judges and composes the settings in `folder` once, for all that ask with the same `scratch`."""
+    decoder = assets.Decoder(
+        model.decoder.vocab_size, model.decoder.eos_token_ids, model.decoder.bos_token_id, model.decoder.pad_token_id
+    )
+
+    def fill(target: Path) -> None:
+        with uncollected():
+            composed = assets.compose(folder, read_tokenizer(folder / assets.TOKENIZER), decoder, weight_files(folder))
+        assets.write(composed, folder, target)
+
+    return unpacking(fill, lambda: assets.mark(folder, decoder), scratch, folder)
+
+
+def unpacking(
+    fill: Callable[[Path], None], mark: Callable[[], str], scratch: Path | None, own: Path | None = None
+) -> Callable[[], Unpacked]:
+    """A function that lets `fill` write settings into a folder once, and tells where they are.
+
+    The folder is called `mark()` and lies in `scratch`, where other processes find it; without one it is gone when this
+    process ends. Where nothing but notes was written, the files are those in the folder `own`.
+    """
+
+    @cache
+    def unpack() -> Unpacked:
+        if scratch is None:
+            _KEPT.append(tempfile.TemporaryDirectory(prefix="gemexport-"))
+            made = Path(_KEPT[-1].name)
+            fill(made)
+        else:
+            made = scratch / mark()
+            if not made.is_dir():
+                write_whole(made, fill)
+        notes = made / assets.NOTES
+        said = json.loads(notes.read_text("ascii")) if notes.is_file() else ()
+        return Unpacked(made if own is None or (made / assets.TOKENIZER).is_file() else own, tuple(said))
+
+    return unpack
 
 
 def _source(folder: Path, config: dict[str, Any], model: Model) -> Source:
@@ -346,9 +401,9 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
         # 33 MB of JSON, of which hardly a string comes twice: pydantic's parser takes a third as long as Python's.
         with uncollected():
             tokenizer = from_json(_tokenizer_bytes(path), cache_strings="none")
-        tokenizer["model"]["vocab"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise _no_tokenizer(path) from error
+    check_types(path, tokenizer)
     return dict(tokenizer)
 
 

@@ -636,3 +636,88 @@ def test_tensors_that_programs_leave_unused_as_well(tiny_gemma3: Path, tmp_path:
     other = "model.layers.0.self_attn.rotary_emb.inv_freq"
     model = rename(tiny_gemma3, {"model.norm.weight": other}, tmp_path / "model")
     assert open_checkpoint(model).left_out == (other,)
+
+
+def edit_tokenizer(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    change(tokenizer)
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+
+
+def regular_expression(text: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False}
+    return {"pre_tokenizer": split}
+
+
+TENFOLD = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9,
+}
+TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "vocab is a list": (lambda t: t["model"].update(vocab=[]), "model.vocab is no object of ids"),
+    "vocab of texts": (lambda t: t["model"].update(vocab={"a": "1"}), "model.vocab is no object of ids"),
+    "vocab of truth values": (lambda t: t["model"]["vocab"].update(x=True), "model.vocab is no object of ids"),
+    "merges are an object": (lambda t: t["model"].update(merges={"a": "b"}), "model.merges is no list of pairs"),
+    "merges of three": (lambda t: t["model"].update(merges=[["a", "b", "c"]]), "model.merges is no list of pairs"),
+    "merges of what is none": (lambda t: t["model"]["merges"].append(["zq", "qz"]), "which are not two tokens"),
+    "added tokens of texts": (lambda t: t.update(added_tokens=["<x>"]), "added_tokens is no list of objects"),
+    "added token without an id": (lambda t: t["added_tokens"][0].pop("id"), "added_tokens is no list of objects"),
+    "negative id": (lambda t: t["model"]["vocab"].update(x=-1), "has the token id -1"),
+    "id without end": (lambda t: t["model"]["vocab"].update(x=1 << 40), "has the token id 1099511627776"),
+    "id twice": (lambda t: t["model"]["vocab"].update(x=300), "model.vocab has the id 300 twice"),
+    "id of two": (lambda t: t["added_tokens"][0].update(content="<x>"), "is of two tokens"),
+    "no bytes": (lambda t: t["model"]["vocab"].pop("<0x7F>"), "has no token for 1 of them (<0x7F>"),
+    "no unknown": (lambda t: t["model"].update(unk_token=None), "model.unk_token is None"),
+    "unknown is none": (lambda t: t["model"].update(unk_token="<what>"), "model.unk_token is '<what>'"),
+    "no regular expression": (lambda t: t.update(regular_expression("(")), "cannot be read by the tokenizers library"),
+    "unknown step": (lambda t: t.update(normalizer={"type": "Magic"}), "cannot be read by the tokenizers library"),
+    "step is a list": (lambda t: t.update(decoder=[1]), "decoder is no object"),
+    "ever longer": (lambda t: t.update(normalizer=TENFOLD), "its normalizer makes a text up to 1e+09 times as long"),
+    "regular expression without end": (
+        lambda t: t.update(regular_expression("(?:a|aa)+!b")),
+        "cannot be read by the tokenizers library (Onig: Regex search error: retry-limit-in-match over)",
+    ),
+    "a million added tokens": (
+        lambda t: t.update(added_tokens=[{"id": 600 + i, "content": f"<{i}>"} for i in range(1 << 17)]),
+        "added_tokens has 131072 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", TOKENIZERS)
+def test_a_tokenizer_that_is_none(damage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, problem = TOKENIZERS[damage]
+    edit_tokenizer(model, change)
+    line = complaint(capsys, "mlx", model, "-o", tmp_path / "out", "--no-validate")
+    assert f"{model / 'tokenizer.json'}: " in line
+    assert problem in line
+    assert not (tmp_path / "out").exists()
+
+
+LOOP = "{% for i in range(99999) %}"
+TEMPLATES = {
+    "loops": LOOP * 4 + "{% endfor %}" * 4,
+    "a long text": "{{ 'a' * 10**10 }}",
+    "longer and longer": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x * 10 %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_a_template_without_end(text: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "chat_template.jinja").write_text(TEMPLATES[text])
+    line = complaint(capsys, "gguf", model, "-o", tmp_path / "out", "--no-validate")
+    assert line.startswith(f"gemexport: {model / 'chat_template.jinja'}: the chat template takes more than")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token_id", 10**12), ("eos_token_id", "x"), ("top_p", 3.0), ("temperature", float("nan")), ("top_k", True)],
+)
+def test_generation_settings_that_are_absurd(
+    key: str, value: object, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert f"{path}: {key}" in complaint(capsys, "plan", model)

@@ -140,7 +140,7 @@ def test_what_is_written_reads_back_or_is_refused_by_name(
         name: matrix(name, tensor.shape, next(pending)) if len(tensor.shape) == 2 else tensor
         for name, tensor in plain.tensors.items()
     }
-    checkpoint = replace(plain, tensors=tensors, unpack=lambda: tokenizer.assets)
+    checkpoint = replace(plain, tensors=tensors, unpack=tokenizer.unpack)
     with tempfile.TemporaryDirectory() as folder:
         find_grids(checkpoint, Path(folder) / "grids", RECIPES["default"])
         checkpoint = attach(checkpoint, Path(folder) / "grids")

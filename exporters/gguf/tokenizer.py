@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gemexport.exporters.streaming import read_settings
 from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
-from gemexport.formats.gguf.config import EOS_IDS
+from gemexport.formats.gguf.config import EOS_IDS, TURN_ENDS
 from gemexport.formats.gguf.container import Value, boolean, float32, int32, string, uint32
 from gemexport.formats.gguf.vocabulary import SAMPLING, SPACE, VISIBLE
 from gemexport.formats.grids.lattice import jit
@@ -27,6 +27,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import read_text
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+KNOWN_ENDS = ("<eos>", *TURN_ENDS)  # llama.cpp ends an answer at these, whatever the keys say
 LOWEST_SCORE = -1e6  # below that of any merged token: for tokens that no merge makes
 
 
@@ -59,7 +60,7 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
     values |= _special(checkpoint, source, settings, generation, vocabulary)
     values |= sampling(generation)
     values |= _chat_template(checkpoint.assets, settings)
-    return values, [*vocabulary.notes, *_foreign(source), *notes]
+    return values, [*vocabulary.notes, *_foreign(source), *notes, *_unsaid(values, vocabulary)]
 
 
 def build_vocabulary(source: Mapping[str, Any], size: int) -> Vocabulary:
@@ -198,24 +199,41 @@ def _special(
     ids = {text: index for index, text in enumerate(vocabulary.texts)}
     named = {kind: ids.get(_content(settings.get(f"{kind}_token")) or "") for kind in ("bos", "eos", "unk", "pad")}
     listed = generation.get("eos_token_id")
-    stops = [*([listed] if isinstance(listed, int) else listed or []), *decoder.eos_token_ids]
+    stops = [listed] if isinstance(listed, int) else listed or [*decoder.eos_token_ids]
+    stops = [stop for stop in stops if 0 <= stop < len(ids)]
     eos = named["eos"] if named["eos"] is not None else next(iter(stops), None)
+    others = [stop for stop in stops if stop != eos]
     bos = named["bos"] if named["bos"] is not None else decoder.bos_token_id
     found = {
         Keys.Tokenizer.BOS_ID: bos,
         Keys.Tokenizer.EOS_ID: eos,
-        Keys.Tokenizer.EOT_ID: next((stop for stop in stops if stop != eos), None),
+        Keys.Tokenizer.EOT_ID: next(iter(others), None),
+        Keys.Tokenizer.EOM_ID: next(iter(others[1:]), None),
         Keys.Tokenizer.UNK_ID: named["unk"] if named["unk"] is not None else ids.get(source["model"].get("unk_token")),
         Keys.Tokenizer.PAD_ID: named["pad"] if named["pad"] is not None else decoder.pad_token_id,
     }
     values = {key: uint32(index) for key, index in found.items() if index is not None and 0 <= index < len(ids)}
-    ends = [index for index in (eos, found[Keys.Tokenizer.EOT_ID]) if index is not None]
-    if ends != [*decoder.eos_token_ids]:
+    ends = [found[key] for key in (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)]
+    if len(stops) > len(ends):
+        values[EOS_IDS] = uint32(stops)
+    elif [end for end in ends if end is not None] != [*decoder.eos_token_ids]:
         values[EOS_IDS] = uint32([index for index in decoder.eos_token_ids if 0 <= index < len(ids)])
     values[Keys.Tokenizer.ADD_BOS] = boolean(_adds_bos(source, settings, bos))
     values[Keys.Tokenizer.ADD_EOS] = boolean(False)
     values[Keys.Tokenizer.ADD_PREFIX] = boolean(False)
     return values
+
+
+def _unsaid(values: Mapping[str, Value], vocabulary: Vocabulary) -> list[str]:
+    """A note on tokens that end an answer and that llama.cpp has no key for, nor knows by their text."""
+    if EOS_IDS not in values:
+        return []
+    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    said = [values[key].value for key in keys if key in values]
+    left = [index for index in values[EOS_IDS].value if index not in said]
+    left = [index for index in left if vocabulary.texts[index] not in KNOWN_ENDS]
+    shown = _some([f"{vocabulary.texts[index]} ({index})" for index in left])
+    return [f"llama.cpp has no key for a fourth end of an answer: it does not stop at {shown}"] if left else []
 
 
 def sampling(generation: Mapping[str, Any]) -> dict[str, Value]:

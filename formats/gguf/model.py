@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from gemexport.formats.checkpoint import Checkpoint, check_left_out, checkpoint_name
+from gemexport.formats.checkpoint import Checkpoint, check_left_out, checkpoint_name, unpacking
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf import family_of, joined_tensors, stored_tensors
 from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, model_of
@@ -21,12 +15,10 @@ from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import Parts, read_parts
 from gemexport.formats.gguf.vocabulary import check, write
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.files import PARTIAL, explained
 from gemexport.formats.tensor import Tensor
 
 UNPACKED = "1"  # of what `write` makes; another one makes it anew
 _UNUSED = re.compile(r"\.attn_[kv](?:_norm)?\.")  # of layers that read the keys and values of another one
-_KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 
 
 def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
@@ -48,7 +40,7 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
         text_config=config,
         model=model,
         tensors=tensors,
-        unpack=_unpacking(parts, facts, config, scratch),
+        unpack=unpacking(lambda folder: write(facts, config, folder), lambda: _mark(parts), scratch),
         files=tuple(container.path for container in parts.containers),
         left_out=left_out,
     )
@@ -73,24 +65,6 @@ def _tensors(parts: Parts, model: Model) -> tuple[dict[str, Tensor], tuple[str, 
     return tensors, left_out
 
 
-def _unpacking(parts: Parts, facts: Metadata, config: dict[str, Any], scratch: Path | None) -> Callable[[], Path]:
-    """A function that writes the tokenizer's files once and returns their folder."""
-
-    @cache
-    def unpack() -> Path:
-        if scratch is None:
-            _KEPT.append(tempfile.TemporaryDirectory(prefix="gemexport-"))
-            folder = Path(_KEPT[-1].name)
-            write(facts, config, folder)
-            return folder
-        folder = scratch / _mark(parts)
-        if not folder.is_dir():
-            _write_whole(folder, lambda partial: write(facts, config, partial))
-        return folder
-
-    return unpack
-
-
 def _mark(parts: Parts) -> str:
     """What the files depend on, as a name: sizes and times of the model's files."""
     digest = hashlib.sha256(UNPACKED.encode())
@@ -98,23 +72,3 @@ def _mark(parts: Parts) -> str:
         status = container.path.stat()
         digest.update(f"{container.path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` with what `fill` writes, whole or not at all; another process may be making the same one."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=PARTIAL, dir=folder.parent))
-    except OSError as error:
-        raise explained(error, folder) from error
-    try:
-        fill(partial)
-        os.replace(partial, folder)
-    except OSError as error:
-        if not folder.is_dir():  # else the other one was faster, and its files are the same
-            raise explained(error, folder) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in folder.parent.iterdir():
-        if old != folder and not old.name.endswith(PARTIAL):
-            shutil.rmtree(old, ignore_errors=True)

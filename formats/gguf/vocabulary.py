@@ -270,7 +270,13 @@ def _templates(facts: Metadata) -> tuple[str | None, dict[str, str]]:
 
 def _generation(facts: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json: the special ids, and how to sample where the file says it."""
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config[key] is not None}
+    listed, keys = config["eos_token_id"], (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    stops = [*listed] if isinstance(listed, list) else [listed]
+    stops += [facts.index(key, config["vocab_size"]) for key in keys]  # llama.cpp ends an answer at each of them
+    ends = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    if ends:
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     sampling = {
         name: facts.count(key, least=0) if name == "top_k" else facts.number(key)
         for key, name in SAMPLING.items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,3 +80,26 @@ def explained(error: OSError, path: Path) -> Exception:
         reason = os.strerror(error.errno).lower()
         return InputError(path, f"cannot be written ({reason})", "choose another folder with -o")
     return error
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes, whole or not at all, and remove others beside it.
+
+    Another process may be making the same one. Raises InputError when the folder cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=PARTIAL, dir=folder.parent))
+    except OSError as error:
+        raise explained(error, folder) from error
+    try:
+        fill(partial)
+        os.replace(partial, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else the other one was faster, and its files are the same
+            raise explained(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in folder.parent.iterdir():
+        if old != folder and not old.name.endswith(PARTIAL):
+            shutil.rmtree(old, ignore_errors=True)

@@ -223,6 +223,15 @@ def read_folder(folder: Path) -> dict[str, MappedArray]:
     return {tensor: found[tensor] for tensor in weight_map}
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that `read_folder` reads, its index among them."""
+    index, single = folder / INDEX_NAME, "model.safetensors"
+    if not index.is_file():
+        return [single]
+    names = {str(name) for name in read_json(index)["weight_map"].values()}
+    return [single] if (folder / single).is_file() and single not in names else [INDEX_NAME, *sorted(names)]
+
+
 class Writer:
     """Writes one safetensors file: the header first, then each tensor's bytes in any slices, in the order of `entries`.
 

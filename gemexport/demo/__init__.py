@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemexport.demo import configs, qat
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.demo.configs import GLOBAL_HEAD_DIM, SIZES, Size, config_json
-from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.checkpoint import Checkpoint, Unpacked
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.model import Model, describe, text_config
@@ -194,7 +194,7 @@ def in_memory(config: dict[str, Any], bits: int) -> Checkpoint:
         stream = np.random.Generator(np.random.PCG64([0, *name.encode()]))
         values = random_values(spec, model.decoder, [], stream).astype(np.float32)
         tensors[name] = ArrayTensor(name, values) if not spec.role.has_rows else _in_rows(name, values, bits)
-    return Checkpoint("random", Path("nowhere"), config, config, model, tensors, lambda: Path("nowhere"))
+    return Checkpoint("random", Path("nowhere"), config, config, model, tensors, lambda: Unpacked(Path("nowhere")))
 
 
 def _in_rows(name: str, values: Floats, bits: int) -> Tensor:

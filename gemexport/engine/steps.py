@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,11 @@ def prepare() -> None:
 def grids(place: Place, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
     checkpoint = place.checkpoint()
-    checkpoint.unpack()  # before the exports, which would all do it at once
-    return find_grids(checkpoint, place.grids, recipe, progress)
+    with ThreadPoolExecutor(1) as beside:
+        unpacked = beside.submit(checkpoint.unpack)  # before the exports, which would all do it at once
+        index = find_grids(checkpoint, place.grids, recipe, progress)
+        unpacked.result()
+    return index
 
 
 def fit_codec(place: Place, progress: Progress) -> Record:
@@ -44,7 +48,7 @@ def export(place: Place, target: str, variant: str, path: Path, options: dict[st
     """Write one artefact; progress in bytes of the source."""
     exporter, (checkpoint, notes) = TARGETS[target].exporter(), opened(place)
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
-    return replace(result, notes=[*notes, *result.notes])
+    return replace(result, notes=[*notes, *checkpoint.unpack().notes, *result.notes])
 
 
 def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:

@@ -53,7 +53,11 @@ class Place:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""
-        return self.plain() if self.compressed is None else open_checkpoint(self.compressed)
+        return (
+            self.plain()
+            if self.compressed is None
+            else open_checkpoint(self.compressed, self.work / f"{SOURCE}-compressed")
+        )
 
     def plain(self) -> Checkpoint:
         """The checkpoint before it was compressed: what the loss is measured against."""

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gemexport._version import __version__
-from gemexport.formats.checkpoint import TOKENIZER, Checkpoint
+from gemexport.formats.assets import TOKENIZER
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.files import atomic, locked
 from gemexport.validators.checks import corpus, prompts, tokenizer, vocabulary
 

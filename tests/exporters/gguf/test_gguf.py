@@ -319,7 +319,8 @@ def test_a_tokenizer_that_is_not_gemmas_is_refused_or_noted(tiny_gemma3: Path, t
     shutil.copytree(tiny_gemma3, folder)
     path = folder / "tokenizer.json"
     source = json.loads(path.read_text("utf-8"))
-    source["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+    source["pre_tokenizer"] = split
     path.write_text(json.dumps(source), "utf-8")
     _, notes = tokenizer(open_checkpoint(folder))
     assert any("splits a text before merging" in note for note in notes)

@@ -54,7 +54,12 @@ def insert(tokenizer: dict[str, Any]) -> None:
     tokenizer["model"]["vocab"] = {text: index + (index >= middle) for text, index in vocab.items()} | {
         "extra!": middle
     }
-    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if last not in ("".join(pair), *pair)]
+    tokenizer["added_tokens"] = [
+        {**item, "id": item["id"] + (item["id"] >= middle)}
+        for item in tokenizer["added_tokens"]
+        if item["content"] != last
+    ]
 
 
 def lose_a_merge(tokenizer: dict[str, Any]) -> None:
