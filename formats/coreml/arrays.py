@@ -216,11 +216,6 @@ class Masked:
         self.kind, self.shape = dense.kind, dense.shape
         self._dense, self._mask = dense, mask
 
-    def elements(self) -> Array:
-        """The elements that are stored, in row-major order, as the operation that gives them has them: `[count]`."""
-        values = self.numpy()[self._mask.numpy() != 0]
-        return Stored("fp32" if values.dtype == np.float32 else self.kind, values.shape, values)
-
     def rows(self, start: int, stop: int) -> NDArray:
         values = self._dense.rows(start, stop)
         return np.where(self._mask.rows(start, stop) != 0, values, np.zeros((), values.dtype))
@@ -229,9 +224,27 @@ class Masked:
         return self.rows(0, self.shape[0])
 
 
+class Nonzero:
+    """The elements of an array where `mask` is 1, in row-major order: `[count]`, what sparse operations give."""
+
+    def __init__(self, dense: Array, mask: Array) -> None:
+        self.kind, self._dense, self._mask = dense.kind, dense, mask
+        self.shape = (int(mask.numpy().astype(np.int64).sum()),)
+
+    def rows(self, start: int, stop: int) -> NDArray:
+        return self.numpy()[start:stop]
+
+    def numpy(self) -> NDArray:
+        return np.asarray(self._dense.numpy()[self._mask.numpy() != 0])
+
+    def spread(self) -> Array:
+        """All of the array, zeros where `mask` is 0."""
+        return Masked(self._dense, self._mask)
+
+
 def sparse(nonzero: Array, mask: Array) -> Array:
     """What `nonzero` elements at the ones of `mask` stand for, whether they are stored or come from an operation."""
-    return nonzero if isinstance(nonzero, Masked) else Sparse(nonzero, mask)
+    return nonzero.spread() if isinstance(nonzero, Nonzero) else Sparse(nonzero, mask)
 
 
 class Spread:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.coreml.arrays import Array, Masked, Palette, ShiftScale, Spread, Stored, sparse, spread
+from gemexport.formats.coreml.arrays import Array, Nonzero, Palette, ShiftScale, Spread, Stored, sparse, spread
 from gemexport.formats.coreml.blob import TYPES, BlobFile, unpack
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import read_bytes, read_json
@@ -236,13 +236,13 @@ def _sparse_palette(
     size, mask = lut.shape[-1], indices_mask
     if size > 1 and vector_axis is not None:
         mask = Spread(indices_mask, int(vector_axis.numpy()), size)
-    return mask, Masked(dense, mask)
+    return mask, Nonzero(dense, mask)
 
 
 def _sparse_shift_scale(
     data_mask: Array, nonzero_data: Array, scale: Array, offset: Array | None = None
 ) -> tuple[Array, Array]:
-    return data_mask, Masked(ShiftScale(sparse(nonzero_data, data_mask), scale, offset), data_mask)
+    return data_mask, Nonzero(ShiftScale(sparse(nonzero_data, data_mask), scale, offset), data_mask)
 
 
 def _cast(source_val: Array, output_dtype: str) -> Array:

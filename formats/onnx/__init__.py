@@ -9,21 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemexport.formats.gemma.dialects import genai_canonical
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, role_of
 from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
-from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_signed, unpack_unsigned
+from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_unsigned
+from gemexport.formats.onnx.dequantized import REMEDY, dequantized
+from gemexport.formats.onnx.stored import BROKEN, FLOATS, array, needed
+from gemexport.formats.onnx.walk import Use, attribute, constant, turned, uses
 from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import regular
-from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
+from gemexport.formats.tensor import Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,20 +43,16 @@ SHAPE = "gemexport.shape"  # on a matrix that is a stack of matrices: the stack'
 CODEBOOKS = ".codebooks"  # what its codebooks are called, after its own name
 SCALES, ZEROS = ".scales", ".zero_points"  # what a weight's scales and zero points are called, after its own name
 
-NUMPY_DTYPES = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2", "UINT8": "u1", "INT8": "i1", "UINT16": "<u2"}
-SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 MAX_GRAPH_BYTES = 2 << 30  # of a graph without its external data: protobuf has no larger
-BROKEN = "export or download it again"
 
 Place = tuple[str, int] | None  # the file of external data and the offset in it
-Use = tuple["ir.Node", int]  # an operator and which of its inputs
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """The weights of a model by canonical name, mapped: of an .onnx file, or of the `GRAPHS` in a folder.
 
     Raises InputError for a file that is not whole, external data that are missing, too short or outside the folder,
-    and graphs of one folder that disagree on a weight.
+    graphs of one folder that disagree on a weight, and weights in a layout that is not known here.
     """
     path = Path(path)
     found: dict[str, Tensor] = {}
@@ -112,7 +110,7 @@ def canonical_name(name: str) -> str | None:
 
     Knows its own names and those of ONNX Runtime GenAI's model builder.
     """
-    name = re.sub(r"_(Q\d+(G\d+)?|quant|qweight)$", "", name).replace(".MatMul.weight", ".weight")
+    name = re.sub(r"_(Q\d+(G\d+)?|quant|quantized|qweight)$", "", name).replace(".MatMul.weight", ".weight")
     name = genai_canonical(name)
     known = role_of(name) is not None
     return name if known or (name.startswith("model.") and name.endswith(".weight")) else None
@@ -138,30 +136,39 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
     for value in graph.initializers.values():
         name = canonical_name(value.name or "")
         stored = value.const_value
-        tensor = _weight(name, value, graph, file) if name and stored is not None else None
-        if tensor is not None and stored is not None and SHAPE in stored.metadata_props:
+        if name is None or stored is None or DERIVED in stored.metadata_props:
+            continue
+        tensor = _weight(name, value, graph, file)
+        if tensor is not None and SHAPE in stored.metadata_props:
             tensor = _stack(tensor, stored.metadata_props[SHAPE], file)
-        if tensor is not None and stored is not None and DERIVED not in stored.metadata_props:
+        if tensor is not None:
             place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
             yield tensor, place, stored.metadata_props.get(COPY)
 
 
 def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor | None:
-    """The tensor that an initializer holds, by the first operator that reads it; None for what is no weight."""
+    """The tensor that an initializer holds, by the first operator that reads it; None where none does.
+
+    Raises InputError, naming the initializer and the operator, for a layout that is not known here.
+    """
     assert value.const_value is not None
+    assert value.dtype is not None
     bits, codec = (value.const_value.metadata_props.get(key) for key in (BITS, CODEC))
     if codec:
         return _additive(name, value, parse(codec), graph, file)
     if bits:
         return _table(name, value, int(bits), graph, file)
-    for node, index in _uses(value):
-        if (node.op_type, index) in (("MatMulNBits", 1), ("GatherBlockQuantized", 0)):
-            return _fused(name, node, index, file)
-        if (node.op_type, index) == ("DequantizeLinear", 0):
-            return _dequantized(name, node, file)
-    if value.dtype is None or value.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16"):
+    found = list(uses(value))
+    for use in found:
+        if use.reads("MatMulNBits", 1) or use.reads("GatherBlockQuantized", 0):
+            return _fused(name, use.node, use.index, file)
+        if use.reads("DequantizeLinear", 0) or use.reads("QuantizeLinear", 0):
+            return _dequantized(name, value, use, file)
+    if value.dtype.name in FLOATS:
+        return StoredTensor(name, array(value, file), transposed=turned(value))
+    if not found:
         return None
-    return StoredTensor(name, _array(value, file), transposed=_transposed(value))
+    raise InputError(file, f"{found[0].called} reads {value.name} ({value.dtype.name}) in a way not known here", REMEDY)
 
 
 def _stack(tensor: Tensor, spelling: str, file: Path) -> Tensor:
@@ -182,9 +189,9 @@ def _stack(tensor: Tensor, spelling: str, file: Path) -> Tensor:
 def _table(name: str, value: ir.Value, bits: int, graph: ir.Graph, file: Path) -> Tensor:
     """Packed rows that standard operators look up; zero points, one a byte, beside the scales."""
     scales, zeros = graph.initializers[f"{value.name}{SCALES}"], graph.initializers.get(f"{value.name}{ZEROS}")
-    zero_points = None if zeros is None else to_floats(_array(zeros, file)) - np.float32(1 << (bits - 1))
+    zero_points = None if zeros is None else to_floats(array(zeros, file)) - np.float32(1 << (bits - 1))
     return PackedTensor(
-        name, _array(value, file), _array(scales, file), bits, signed=False, transposed=False, zero_points=zero_points
+        name, array(value, file), array(scales, file), bits, signed=False, transposed=False, zero_points=zero_points
     )
 
 
@@ -194,8 +201,8 @@ def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: P
         raise InputError(file, f"{value.name} has no codebooks or no scales", BROKEN)
     assert value.const_value is not None
     measured = stated_rms(value.const_value.metadata_props.get(FITTED_RMS), file)
-    books, scales = (_array(graph.initializers[f"{value.name}{part}"], file) for part in (CODEBOOKS, SCALES))
-    codes, shape = _array(value, file), (codec.codebooks, codec.entries, codec.vector)
+    books, scales = (array(graph.initializers[f"{value.name}{part}"], file) for part in (CODEBOOKS, SCALES))
+    codes, shape = array(value, file), (codec.codebooks, codec.entries, codec.vector)
     if codes.dtype != np.uint8 or books.size != np.prod(shape):
         raise InputError(file, f"the codes and codebooks of {value.name} are not those of {codec}", BROKEN)
     scales = scales if scales.dtype == np.float16 else to_floats(scales)
@@ -205,129 +212,28 @@ def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: P
 
 def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:
     """What MatMulNBits and GatherBlockQuantized of ONNX Runtime read: packed along `in`, unsigned."""
-    bits = _attribute(node, "bits", 4)
-    packed, scales = (_array(_constant(node.inputs[i]), file) for i in (index, 2))
+    bits = attribute(node, "bits", 4)
+    packed, scales = (array(needed(node, i, file), file) for i in (index, 2))
     # What is gathered may be matrices.
     leading = packed.shape[:1] if node.op_type == "MatMulNBits" else packed.shape[:-1]
     out = int(np.prod(leading))
     packed = packed.reshape(out, -1)
     scales = scales.reshape(out, -1)
     zero_points = None
-    stored = node.inputs[3] if len(node.inputs) > 3 else None
+    stored = constant(node.inputs[3]) if len(node.inputs) > 3 else None
     if stored is not None:
-        array = _array(_constant(stored), file).reshape(out, -1)
-        fields = unpack_unsigned(array, bits)[:, : scales.shape[1]] if array.dtype == np.uint8 else to_floats(array)
+        zeros = array(stored, file).reshape(out, -1)
+        fields = unpack_unsigned(zeros, bits)[:, : scales.shape[1]] if zeros.dtype == np.uint8 else to_floats(zeros)
         zero_points = fields.astype(np.float32) - (1 << (bits - 1))
     found = PackedTensor(name, packed, scales, bits, signed=False, transposed=False, zero_points=zero_points)
     return found if len(leading) == 1 else Pieces(name, (*leading, found.shape[1]), [whole(found)])
 
 
-def _dequantized(name: str, node: ir.Node, file: Path) -> Tensor | None:
-    """What DequantizeLinear reads: the standard's quantized tensors, with a scale a block, a channel or a tensor."""
-    weight = _constant(node.inputs[0])
-    assert weight.dtype is not None
-    kind = weight.dtype.name
-    bits = SUB_BYTE.get(kind, 8)
-    packed = _array(weight, file)
-    if packed.ndim == 1 and kind in ("UINT8", "UINT16"):
-        return _vector(name, packed, node, file)
-    if packed.ndim != 2 or not kind.endswith(("INT8", "INT4", "INT2")):
-        return None
-    transposed = _transposed(node.outputs[0])
-    middle = 0 if kind.startswith("INT") else 1 << (bits - 1)
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
-
-    def spread(array: NDArray[Any]) -> NDArray[Any]:
-        if array.ndim == 2:
-            return array
-        # One a row or a column, whichever `out` is; one for all of them is the same.
-        return (
-            np.broadcast_to(array.reshape(1, -1), (1, columns))
-            if transposed
-            else np.broadcast_to(array.reshape(-1, 1), (rows, 1))
-        )
-
-    zero_points: Floats | None = None
-    stored = node.inputs[2] if len(node.inputs) > 2 else None
-    if stored is not None:
-        array = _array(_constant(stored), file)
-        inverse = unpack_signed if kind.startswith("INT") else unpack_unsigned
-        zero_points = spread(inverse(array.view(np.uint8), bits)).astype(np.float32) - middle
-    elif middle:
-        zero_points = np.full_like(to_floats(spread(_array(_constant(node.inputs[1]), file))), -middle)
-    return PackedTensor(
-        name,
-        packed.view(np.uint8),
-        spread(_array(_constant(node.inputs[1]), file)),
-        bits,
-        signed=kind.startswith("INT"),
-        transposed=transposed,
-        zero_points=zero_points,
-    )
-
-
-def _vector(name: str, stored: NDArray[Any], node: ir.Node, file: Path) -> Tensor:
-    """A norm's weights or a scalar as the integers that an NPU multiplies by."""
-    scale, zero_point = (_array(_constant(value), file).astype(np.float64) for value in node.inputs[1:3])
-    weight = _constant(node.inputs[0]).const_value
-    offset = 0.0 if weight is None else float(weight.metadata_props.get(OFFSET, 0.0))
-    values = ((stored.astype(np.float64) - zero_point) * scale - offset).astype(np.float32)
-    return StoredTensor(name, values, requantized=True)
-
-
-def _uses(value: ir.Value) -> Iterator[Use]:
-    """The operators that read a value, through casts."""
-    for node, index in value.uses():
-        if node.op_type == "Cast":
-            yield from _uses(node.outputs[0])
-        else:
-            yield node, index
-
-
-def _transposed(value: ir.Value) -> bool:
-    """Whether a value is a weight `[in, out]`, the way round that MatMul wants it."""
-    return any((node.op_type, index) == ("MatMul", 1) for node, index in _uses(value))
-
-
-def _attribute(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.as_int())
-
-
-def _constant(value: ir.Value | None) -> ir.Value:
-    """The initializer behind a value, through a cast."""
-    assert value is not None
-    producer = value.producer()
-    return _constant(producer.inputs[0]) if producer is not None and producer.op_type == "Cast" else value
-
-
-def _array(value: ir.Value, file: Path) -> NDArray[Any]:
-    """An initializer as it is stored: mapped if external; bf16 as uint16, sub-byte types as their bytes."""
-    import onnx_ir as ir
-
-    stored = value.const_value
-    if stored is None or value.dtype is None or value.shape is None:
-        raise InputError(file, f"{value.name} is no initializer", BROKEN)
-    shape = [int(size) for size in value.shape.numpy()]
-    kind = value.dtype.name
-    if kind in SUB_BYTE:
-        if shape[-1] * SUB_BYTE[kind] % 8:
-            raise InputError(file, f"the rows of {value.name} do not fill whole bytes", "export it as 8 bit")
-        shape[-1] = shape[-1] * SUB_BYTE[kind] // 8
-    dtype = np.dtype("u1" if kind in SUB_BYTE else NUMPY_DTYPES.get(kind, "V1"))
-    if isinstance(stored, ir.ExternalTensor):
-        return _external(stored, file).view(dtype).reshape(shape)
-    return np.frombuffer(stored.tobytes(), dtype).reshape(shape)
-
-
-def _external(stored: ir.ExternalTensor, file: Path) -> NDArray[np.uint8]:
-    """The bytes of an external tensor, mapped."""
-    path = file.parent / str(stored.location)
-    if not path.resolve().is_relative_to(file.parent.resolve()):
-        raise InputError(file, f"{stored.name} lies outside the folder, in {stored.location}", BROKEN)
-    if not path.is_file():
-        raise InputError(path, "the file is missing", BROKEN)
-    start, length = stored.offset or 0, int(stored.nbytes if stored.length is None else stored.length)
-    if length != stored.nbytes or start + length > path.stat().st_size:
-        raise InputError(path, f"is too short for {stored.name}", BROKEN)
-    return np.memmap(path, np.uint8, "r", offset=start, shape=(length,)) if length else np.empty(0, np.uint8)
+def _dequantized(name: str, value: ir.Value, use: Use, file: Path) -> Tensor:
+    """What DequantizeLinear makes of an initializer: of a vector, the integers that an NPU multiplies by."""
+    tensor = dequantized(name, value, use, file)
+    if isinstance(tensor, PackedTensor) or len(tensor.shape) > 1:
+        return tensor
+    assert value.const_value is not None
+    offset = float(value.const_value.metadata_props.get(OFFSET, 0.0))
+    return StoredTensor(name, (tensor.exact() - offset).astype(np.float32), requantized=True)

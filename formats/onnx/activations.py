@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
-from gemexport.formats.onnx import BROKEN, canonical_name, graph_files, read_model
+from gemexport.formats.onnx import canonical_name, graph_files, read_model
+from gemexport.formats.onnx.stored import BROKEN
 from gemexport.formats.storage.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from gemexport.faults.stored import writable
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.gemma.names import HEAD, module_of
-from gemexport.formats.onnx import COPY, _array, graph_files
+from gemexport.formats.onnx import COPY, graph_files
+from gemexport.formats.onnx.stored import array
 
 NOISE_EVERY = 7  # of the head's packed codes, one in so many is another
 
@@ -58,7 +59,7 @@ def rope(change: Callable[[Rope, Layer], Rope]) -> Fault:
             for kind, function in (("cos", np.cos), ("sin", np.sin)):
                 value = model.graph.initializers.get(f"/rope_{number}/{kind}")
                 if value is not None:
-                    table = writable(_array(value, file))
+                    table = writable(array(value, file))
                     table[:] = function(np.arange(len(table), dtype=np.float32)[:, None] * frequencies)
                     found = True
         if not found:
@@ -188,11 +189,11 @@ def head_untied(subject: Subject) -> str:
             if place in done:
                 continue
             done.add(place)
-            codes = writable(_array(head, file)).reshape(-1)
+            codes = writable(array(head, file)).reshape(-1)
             codes[::NOISE_EVERY] ^= 1
             continue
         data = file.parent / str(stored.location)
-        codes = np.array(_array(head, file)).view(np.uint8).reshape(-1)
+        codes = np.array(array(head, file)).view(np.uint8).reshape(-1)
         codes[::NOISE_EVERY] ^= 1
         whole = data.read_bytes()
         start = -(-len(whole) // 64) * 64

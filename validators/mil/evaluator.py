@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemexport.formats.coreml import constants
-from gemexport.formats.coreml.arrays import Array, Masked
+from gemexport.formats.coreml.arrays import Array
 from gemexport.formats.coreml.package import Type, open_package, typed
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.mil import (
@@ -97,8 +97,6 @@ class Program:
         return loaded
 
     def _weight(self, array: Array) -> Tensor | Weight:
-        if isinstance(array, Masked):
-            array = array.elements()  # what an operation reads of it; constants take it as a whole
         weight = Weight(array, half=self.arithmetic == "f16") if array.shape else None
         if weight is None:
             return as_tensor(np.asarray(array.numpy()))

@@ -39,12 +39,12 @@ def gather(
     at %= x.ndim
     index = _counted(index, x.shape[at], validate_indices)
     if batch == 0:
-        return x.index_select(at, index.reshape(-1)).reshape(*x.shape[:at], *index.shape, *x.shape[at + 1 :])
+        return x.index_select(at, index.reshape(-1)).reshape((*x.shape[:at], *index.shape, *x.shape[at + 1 :]))
     lead = x.shape[:batch]
     flat = x.reshape(-1, *x.shape[batch:])
     wanted = index.reshape(flat.shape[0], *index.shape[batch:])
     parts = [gather(one, rows, at - batch, 0, validate_indices) for one, rows in zip(flat, wanted, strict=True)]
-    return torch.stack(parts).reshape(*lead, *parts[0].shape)
+    return torch.stack(parts).reshape((*lead, *parts[0].shape))
 
 
 @op("gather_along_axis")

@@ -60,14 +60,15 @@ def l2_norm(x: Tensor, epsilon: Any = 1e-6) -> Tensor:
 
 @op("local_response_norm")
 def local_response_norm(x: Tensor, size: Any, alpha: Any = 1e-4, beta: Any = 0.75, k: Any = 1.0) -> Tensor:
-    """Over a channel and `(size - 1) // 2` on either side, divided by `size` in any case.
+    """Over `size` channels, of an even number one more before than after, as PyTorch does.
 
-    The documentation does not say what an even size takes in; coremltools' test of it has the numbers of Core ML
-    (iOS14/test_normalization.py), which PyTorch's `local_response_norm` does not give.
+    The documentation has the channels in the second axis; of three axes they are the first, by the numbers of
+    coremltools' test (iOS14/test_normalization.py).
     """
-    reach = (integer(size) - 1) // 2
-    squares = F.pad((x * x).movedim(1, -1), [reach, reach]).unfold(-1, 2 * reach + 1, 1).sum(-1).movedim(-1, 1)
-    return x / (number(k) + number(alpha) / integer(size) * squares) ** number(beta)
+    axis, width = (0 if x.ndim == 3 else 1), integer(size)
+    padded = F.pad((x * x).movedim(axis, -1), [width // 2, (width - 1) // 2])
+    squares = padded.unfold(-1, width, 1).sum(-1).movedim(-1, axis)
+    return x / (number(k) + number(alpha) / width * squares) ** number(beta)
 
 
 @op("scaled_dot_product_attention")

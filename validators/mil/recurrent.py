@@ -35,22 +35,20 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name.lower()]
 
 
-def _along(x: Tensor, states: tuple[Tensor, ...], step: Step, backwards: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first state after each step, `[steps, batch, hidden]` in the order of `x`, and all states after the last."""
+def _along(x: Tensor, states: tuple[Tensor, ...], step: Step, direction: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first state after each step, `[steps, batch, hidden]` in the order of the steps, and all after the last one.
+
+    Backwards the last of `x` comes first, in what comes out as well (coremltools' tests, iOS14/test_recurrent.py).
+    """
     outputs = []
-    for one in x.flip(0) if backwards else x:
+    for one in x.flip(0) if direction == "reverse" else x:
         states = step(one, states)
         outputs.append(states[0])
-    whole = torch.stack(outputs)
-    return (whole.flip(0) if backwards else whole), states
+    return torch.stack(outputs), states
 
 
 def _sequence(whole: Tensor, last: Tensor, output_sequence: Any) -> Tensor:
     return whole if flag(output_sequence) else last.unsqueeze(0)
-
-
-def _backwards(direction: str) -> bool:
-    return direction == "reverse"
 
 
 @op("rnn")
@@ -69,7 +67,7 @@ def rnn(
     def step(one: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (activate(F.linear(one, weight_ih, bias) + F.linear(states[0], weight_hh)),)
 
-    whole, (h,) = _along(x, (initial_h,), step, _backwards(direction))
+    whole, (h,) = _along(x, (initial_h,), step, direction)
     return _sequence(whole, h, output_sequence), h
 
 
@@ -107,7 +105,7 @@ def gru(
         seen = r * F.linear(h, hidden_o, b_o) if flag(reset_after) else F.linear(r * h, hidden_o, b_o)
         return ((1 - z) * activate(F.linear(one, input_o, i_o) + seen) + z * h,)
 
-    whole, (h,) = _along(x, (initial_h,), step, _backwards(direction))
+    whole, (h,) = _along(x, (initial_h,), step, direction)
     return _sequence(whole, h, output_sequence), h
 
 
@@ -156,18 +154,19 @@ def lstm(
     activation: str = "tanh",
     clip: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both directions side by side where `direction` says so: `[…, 2 * hidden]`, forward first."""
+    """Both directions side by side where `direction` says so: `[…, 2 * hidden]`, forward first, in the order of `x`."""
     activations = recurrent_activation, cell_activation, activation
     step = _lstm_step(weight_ih, weight_hh, bias, peephole, activations, clip)
     if direction != "bidirectional":
-        whole, (h, c) = _along(x, (initial_h, initial_c), step, _backwards(direction))
+        whole, (h, c) = _along(x, (initial_h, initial_c), step, direction)
         return _sequence(whole, h, output_sequence), h, c
     if weight_ih_back is None or weight_hh_back is None:
         raise Unsupported("a bidirectional lstm needs the weights of both directions")
     hidden = weight_hh.shape[1]
     (h, h_back), (c, c_back) = initial_h.split(hidden, -1), initial_c.split(hidden, -1)
     back = _lstm_step(weight_ih_back, weight_hh_back, bias_back, peephole_back, activations, clip)
-    whole, (h, c) = _along(x, (h, c), step, backwards=False)
-    whole_back, (h_back, c_back) = _along(x, (h_back, c_back), back, backwards=True)
+    whole, (h, c) = _along(x, (h, c), step, "forward")
+    whole_back, (h_back, c_back) = _along(x, (h_back, c_back), back, "reverse")
     last = torch.cat([h, h_back], -1)
-    return _sequence(torch.cat([whole, whole_back], -1), last, output_sequence), last, torch.cat([c, c_back], -1)
+    both = torch.cat([whole, whole_back.flip(0)], -1)
+    return _sequence(both, last, output_sequence), last, torch.cat([c, c_back], -1)

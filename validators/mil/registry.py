@@ -90,7 +90,7 @@ class Weight:
         else:
             unique = {row: self.rows(row, row + 1) for row in sorted(set(flat))}
             found = torch.cat([unique[row] for row in flat]) if flat else torch.empty(0, *self.shape[1:])
-        return found.reshape(*indices.shape, *self.shape[1:])
+        return found.reshape((*indices.shape, *self.shape[1:]))
 
 
 def as_tensor(values: np.ndarray) -> Tensor:

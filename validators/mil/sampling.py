@@ -256,6 +256,9 @@ def crop_resize(
         images = [[i] for i in (range(len(boxes)) if box_indices is None else integers(box_indices))]
     else:
         raise Unsupported("there are no boxes")
+    if sampling_mode == "UNALIGN_CORNERS":
+        # coremltools' test of it (iOS15/test_image_resizing.py) has other numbers than resize_bilinear's grid gives.
+        raise Unsupported("what UNALIGN_CORNERS takes of a box is not documented")
     height, width = x.shape[-2:]
     scales = (height - 1, width - 1) if flag(normalized_coordinates) else (1, 1)
     top, left, bottom, right = _corners(boxes, box_coordinate_mode)

@@ -48,7 +48,7 @@ def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 @op("flatten2d")
 def flatten2d(x: Tensor, axis: Any = 1) -> Tensor:
-    at = integer(axis) % (x.ndim + 1)
+    at = integer(axis) + x.ndim if integer(axis) < 0 else integer(axis)
     rows = int(torch.tensor(x.shape[:at]).prod()) if at else 1
     return x.reshape(rows, -1)
 
@@ -112,6 +112,12 @@ def _index(
     return tuple(index), backwards
 
 
+def _turned(part: Tensor, index: tuple[int | slice, ...], backwards: list[int]) -> Tensor:
+    """What lies at `index` of a tensor, with the axes the other way round that run `backwards`."""
+    kept = [axis for axis, item in enumerate(index) if isinstance(item, slice)]
+    return torch.flip(part, [kept.index(axis) for axis in backwards])
+
+
 @op("slice_by_index")
 def slice_by_index(
     x: Tensor,
@@ -123,12 +129,8 @@ def slice_by_index(
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
     index, backwards = _index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    part = x[index]
-    if backwards:
-        kept = [axis for axis, item in enumerate(index) if isinstance(item, slice)]
-        part = torch.flip(part, [kept.index(axis) for axis in backwards])
     # A copy: what a state's slice was read as must not change when the state is written.
-    return part.clone()
+    return _turned(x[index], index, backwards).clone()
 
 
 @op("slice_by_size")
@@ -152,10 +154,8 @@ def slice_update(
 ) -> Tensor:
     """`x` with a slice replaced; `in_place` is the evaluator's own, for a state that is written back at once."""
     index, backwards = _index(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    if backwards:
-        raise Unsupported("a negative stride is not documented")
     result = x if in_place else x.clone()
-    result[index] = update
+    result[index] = _turned(update, index, backwards)
     return result
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemexport.formats.coreml.arrays import Masked, Palette, ShiftScale, Spread, Stored, sparse, spread
+from gemexport.formats.coreml.arrays import Nonzero, Palette, ShiftScale, Spread, Stored, sparse, spread
 
 ct = pytest.importorskip("coremltools")
 
@@ -95,7 +95,10 @@ def test_sparse_palettes(size: int, axis: int, seed: int) -> None:
     wider = Spread(stored, axis, size)
     np.testing.assert_array_equal(wider.numpy(), wanted_mask)
     wanted = constexpr_sparse_to_dense.decompress(values, wanted_mask).astype(np.float32)
-    array = sparse(Masked(dense, wider), wider)
+    elements = Nonzero(dense, wider)
+    assert elements.shape == values.shape
+    np.testing.assert_array_equal(elements.numpy(), values.astype(np.float32))
+    array = sparse(elements, wider)
     for start in range(wanted.shape[0]):
         np.testing.assert_array_equal(array.rows(start, wanted.shape[0]), wanted[start:])
 
@@ -110,4 +113,4 @@ def test_sparse_codes() -> None:
     data = sparse(Stored("int8", codes.shape, codes), stored)
     dense = ShiftScale(data, Stored("fp32", scale.shape, scale), Stored("int8", offset.shape, offset))
     wanted = constexpr_sparse_to_dense.decompress(values, mask)
-    np.testing.assert_allclose(sparse(Masked(dense, stored), stored).numpy(), wanted, rtol=1e-6)
+    np.testing.assert_allclose(sparse(Nonzero(dense, stored), stored).numpy(), wanted, rtol=1e-6)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import gemexport.validators.mil.evaluator  # noqa: F401  (registers the operations)
@@ -150,6 +152,9 @@ def test_scalars() -> None:
     got = found("gather", x=X, indices=np.int32(1), axis=1)
     assert got.shape == (2, 4)
     assert (got == X[:, 1]).all()
+    one = found("gather", x=np.array([5, 6]), indices=np.int32(1))
+    assert one.shape == ()
+    assert one == 6
     assert found("concat", values=[np.array(3), np.array(4)], axis=0).tolist() == [3, 4]
     assert found("matmul", x=np.array([1, 2]), y=np.array([0.5, 0.25], np.float32)).tolist() == 1
 
@@ -205,16 +210,22 @@ def test_norms_over_channels() -> None:
 
 
 def test_local_response_norm() -> None:
-    # Of an even size, coremltools' test of MIL (iOS14/test_normalization.py) has the numbers.
+    # coremltools' test of MIL (iOS14/test_normalization.py): of three axes, the first are the channels.
     one = np.array([[[1.0, -7.0], [5.0, -6.0], [-3.0, -5.0]]], np.float32)
-    even = [[[0.99996257, -6.98716545], [4.99531746, -5.99191284], [-2.99898791, -4.99531746]]]
-    np.testing.assert_allclose(found("local_response_norm", x=one, size=2), even, rtol=1e-6)
-    x = normal(2, 6, 3)
-    got = found("local_response_norm", x=x, size=3, alpha=np.float32(0.5), beta=np.float32(0.6), k=np.float32(2))
-    for n, c, d in places(x.shape):
-        around = x[n, max(0, c - 1) : c + 2, d]
-        want = x[n, c, d] / (2 + 0.5 / 3 * (around**2).sum()) ** 0.6
-        np.testing.assert_allclose(got[n, c, d], want, rtol=1e-4)
+    two = [[[0.99996257, -6.98716545], [4.99531746, -5.99191284], [-2.99898791, -4.99531746]]]
+    three = [[[0.99997497, -6.99143696], [4.99687672, -5.99460602], [-2.99932504, -4.99687672]]]
+    np.testing.assert_allclose(found("local_response_norm", x=one, size=2), two, rtol=1e-6)
+    np.testing.assert_allclose(found("local_response_norm", x=one, size=3), three, rtol=1e-6)
+    settings = {"alpha": np.float32(0.5), "beta": np.float32(0.6), "k": np.float32(2)}
+    for shape in ((2, 6, 3, 2), (2, 6, 3, 2, 2)):
+        x = normal(*shape)
+        got = found("local_response_norm", x=x, size=3, **settings)
+        for n, c, *d in places(x.shape):
+            around = x[(n, slice(max(0, c - 1), c + 2), *d)]
+            want = x[(n, c, *d)] / (2 + 0.5 / 3 * (around**2).sum()) ** 0.6
+            np.testing.assert_allclose(got[(n, c, *d)], want, rtol=1e-4)
+        even = F.local_response_norm(torch.from_numpy(x), 4, 0.5, 0.6, 2)
+        np.testing.assert_allclose(found("local_response_norm", x=x, size=4, **settings), even.numpy(), rtol=1e-4)
 
 
 def padding(
@@ -390,8 +401,19 @@ def test_attention_ignores_what_is_masked_with_minus_infinity() -> None:
     np.testing.assert_allclose(got[:, 0], value[:, 0], rtol=1e-5)
 
 
+def test_an_update_that_runs_backwards() -> None:
+    wanted, update = X.copy(), normal(3, 2)
+    wanted[1, ::-1, 3:1:-1] = update
+    masks = {"begin_mask": [False, True, False], "end_mask": [False, True, False], "squeeze_mask": [True, False, False]}
+    got = found("slice_update", x=X, update=update, begin=[1, 0, 3], end=[2, 0, 1], stride=[1, -1, -1], **masks)
+    assert (got == wanted).all()
+
+
+def test_a_matrix_of_any_tensor() -> None:
+    for axis, shape in ((0, (1, 24)), (1, (2, 12)), (3, (24, 1)), (-3, (1, 24)), (-1, (6, 4))):
+        assert found("flatten2d", x=X, axis=axis).shape == shape
+
+
 def test_what_is_not_documented_is_refused() -> None:
-    with pytest.raises(Unsupported, match="negative stride"):
-        found("slice_update", x=X, update=X, begin=[0, 0, 3], end=[2, 3, 0], stride=[1, 1, -1])
     with pytest.raises(Unsupported, match="ceil_mode"):
         found("avg_pool", x=X, kernel_sizes=[2], ceil_mode=True)

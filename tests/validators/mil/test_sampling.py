@@ -127,5 +127,7 @@ def test_boxes(box: list[float], count: int, wanted: list[float]) -> None:
     np.testing.assert_allclose(shares.reshape(-1).numpy(), wanted, rtol=1e-5)
     top, left, bottom, right = box
     centred = torch.tensor([[(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]])
+    with pytest.raises(Unsupported, match="UNALIGN_CORNERS"):
+        OPERATIONS["crop_resize"](IMAGE, boxes=one, sampling_mode="UNALIGN_CORNERS")
     middle = cropped(boxes=centred, box_coordinate_mode="CENTER_SIZE_WIDTH_FIRST")
     assert (middle == got).all()
