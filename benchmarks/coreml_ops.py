@@ -14,12 +14,13 @@ crashed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ os.environ |= {"PYMIL_TEST_TARGETS": "mlprogram", "INCLUDE_MIL_FP32_UNIT_TESTS":
 
 import coremltools
 import coremltools._deps
+import coremltools.converters.mil.testing_utils
 import coremltools.models.utils
 import numpy as np
 import pytest
+from coremltools.converters.mil.frontend.torch.test import testing_utils as torch_tests
+from coremltools.converters.mil.mil.ops.tests import testing_utils as mil_tests
 from coremltools.models import MLModel
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +52,9 @@ SUITES = {
     "mil": ["mil/ops/tests"],
 }
 OUTCOMES = ("agrees", "refused", "wrong", "crashed")
-HALF = ("float16", "fp16")  # in what a case says of its data
+HALF = ("float16", "fp16")  # in what a case says of its data, or a test of its own
+# A test whose numbers are right in float16 only: it has 7.899 where 7.9 is meant.
+MISPRINTS = ("TestCropResize::test_builder_to_backend_ios16", "TestCropResize::test_builder_to_backend_ios17[")
 NOT_JUDGED = "not converted"  # skipped, stopped in the converter, or without a comparison
 
 
@@ -59,6 +65,7 @@ class Judge:
         self.cases, self.choose, self.precision = cases, random.Random(seed), precision
         self.outcomes: dict[str, tuple[str, str]] = {}  # case -> outcome, and why
         self._predicted = False  # whether the case at hand got numbers from the evaluator
+        self._compared = False  # whether coremltools has found the last of them right
         self._stopped: BaseException | None = None  # what the evaluator raised instead
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -71,13 +78,14 @@ class Judge:
         items[:] = [item for each in few for item in each]
 
     def pytest_runtest_setup(self) -> None:
-        self._predicted, self._stopped = False, None
+        self._predicted, self._compared, self._stopped = False, False, None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report = yield
         if call.when == "call":
-            self.outcomes[item.nodeid] = self._outcome(call.excinfo)
+            misprint = self.precision == "fp32" and any(name in item.nodeid for name in MISPRINTS)
+            self.outcomes[item.nodeid] = (NOT_JUDGED, "a misprint") if misprint else self._outcome(call.excinfo)
         return report
 
     def _outcome(self, raised: pytest.ExceptionInfo[BaseException] | None) -> tuple[str, str]:
@@ -88,7 +96,19 @@ class Judge:
             return "crashed", words(self._stopped)
         if not self._predicted:
             return NOT_JUDGED, why
-        return ("agrees", "") if raised is None else ("wrong", why)
+        # What a test asserts of the program itself, after its numbers were found right, is not the evaluator's.
+        return ("agrees", why) if raised is None or self._compared else ("wrong", why)
+
+    def comparing(self, compare: Callable[..., Any]) -> Callable[..., Any]:
+        """One of coremltools' functions that compare numbers, noting when it has found them right."""
+
+        @functools.wraps(compare)
+        def compared(*arguments: Any, **options: Any) -> Any:
+            result = compare(*arguments, **options)
+            self._compared = self._predicted
+            return result
+
+        return compared
 
     def predict(self, model: MLModel, data: dict[str, Any], state: Any = None) -> dict[str, np.ndarray]:
         """What MLModel.predict gives on a Mac: the outputs by name."""
@@ -101,7 +121,7 @@ class Judge:
         except BaseException as error:
             self._stopped = error
             raise
-        self._predicted = True
+        self._predicted, self._compared = True, False
         return outputs
 
     def make_state(self, model: MLModel) -> Any:
@@ -138,7 +158,8 @@ def precision(item: pytest.Item) -> str:
     parameters = specification.params if specification else {}
     backend = parameters.get("backend")
     found = str(backend[1] if isinstance(backend, tuple) else getattr(backend, "precision", "fp32"))
-    half = any(word in str(value) for name, value in parameters.items() if name != "backend" for word in HALF)
+    said = [item.name.split("[")[0], *(str(value) for name, value in parameters.items() if name != "backend")]
+    half = any(word in part for part in said for word in HALF)
     return "mixed" if half and found == "fp32" else found
 
 
@@ -154,7 +175,8 @@ def words(error: BaseException) -> str:
 
 def pretend_to_be_a_mac(judge: Judge) -> None:
     """coremltools' tests compare numbers on macOS only; for them this is one, whose Core ML is the evaluator."""
-    coremltools._deps._IS_MACOS = True
+    for module in (coremltools._deps, coremltools.converters.mil.testing_utils, torch_tests):
+        module._IS_MACOS = True
     coremltools.models.utils._is_macos = lambda: True
     coremltools.models.utils._macos_version = lambda: (15, 0)
 
@@ -165,13 +187,22 @@ def pretend_to_be_a_mac(judge: Judge) -> None:
         return judge.make_state(model)
 
     MLModel.predict, MLModel.make_state = predict, make_state
+    mil_tests.compare_backend = judge.comparing(mil_tests.compare_backend)
+    torch_tests.convert_and_compare = judge.comparing(torch_tests.convert_and_compare)
+
+
+def operation(case: str) -> str:
+    """What a case is about: its class, or file, and for MIL the version of the system that the operation came with."""
+    file, name = test_name(case).split("::")[:2]
+    folder = Path(file).parent.name
+    return f"{name.removeprefix('Test')} ({folder})" if folder.startswith("iOS") else name.removeprefix("Test")
 
 
 def table(outcomes: dict[str, tuple[str, str]]) -> Table:
     """One line an operation: coremltools has a class of tests for each."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for case, (outcome, _) in outcomes.items():
-        counts["::".join(test_name(case).split("/")[-1].split("::")[:2])][outcome] += 1
+        counts[operation(case)][outcome] += 1
     result = Table("operation", *OUTCOMES, NOT_JUDGED)
     for name, count in counts.items():
         result.add_row(name, *[str(count[outcome] or "") for outcome in (*OUTCOMES, NOT_JUDGED)])
@@ -209,7 +240,7 @@ def main() -> int:
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "--no-header", "--import-mode=importlib"]
     options += ["--continue-on-collection-errors", "-rN", "-k", arguments.k, *map(str, files)]
     pytest.main(options, plugins=[judge])
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(judge.outcomes))
     if arguments.verbose:
         for case, (outcome, why) in judge.outcomes.items():

@@ -112,21 +112,29 @@ class Program:
         """The outputs for `inputs`, changing `state` in place, as MLModel.predict does.
 
         `observe` is called with the kind, the name and the value of whatever an operation gives.
-        Raises InputError for inputs that the program does not have or lacks.
+        Raises InputError for inputs that the program does not have or lacks, or that have another shape.
         """
         if set(inputs) != set(self.inputs):
             wanted = ", ".join(sorted(self.inputs))
             raise InputError(self.path, f"was given {', '.join(sorted(inputs))}", f"its inputs are {wanted}")
         values: dict[str, Any] = dict(self._constants)
         for name, kind in self.inputs.items():
-            value = as_tensor(np.asarray(inputs[name]))
-            values[name] = self._conform(value if kind.shape else value.reshape(()), kind)
+            values[name] = self._conform(self._given(name, np.asarray(inputs[name]), kind), kind)
         state = self.make_state() if state is None else state
         with torch.inference_mode():
             for step in self.steps:
                 self._run(step, values, state, observe)
         # MLMultiArray knows no scalars: MLModel.predict gives one element.
         return {name: np.atleast_1d(values[name].numpy()) for name in self.outputs}
+
+    def _given(self, name: str, value: np.ndarray, kind: Type) -> Tensor:
+        """An input as a tensor of the declared shape; of one element where that is a scalar."""
+        if not kind.shape and value.size == 1:
+            value = value.reshape(())
+        sizes = zip(value.shape, kind.shape, strict=False)
+        if value.ndim != len(kind.shape) or any(wanted not in (-1, size) for size, wanted in sizes):
+            raise InputError(self.path, f"was given {name} {list(value.shape)}", f"its shape is {list(kind.shape)}")
+        return as_tensor(value)
 
     def _run(self, step: Step, values: dict[str, Any], state: State, observe: Observer | None) -> None:
         arguments = {name: self._argument(step.kind, name, found, values) for name, found in step.arguments.items()}

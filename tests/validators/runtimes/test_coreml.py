@@ -123,35 +123,48 @@ def test_rows_of_vector_palettes_are_looked_up(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @mb.program(input_specs=[mb.TensorSpec((1, 3, 8, 8))], opset_version=ct.target.iOS18)
-    def program(x: Any) -> Any:
-        y = mb.upsample_nearest_neighbor(x=x, scale_factor_height=np.float32(1.5))
-        return mb.crop_resize(x=y, boxes=np.zeros((1, 4), np.float32), target_height=4, target_width=4)
+    @mb.program(input_specs=[mb.TensorSpec((1, 6, 4))], opset_version=ct.target.iOS18)
+    def program(boxes: Any) -> Any:
+        scores = mb.reduce_sum(x=boxes, axes=[2], keep_dims=True)
+        return mb.non_maximum_suppression(
+            boxes=boxes, scores=scores, iou_threshold=0.5, score_threshold=0.1, max_boxes=3
+        )[0]
 
     path = save(program, tmp_path / "a.mlpackage")
-    with pytest.raises(InputError, match="the operation crop_resize is not known to the evaluator") as raised:
+    with pytest.raises(
+        InputError, match="the operation non_maximum_suppression is not known to the evaluator"
+    ) as raised:
         Program(path)
     assert "\n" not in str(raised.value)
-    monkeypatch.setitem(OPERATIONS, "crop_resize", lambda x: x)
-    with pytest.raises(
-        InputError, match=r"the input box_coordinate_mode, .* of crop_resize is not known to the evaluator"
-    ):
+    monkeypatch.setitem(OPERATIONS, "non_maximum_suppression", lambda boxes, scores: boxes)
+    with pytest.raises(InputError, match=r"the input .*max_boxes.* of non_maximum_suppression is not known"):
         Program(path)
 
 
 def test_what_is_known_but_not_so_is_named(tmp_path: Path) -> None:
     @mb.program(input_specs=[mb.TensorSpec((1, 3, 8, 8))], opset_version=ct.target.iOS18)
     def program(x: Any) -> Any:
-        return mb.upsample_nearest_neighbor(x=x, scale_factor_height=np.float32(1.5), name="larger")
+        return mb.avg_pool(x=x, kernel_sizes=[3, 3], strides=[2, 2], pad_type="valid", ceil_mode=True, name="means")
 
     loaded = Program(save(program, tmp_path / "a.mlpackage"))
-    with pytest.raises(InputError, match="upsample_nearest_neighbor larger: which pixel is the nearest"):
+    with pytest.raises(InputError, match="avg_pool means: what counts beyond the padding"):
         loaded.predict({"x": np.zeros((1, 3, 8, 8), np.float32)})
 
 
 def test_inputs_are_checked(model: Path) -> None:
     with pytest.raises(InputError, match="its inputs are fullAttentionMask, inputIds, slidingAttentionMask"):
         Program(model).predict({"ids": np.zeros((1, 1))})
+
+
+def test_shapes_of_inputs_are_checked(tmp_path: Path) -> None:
+    @mb.program(input_specs=[mb.TensorSpec((1, 2))], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        return mb.relu(x=x)
+
+    loaded = Program(save(program, tmp_path / "a.mlpackage"))
+    for shape in ((2, 2), (2,), (1, 2, 1)):
+        with pytest.raises(InputError, match=r"was given x .*; its shape is \[1, 2\]"):
+            loaded.predict({"x": np.zeros(shape, np.float32)})
 
 
 def test_masks_are_causal_and_slide() -> None:
