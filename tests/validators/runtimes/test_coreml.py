@@ -126,9 +126,7 @@ def test_what_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     @mb.program(input_specs=[mb.TensorSpec((1, 6, 4))], opset_version=ct.target.iOS18)
     def program(boxes: Any) -> Any:
         scores = mb.reduce_sum(x=boxes, axes=[2], keep_dims=True)
-        return mb.non_maximum_suppression(
-            boxes=boxes, scores=scores, iou_threshold=0.5, score_threshold=0.1, max_boxes=3
-        )[0]
+        return mb.non_maximum_suppression(boxes=boxes, scores=scores, iou_threshold=0.5, max_boxes=3)[0]
 
     path = save(program, tmp_path / "a.mlpackage")
     with pytest.raises(
