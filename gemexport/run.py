@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from types import ModuleType
 
 from gemexport.engine.dag import graph, judgement, logits_memory
 from gemexport.engine.disk import check_room
-from gemexport.engine.output import claim
+from gemexport.engine.output import claim, work_beside
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
 from gemexport.formats.checkpoint import Checkpoint
@@ -29,7 +27,7 @@ from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
-from gemexport.shared.place import WORK, Place
+from gemexport.shared.place import Place
 from gemexport.shared.scratch import keep_log
 
 
@@ -111,7 +109,7 @@ def validate(
     checkpoint = asked.checkpoint()
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
-    with _work_beside(artifact) as work:
+    with work_beside(artifact) as work:
         place = asked.place(work, checkpoint.name)
         step = Step(target, artifact.stem, artifact)
         nodes = judgement(asked, checkpoint, work, step)
@@ -133,16 +131,6 @@ def compiling(
     arguments = {"place": place, "path": artifact, "context": context.absolute(), "architecture": architecture}
     call = Call("gemexport.judge.npu:compile_npu", arguments)
     return Node("npu", call, ("grids",), memory=logits_memory(checkpoint, asked.tokens), total=asked.tokens)
-
-
-@contextmanager
-def _work_beside(artifact: Path) -> Iterator[Path]:
-    """A folder for what judging leaves on the way, as large as a model: beside the artefact, or where we are."""
-    place = next((folder for folder in (artifact.parent, Path.cwd()) if os.access(folder, os.W_OK)), None)
-    if place is None:
-        raise InputError(artifact.parent, "cannot be written, nor can the current folder", "go to one that can")
-    with tempfile.TemporaryDirectory(prefix=f"{WORK}-", dir=place) as folder:
-        yield Path(folder)
 
 
 def _with_kept_log(name: str, outcome: Outcome) -> Outcome:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from gemexport.shared.place import GRIDS, RANGES, SOURCE, VECTORS, WORK
 
 OWNER = "model.json"
 LOCK = "lock"  # held by the run that writes
+JUST_MADE = 60  # seconds
 
 
 class Owner(BaseModel):
@@ -83,6 +86,30 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
         with atomic(marker) as partial:
             partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
         yield work
+
+
+@contextmanager
+def work_beside(artifact: Path) -> Iterator[Path]:
+    """A folder for what judging leaves on the way, as large as a model: beside the artefact, or where we are.
+
+    It is removed when the block ends, and with it those that killed processes left there. InputError where neither
+    place can be written.
+    """
+    place = next((folder for folder in (artifact.parent, Path.cwd()) if os.access(folder, os.W_OK)), None)
+    if place is None:
+        raise InputError(artifact.parent, "cannot be written, nor can the current folder", "go to one that can")
+    for left in place.glob(f"{WORK}-*"):
+        _remove_abandoned(left)
+    with tempfile.TemporaryDirectory(prefix=f"{WORK}-", dir=place) as folder, locked(Path(folder) / LOCK):
+        yield Path(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a work folder unless a process has it: that one holds its lock, or has only just made it."""
+    with suppress(Timeout, OSError):  # it is another's, or gone by now
+        if time.time() - folder.stat().st_mtime > JUST_MADE:
+            with locked(folder / LOCK, wait=False):
+                remove(folder)
 
 
 def _make(folder: Path) -> None:
