@@ -23,7 +23,7 @@ from gemexport.formats.grids.codebooks import fit as make_codebooks
 from gemexport.formats.grids.lattice import encode
 from gemexport.formats.grids.rounding import fit
 from gemexport.formats.grids.vector_codec import Codec, parse
-from gemexport.formats.tensor import Floats, Rows, Tensor, expand
+from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase, expand
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.reference import reference
@@ -47,7 +47,7 @@ class Setting:
     seconds: float = 0.0
 
 
-class Replaced:
+class Replaced(TensorBase):
     """A tensor of which some rows are others."""
 
     grid = None
@@ -61,9 +61,6 @@ class Replaced:
             if start <= row < stop:
                 values[row - start] = new
         return Rows(values)
-
-    def numpy(self) -> Floats:
-        return self.rows(0, self.shape[0]).values
 
 
 def vectors(table: Tensor, codec: Codec, block: int) -> Setting:

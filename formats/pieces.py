@@ -41,6 +41,7 @@ class Pieces(TensorBase):
         widths = {piece.tensor.shape[-1] for piece in self._pieces}
         if widths != {shape[-1]} or self._ends[-1] != row_count(shape):
             raise ValueError(f"{name}: {self._ends[-1]} rows of {widths} do not make {shape}")
+        self.requantized = any(piece.tensor.requantized for piece in self._pieces)
 
     @cached_property
     def grid(self) -> Grid | None:
@@ -55,11 +56,6 @@ class Pieces(TensorBase):
         common = replace(first, scale_dtype=dtype, lossless=all(grid.lossless for grid in found))
         alike = {replace(grid, scale_dtype=dtype, lossless=common.lossless) for grid in found}
         return common if alike == {common} else None
-
-    @property
-    def requantized(self) -> bool:
-        """Whether the artefact that holds them says that their codes were fitted to the values."""
-        return any(getattr(piece.tensor, "requantized", False) for piece in self._pieces)
 
     def rows(self, start: int, stop: int) -> Rows:
         parts = [piece.tensor.rows(first, last) for piece, first, last in self._within(start, stop)]

@@ -110,7 +110,7 @@ class QuantizedTensor(TensorBase):
         return on_grid(grid, codes, scales, shifts)
 
     def as_it_runs(self, start: int, stop: int) -> Floats | None:
-        """The values that the format's runtime makes of rows `[rows, in]`; None where it rounds nothing on the way."""
+        """What comes of rounding at each step to the dtype that the format's runtime evaluates in, if it does."""
         layout = self._layout
         if layout.evaluated_in is None or layout.shifts is None:
             return None

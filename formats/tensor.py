@@ -7,6 +7,7 @@ consecutive weights of a row share a scale and, on some grids, a shift of it:
     zero-point   w = scale * (code - zero)     codes and zeros unsigned integers
     affine       w = scale * code + bias       codes unsigned, any bias
     codebook     w = scale * levels[code]      codes unsigned
+    vectors      w = scale * sum of vectors    a code of each codebook for some weights together, unsigned
 
 Rows are the last axis, whatever the rank: the axes before it count as one. Experts `[128, 1408, 2816]` are 180,224 rows
 of 2,816 weights; a norm `[n]` is one row of n, a scalar `[]` one row of one. So whatever reads rows reads any tensor a
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 DType = Literal["bf16", "f16", "f32"]
 Floats = NDArray[np.float32]
 Codes = NDArray[np.integer[Any]]  # int8 of symmetric grids, uint8 of the others
-Kind = Literal["symmetric", "zero-point", "affine", "codebook"]
+Kind = Literal["symmetric", "zero-point", "affine", "codebook", "vectors"]
 
 ITEM_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
@@ -41,7 +42,19 @@ class Grid:
     scale_dtype: DType  # the narrowest dtype that holds every scale, and every bias of an affine grid
     lossless: bool  # what the grid stands for, rounded to the tensor's dtype, is the source's value bit for bit
     kind: Kind = "symmetric"
-    levels: tuple[float, ...] = ()  # of a codebook, by code
+    levels: tuple[float, ...] = ()  # of a codebook, by code; of vectors, the numbers of all, as in `vectors`
+    vector: int = 1  # consecutive weights that a code stands for: more than one on vectors
+    codebooks: int = 1  # whose vectors are added up
+
+    @property
+    def codec(self) -> str | None:
+        """How a grid of vectors is spelled (formats/grids/vector_codec); None for the others."""
+        return f"aqlm:{self.codebooks}x{self.bits}:{self.vector}" if self.kind == "vectors" else None
+
+    @cached_property
+    def vectors(self) -> Floats:
+        """The codebooks of a grid of vectors, `[codebooks, 2**bits, vector]`."""
+        return np.asarray(self.levels, np.float32).reshape(self.codebooks, -1, self.vector)
 
 
 def row_count(shape: Sequence[int]) -> int:
@@ -56,6 +69,8 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
 
 class Rows:
     """A slice of rows `[rows, in]`: values, and of a tensor that has a grid codes `[rows, in]`, scales and shifts.
+
+    On vectors there is a code a codebook for each vector of weights, `[rows, in // vector, codebooks]`.
 
     Values and codes may be given as functions, which are called when these are first asked for: who wants codes alone
     need not wait for values to be computed from them.
@@ -79,7 +94,7 @@ class Rows:
 
     @cached_property
     def codes(self) -> Codes | None:
-        """`[rows, in]`; int8 of a symmetric grid, uint8 of the others; None without a grid."""
+        """`[rows, in]`, of vectors `[rows, in // vector, codebooks]`; int8 of a symmetric grid, else uint8."""
         return self._codes() if callable(self._codes) else self._codes
 
     def beside(self) -> Rows:
@@ -114,9 +129,22 @@ class Tensor(Protocol):
     def dtype(self) -> DType: ...
     @property
     def grid(self) -> Grid | None: ...
+    @property
+    def requantized(self) -> bool:
+        """Whether the artefact says that its codes were fitted to somebody's values, as was asked."""
+        ...
+
+    @property
+    def fitted_rms(self) -> float | None:
+        """The error that the artefact says this fit measured, relative to the values' root mean square."""
+        ...
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of `row_count(shape)`, read now."""
+        ...
+
+    def as_it_runs(self, start: int, stop: int) -> Floats | None:
+        """The values that the format's runtime makes of rows `[rows, in]`; None where it rounds nothing on the way."""
         ...
 
     def numpy(self) -> Floats:
@@ -143,6 +171,13 @@ def row_slices(shape: Sequence[int], target_bytes: int = 16 << 20, multiple: int
 class TensorBase:
     """What tensors have in common that do not say otherwise."""
 
+    requantized: bool = False
+    fitted_rms: float | None = None
+
+    def as_it_runs(self, start: int, stop: int) -> Floats | None:
+        """None: the format's runtime computes with the values as they are."""
+        return None
+
     def numpy(self: Tensor) -> Floats:
         """The whole tensor in its own shape, filled slice by slice."""
         found = np.empty(matrix_of(self.shape), np.float32)
@@ -157,11 +192,15 @@ def expand(scales: Floats, block: int) -> Floats:
 
 
 def evaluate(grid: Grid, codes: Codes, scales: Floats, shifts: Floats | None = None) -> NDArray[np.float64]:
-    """What codes `[rows, in]` on a grid stand for, `[rows, in]`, without rounding.
+    """What codes `[rows, in]` (of vectors as in `Rows`) on a grid stand for, `[rows, in]`, without rounding.
 
     float64 holds every product of a code and a float32 scale; a sum with a bias more than 2**20 times smaller than the
     scale would be rounded.
     """
+    if grid.kind == "vectors":
+        from gemexport.formats.grids.additive import evaluate as evaluate_vectors  # whose loops Numba compiles
+
+        return evaluate_vectors(codes, grid.vectors, scales)
     wide = codes.reshape(*scales.shape, grid.block)
     factors = scales[..., None].astype(np.float64)
     if grid.kind == "codebook":
@@ -234,7 +273,7 @@ def narrowest(scales: Floats) -> DType:
     return next(iter(holding(scales)), "f32")
 
 
-class Plain:
+class Plain(TensorBase):
     """A tensor without its grid: for formats that cannot hold that, and variants that want floats."""
 
     grid: Grid | None = None
@@ -250,7 +289,7 @@ class Plain:
         return self._base.numpy()
 
 
-class ArrayTensor:
+class ArrayTensor(TensorBase):
     """A tensor that is already in memory: small ones, and those of tests.
 
     Values and codes are `[…, in]`, scales and shifts `[…, in // block]`, with the same leading axes or one for all.

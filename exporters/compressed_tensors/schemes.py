@@ -106,6 +106,8 @@ def scheme_of(grid: Grid, width: int) -> Scheme | str:
     group = grid.block if grid.block < width else 0
     if grid.block < min(NARROWEST, width):
         return f"groups of {grid.block} weights are no use: there would be more scales than codes"
+    if grid.kind == "vectors":
+        return f"there is no scheme for {grid.codec}"
     if grid.kind == "affine":
         return "biases that are no multiples of their scales have no place"
     if grid.kind != "codebook":

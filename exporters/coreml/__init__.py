@@ -26,7 +26,6 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
 from gemexport.formats.coreml.package import coremltools
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.reading import copy
@@ -101,6 +100,8 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     """
     if variant != "int4":
         return f"the variant {variant} holds plain numbers"
+    if grid.kind == "vectors":
+        return Container(f"constexpr_lut_to_dense of {grid.codec}, block {grid.block}", grid.scale_dtype)
     if grid.kind == "codebook" and not held(np.asarray(grid.levels), "fp32"):
         return "levels of its codebook are no f32 numbers"
     codes, block = code_type(grid), f"block {grid.block}"
@@ -162,8 +163,8 @@ def _metadata(checkpoint: Checkpoint, variant: str) -> dict[str, str]:
     if any(layer.sliding for layer in checkpoint.architecture.layers):
         metadata[SLIDING_WINDOW] = str(checkpoint.architecture.sliding_window)
     for tensor in checkpoint.tensors.values():
-        if isinstance(tensor, AdditiveTensor) and variant == "int4":
-            metadata[f"{CODEC}{stored_name(tensor.name)}"] = str(tensor.codec)
+        if tensor.grid is not None and tensor.grid.kind == "vectors" and variant == "int4":
+            metadata[f"{CODEC}{stored_name(tensor.name)}"] = str(tensor.grid.codec)
             if tensor.fitted_rms is not None:
                 metadata[f"{FITTED_RMS}{stored_name(tensor.name)}"] = repr(tensor.fitted_rms)
     return metadata

@@ -24,7 +24,6 @@ from gemexport.formats.coreml import stored_name
 from gemexport.formats.coreml.activations import cache_name
 from gemexport.formats.gemma.architecture import Architecture, Layer
 from gemexport.formats.gemma.names import EMBEDDING, HEAD
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.tensor import Floats
 
 INPUT_IDS, LOGITS = "inputIds", "logits"
@@ -99,8 +98,8 @@ class MILBackend:
 
     def embedding(self, weight: str, scale: float) -> Var:
         tensor = self._tensors[weight]
-        if isinstance(tensor, AdditiveTensor) and self._sources.variant == "int4":
-            return self.scale(self._vectors(vectors(tensor, self._sources)), scale)
+        if tensor.grid is not None and tensor.grid.kind == "vectors" and self._sources.variant == "int4":
+            return self.scale(self._vectors(vectors(tensor, tensor.grid, self._sources)), scale)
         table, ids = self._weight(weight), self._inputs[INPUT_IDS]
         rows = self._cast(mb.gather(x=table.weight, indices=ids, axis=0, name=self._name("gather")), "fp32")
         if table.biases is not None:

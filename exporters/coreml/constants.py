@@ -17,8 +17,7 @@ from coremltools.converters.mil.mil import types
 from gemexport.exporters.coreml.forms import INDICES, Float, form, held, row_slices
 from gemexport.exporters.coreml.weights import Sources, placeholder
 from gemexport.formats.coreml import BIASES, CODEBOOK, SCALES, stored_name
-from gemexport.formats.grids.additive import AdditiveTensor
-from gemexport.formats.tensor import Tensor
+from gemexport.formats.tensor import Grid, Tensor
 
 Var = Any
 
@@ -41,27 +40,26 @@ class Sum:
     block: int
 
 
-def vectors(tensor: AdditiveTensor, sources: Sources) -> Sum:
+def vectors(tensor: Tensor, grid: Grid, sources: Sources) -> Sum:
     """A tensor's constants, placeholders until `sources` fills them: a palette of vectors for each codebook."""
-    stored, codec = stored_name(tensor.name), tensor.codec
-    out, width = tensor.shape
-    bits = next(bits for bits in INDICES if bits >= codec.bits)
+    stored, (out, width) = stored_name(tensor.name), tensor.shape
+    bits = next(bits for bits in INDICES if bits >= grid.bits)
     parts = []
-    for m in range(codec.codebooks):
-        table = np.zeros((1, 1, 1 << bits, codec.vector), np.float16)
-        table[0, 0, : codec.entries] = tensor.codebooks[m]
+    for m, book in enumerate(grid.vectors):
+        table = np.zeros((1, 1, 1 << bits, grid.vector), np.float16)
+        table[0, 0, : len(book)] = book
         parts.append(
             mb.constexpr_lut_to_dense(
-                indices=_empty(f"{stored}_codes_{m}", (out, width // codec.vector), f"uint{bits}"),
+                indices=_empty(f"{stored}_codes_{m}", (out, width // grid.vector), f"uint{bits}"),
                 lut=mb.const(val=table, name=f"{stored}_vectors_{m}"),
                 vector_axis=np.int32(1),
                 name=f"{stored}{CODEBOOK}{m}",
             )
         )
-    kind: Float = "fp16" if tensor.scale_dtype == "f16" else "fp32"
-    scales = _empty(f"{stored}{SCALES}", (out, width // tensor.block), kind)
-    sources.vectors(stored, tensor)
-    return Sum(tuple(parts), scales, tensor.block)
+    kind: Float = "fp16" if grid.scale_dtype == "f16" else "fp32"
+    scales = _empty(f"{stored}{SCALES}", (out, width // grid.block), kind)
+    sources.vectors(stored, tensor, grid, kind)
+    return Sum(tuple(parts), scales, grid.block)
 
 
 def matrix(tensor: Tensor, sources: Sources) -> Matrix:

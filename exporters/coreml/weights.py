@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from gemexport.exporters.coreml.forms import NUMBERS, Float, Form, halves, row_slices, split
 from gemexport.formats.coreml import BIASES, SCALES
 from gemexport.formats.coreml.blob import BlobWriter
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import ITEM_BYTES, Floats, Grid, Tensor
 
@@ -78,13 +77,13 @@ class Sources:
 
         self.fills.append(fill)
 
-    def vectors(self, stored: str, tensor: AdditiveTensor) -> None:
+    def vectors(self, stored: str, tensor: Tensor, grid: Grid, kind: Float) -> None:
         """Fill the blobs of a matrix in the vector codec: codes by codebook, and scales."""
 
         def fill(writer: BlobWriter) -> None:
             for start, stop in row_slices(tensor):
                 codes, scales = tensor.rows(start, stop).grid()
-                for m in range(tensor.codec.codebooks):
+                for m in range(grid.codebooks):
                     writer.write(f"{stored}_codes_{m}", codes[:, :, m])
                 writer.write(f"{stored}{SCALES}", scales)
                 self._advance(tensor, stop - start)

@@ -203,7 +203,7 @@ def _type(grid: Grid, variant: str) -> Type | str:
     # FP4 with a scale for 32 weights is MXFP4, whose scales are powers of two; `_mxfp4` looks whether they are.
     if grid.kind == "codebook" and grid.levels == E2M1 and grid.scale_dtype == "bf16":
         return Type.MXFP4
-    if grid.kind == "codebook" or grid.bits > 5:
+    if grid.kind in ("codebook", "vectors") or grid.bits > 5:
         return f"GGUF has no type for {grid.bits}-bit codes of the kind {grid.kind}"
     return Type.Q4_1 if grid.bits <= 4 else Type.Q5_1
 

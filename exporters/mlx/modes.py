@@ -38,6 +38,8 @@ def mode_of(grid: Grid, width: int) -> Mode | str:
     """The mode that holds a grid in rows of `width` weights; else why none does."""
     if grid.kind == "codebook":
         return _float_mode(grid, width)
+    if grid.kind == "vectors":
+        return f"MLX has no mode for {grid.codec}"
     group = group_for(grid.block, width)
     if group is None:
         return f"MLX has no group for blocks of {grid.block} weights"

@@ -158,6 +158,8 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     """What holds a grid in rows of `width` weights in a variant."""
     if variant == "f32":
         return "the variant f32 holds plain numbers"
+    if grid.kind == "vectors":
+        return Container(f"Gather of {grid.codec}, block {grid.block}", grid.scale_dtype)
     if variant in PRECISIONS:
         if held_by_rows(grid, width):
             return Container(f"DequantizeLinear INT{max(grid.bits, 4)}, a row", "f32")

@@ -19,7 +19,6 @@ from gemexport.exporters.onnx.graph import FLOATS, Convert, GraphBuilder, Weight
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
 from gemexport.formats.gemma.names import EMBEDDING, HEAD
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.onnx import BITS, COPY, SCALES, SHAPE, ZEROS
 from gemexport.formats.onnx.blocks import pack_signed, pack_unsigned
 from gemexport.formats.tensor import Floats, Grid, Rows, Tensor, matrix_of
@@ -66,12 +65,12 @@ class NpuBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         if not self.graph.inputs:
             self.graph.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
-        if isinstance(tensor, AdditiveTensor):
-            return self.scale(additive_rows(self.graph, self.weights, tensor, self.graph.inputs[0], TABLES), scale)
         if tensor.grid is None:
             dtype = FLOATS[tensor.dtype]
             rows = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
             return self.scale(self.to_float(self._lookup(self.graph.external(weight, rows)), tensor.dtype), scale)
+        if tensor.grid.kind == "vectors":
+            return self.scale(additive_rows(self.graph, self.weights, tensor, self.graph.inputs[0], TABLES), scale)
         width, block = tensor.shape[1], tensor.grid.block
         bits = stored_bits(tensor.grid.bits, width)
         table, scales, zeros = self._table(tensor, tensor.grid, bits)

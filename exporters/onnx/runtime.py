@@ -18,7 +18,6 @@ from gemexport.exporters.onnx.common import StandardOperations, packed_codes, st
 from gemexport.exporters.onnx.graph import FLOATS, Convert, GraphBuilder, Weights, stored_floats
 from gemexport.formats.gemma.architecture import Architecture, Layer, Rope
 from gemexport.formats.gemma.names import EMBEDDING, HEAD
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.onnx import SCALES, ZEROS
 from gemexport.formats.onnx.blocks import pack_unsigned
 from gemexport.formats.tensor import Grid, Rows, Tensor, reblock
@@ -54,7 +53,7 @@ class OnnxRuntimeBackend(StandardOperations):
 
     def embedding(self, weight: str, scale: float) -> ir.Value:
         tensor = self.weights.tensors[weight]
-        if self.quantized and isinstance(tensor, AdditiveTensor):
+        if self.quantized and tensor.grid is not None and tensor.grid.kind == "vectors":
             return self.scale(additive_rows(self.graph, self.weights, tensor, self.ids, WEIGHTS), scale)
         return self.scale(self._lookup(tensor)(self.ids), scale)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, TensorBase
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, TensorBase, on_grid
 
 Indices = NDArray[np.uint8]
 BROKEN = "export or download it again"
@@ -38,12 +38,11 @@ class AdditiveTensor(TensorBase):
     """A matrix `[out, in]` of such codes, wherever they are stored.
 
     `codes` are `[out, in / V, M]`, `codebooks` `[M, 2**B, V]`, `scales` `[out, in / block]` in f16 or f32. `rows` gives
-    codes and scales as they are, and the float32 values nearest to what they stand for. It lies on no grid. Raises
-    InputError for arrays that do not fit together, and for a code that is in no codebook.
+    codes and scales as they are, and the float32 values nearest to what they stand for. Raises InputError for arrays
+    that do not fit together, and for a code that is in no codebook.
     """
 
     dtype: DType = "f32"
-    grid: Grid | None = None
     requantized = True  # its codes were fitted to somebody else's values
 
     def __init__(
@@ -55,30 +54,33 @@ class AdditiveTensor(TensorBase):
         scales: NDArray[np.floating],
         fitted_rms: float | None = None,
     ) -> None:
-        self.name, self.codec, self.codebooks, self.scales = name, codec, codebooks, scales
-        self.fitted_rms = fitted_rms  # the error that the fit measured, relative to the source's root mean square
-        self._codes = codes
+        self.name, self.fitted_rms = name, fitted_rms
+        self._codes, self._scales = codes, scales
         whole = len(codes.shape) == 3 and codes.shape[2] == codec.codebooks and codes.shape[0] == scales.shape[0]
         if not whole or codebooks.shape != (codec.codebooks, codec.entries, codec.vector):
             raise InputError(name, f"its codes and codebooks are not those of {codec}", BROKEN)
         self.shape: tuple[int, ...] = (codes.shape[0], codes.shape[1] * codec.vector)
         if scales.ndim != 2 or not scales.shape[1] or codes.shape[1] % scales.shape[1]:
             raise InputError(name, "its vectors lie in more than one block of a scale", BROKEN)
-        self.block = self.shape[1] // scales.shape[1]
-        self.scale_dtype: DType = "f16" if scales.dtype == np.float16 else "f32"
+        self.grid = Grid(
+            codec.bits,
+            self.shape[1] // scales.shape[1],
+            "f16" if scales.dtype == np.float16 else "f32",
+            lossless=True,
+            kind="vectors",
+            levels=tuple(codebooks.reshape(-1).tolist()),
+            vector=codec.vector,
+            codebooks=codec.codebooks,
+        )
 
     def rows(self, start: int, stop: int) -> Rows:
-        codes, scales = np.asarray(self._codes[start:stop]), np.asarray(self.scales[start:stop], np.float32)
-        if codes.max(initial=0) >= self.codec.entries:
+        codes, scales = np.asarray(self._codes[start:stop]), np.asarray(self._scales[start:stop], np.float32)
+        if codes.max(initial=0) >= 1 << self.grid.bits:
             raise InputError(self.name, "a code is in no codebook", BROKEN)
-        return Rows(evaluate(codes, self.codebooks, scales).astype(np.float32), codes, scales)
-
-    def nbytes(self) -> int:
-        """Bytes of codes, codebooks and scales."""
-        return self.codec.nbytes(self.shape[0], self.shape[1], self.block, 2 if self.scale_dtype == "f16" else 4)
+        return on_grid(self.grid, codes, scales)
 
 
-def evaluate(codes: Indices, codebooks: Floats, scales: Floats) -> NDArray[np.float64]:
+def evaluate(codes: Codes, codebooks: Floats, scales: Floats) -> NDArray[np.float64]:
     """What codes `[rows, in / V, M]` stand for, `[rows, in]`, in float64; shapes as in `AdditiveTensor`.
 
     f16 numbers of a codebook are added without rounding unless they are 2**42 times apart; times a scale it is one
@@ -91,7 +93,7 @@ def evaluate(codes: Indices, codebooks: Floats, scales: Floats) -> NDArray[np.fl
 
 @jit
 def _evaluate(
-    codes: Indices, codebooks: NDArray[np.float64], scales: NDArray[np.float32], values: NDArray[np.float64]
+    codes: Codes, codebooks: NDArray[np.float64], scales: NDArray[np.float32], values: NDArray[np.float64]
 ) -> None:
     vector = codebooks.shape[2]
     block = values.shape[1] // scales.shape[1]

@@ -22,7 +22,7 @@ from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.parallel import by_rows
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, holding, matrix_of, slices
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, holding, matrix_of, slices
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.lattice import Found
@@ -62,7 +62,7 @@ class GridIndex(BaseModel):
         return sum(record.lossless for record in self.tensors) / max(len(self.tensors), 1)
 
 
-class GridTensor:
+class GridTensor(TensorBase):
     """A tensor of the checkpoint together with its grid."""
 
     def __init__(self, base: Tensor, grid: Grid, scales: Floats) -> None:

@@ -97,6 +97,7 @@ class CopiedTensor(TensorBase):
     def __init__(self, first: Tensor, second: Tensor, path: Path) -> None:
         self.first, self.second, self.path = first, second, path
         self.name, self.shape, self.dtype, self.grid = first.name, first.shape, first.dtype, first.grid
+        self.requantized, self.fitted_rms = first.requantized, first.fitted_rms
 
     def rows(self, start: int, stop: int) -> Rows:
         rows = self.first.rows(start, stop)

@@ -65,7 +65,7 @@ def _join(numbers: Bytes, bits: int) -> Bytes:
     return packed
 
 
-class StoredTensor:
+class StoredTensor(TensorBase):
     """A float tensor as it is or transposed; `array` is mapped, bf16 as its bit patterns (uint16)."""
 
     grid: Grid | None = None

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import AGAIN, opened, read_json, regular
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, from_bf16, matrix_of
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, TensorBase, from_bf16, matrix_of
 
 NUMPY_DTYPES: dict[str, str] = {
     "BF16": "<u2",  # the bit patterns: NumPy has no bfloat16
@@ -107,7 +107,7 @@ class MappedArray:
         return np.fromfile(self.path, dtype, (stop - start) * width, offset=offset).reshape(stop - start, width)
 
 
-class MappedTensor:
+class MappedTensor(TensorBase):
     """A float tensor of a safetensors file, without a grid.
 
     Canonical names and shapes may differ from the file's: a scalar `[]` is `[1]` there.

@@ -193,7 +193,7 @@ def _quantized_anew(item: TensorReport, holds: Holds, plain: DType | None) -> bo
 def _widened(item: TensorReport) -> bool:
     """Whether codes became wider ones with fewer scales, as in a format that knows one scale a row and no blocks."""
     source, stored = item.source_grid, item.grid
-    if source is None or stored is None or not source.lossless:
+    if source is None or stored is None or not source.lossless or stored.kind == "vectors":
         return False
     return stored.block > source.block and stored.bits > source.bits
 

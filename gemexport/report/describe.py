@@ -111,8 +111,9 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
 def _stored(tensor: Tensor) -> str:
     grid: Grid | None = tensor.grid
     if grid is None:
-        codec = getattr(tensor, "codec", None)  # of an AdditiveTensor, whose module compiles loops when it is imported
-        return tensor.dtype if codec is None else f"{codec}, {tensor.rows(0, 1).grid()[1].shape[1]} scales a row"
+        return tensor.dtype
+    if grid.codec is not None:
+        return f"{grid.codec}, {tensor.shape[-1] // grid.block} scales a row"
     codes = f"{grid.bits}-bit codebook" if grid.kind == "codebook" else f"int{grid.bits}"
     shifted = {"affine": " and biases", "zero-point": " and zero points"}.get(grid.kind, "")
     return f"{codes}, {_block(grid.block, tensor.shape[-1])}, {grid.scale_dtype} scales{shifted}"

@@ -38,9 +38,13 @@ class GridReport(ReportModel):
     scale_dtype: DType
     lossless: bool
     kind: Kind = "symmetric"
-    levels: tuple[float, ...] = ()  # of a codebook, by code
+    levels: tuple[float, ...] = ()  # of a codebook, by code; those of vectors are too many to report
+    vector: int = 1  # consecutive weights that a code stands for
+    codebooks: int = 1  # whose vectors are added up
 
     def __str__(self) -> str:
+        if self.kind == "vectors":
+            return f"{self.grid().codec} / {self.block} · {self.scale_dtype}"
         signed = "int" if self.kind == "symmetric" else "uint"
         extra = {"symmetric": "", "zero-point": " - zero", "affine": " + bias", "codebook": " levels"}[self.kind]
         return f"{signed}{self.bits}{extra} / {self.block} · {self.scale_dtype}"
@@ -48,7 +52,9 @@ class GridReport(ReportModel):
     @classmethod
     def of(cls, grid: Grid | None) -> GridReport | None:
         """A tensor's grid, if it has one, as the report tells it."""
-        return cls(**asdict(grid)) if grid else None
+        if grid is None:
+            return None
+        return cls(**{**asdict(grid), **({"levels": ()} if grid.kind == "vectors" else {})})
 
     def grid(self) -> Grid:
         """The grid that was reported."""

@@ -116,7 +116,7 @@ def opened(place: Place) -> tuple[Checkpoint, list[str]]:
 
     coded = read_fit(place.vectors)
     loss = f"its error is {coded.fitted_rms or 0.0:.4g} of its root mean square"
-    note = f"{coded.name} is in the vector codec {coded.codec}, as was asked: {loss}"
+    note = f"{coded.name} is in the vector codec {coded.grid.codec}, as was asked: {loss}"
     return attach_codec(checkpoint, place.vectors), [note]
 
 

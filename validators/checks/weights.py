@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.formats.grids.additive import AdditiveTensor
 from gemexport.formats.grids.lattice import edges, jit
 from gemexport.formats.storage.parallel import by_rows
 from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to
@@ -226,11 +225,11 @@ def _tensor(
         max_relative_error=worst / peak if peak else worst,
         rms_relative_error=float(np.sqrt(error / energy)) if energy else float(np.sqrt(error)),
         scale_rounded=same_codes,
-        requantized=getattr(stored, "requantized", False),
+        requantized=stored.requantized,
         same_scales=None if kept is None else kept / max(_count(source), 1),
         exact_as_run=as_run,
-        codec=str(stored.codec) if isinstance(stored, AdditiveTensor) else None,
-        fitted_rms=stored.fitted_rms if isinstance(stored, AdditiveTensor) else None,
+        codec=None if stored.grid is None else stored.grid.codec,
+        fitted_rms=stored.fitted_rms,
     )
 
 
@@ -255,9 +254,9 @@ def _flat(array: NDArray[Any]) -> NDArray[Any]:
 def _stored(grid: Grid | None, rows: Rows) -> tuple[NDArray[Any], Floats, Floats, Floats]:
     """Rows as `_evaluate` takes them: codes, scales, zero points and biases; empty where there are none.
 
-    What has no grid is its own code on a scale of one.
+    What has no grid is its own code on a scale of one, and so are sums of vectors, which are no product of two numbers.
     """
-    if grid is None or rows.codes is None:
+    if grid is None or grid.kind == "vectors" or rows.codes is None:
         return rows.values, np.ones(1, np.float32), _NONE, _NONE
     codes, scales = rows.grid()
     if grid.kind == "codebook":
@@ -302,8 +301,7 @@ def _same_scales(wanted: Rows, found: Rows, stored: Tensor) -> int | None:
 
 def _exact_as_run(wanted: Floats, dtype: DType, stored: Tensor, bounds: tuple[int, int]) -> int | None:
     """Weights that are the source's after the runtime's own rounding; None where it does not round them."""
-    evaluate = getattr(stored, "as_it_runs", None)
-    values = None if evaluate is None else evaluate(*bounds)
+    values = stored.as_it_runs(*bounds)
     return None if values is None else int(np.count_nonzero(round_to(values, dtype) == wanted))
 
 

@@ -36,19 +36,15 @@ def coded(source: Path, spelling: str, folder: Path) -> Checkpoint:
     return additive_fit.attach(checkpoint, folder / "codec")
 
 
-def additive(tensor: object) -> AdditiveTensor:
-    assert isinstance(tensor, AdditiveTensor)
-    return tensor
-
-
 @pytest.mark.parametrize("spelling", ["aqlm:2x8", "aqlm:3x5:4"])
 @pytest.mark.parametrize("variant", ["int4", "npu"])
 def test_codes_codebooks_and_scales_come_back(tiny_gemma4: Path, tmp_path: Path, variant: str, spelling: str) -> None:
     checkpoint = coded(tiny_gemma4, spelling, tmp_path)
     paths = [exporter.export(checkpoint, tmp_path / name, variant=variant).path for name in "ab"]
-    wanted, found = additive(checkpoint.tensors[NAME]), additive(reader.tensors(paths[0])[NAME])
-    assert (found.shape, found.codec, found.fitted_rms) == (wanted.shape, wanted.codec, wanted.fitted_rms)
-    assert np.array_equal(found.codebooks, wanted.codebooks)
+    wanted, found = checkpoint.tensors[NAME], reader.tensors(paths[0])[NAME]
+    assert (found.shape, found.grid, found.fitted_rms) == (wanted.shape, wanted.grid, wanted.fitted_rms)
+    assert found.grid is not None
+    assert (found.grid.kind, found.grid.codec) == ("vectors", str(parse(spelling)))
     ours, theirs = wanted.rows(0, wanted.shape[0]), found.rows(0, found.shape[0])
     for one, other in ((ours.codes, theirs.codes), (ours.scales, theirs.scales), (ours.values, theirs.values)):
         assert one is not None
@@ -89,7 +85,7 @@ def test_the_operators_compute_the_formula(tmp_path_factory: pytest.TempPathFact
     values = session.run(None, {"ids": asked})[0]
     # Sums of up to four f16 numbers of like size are exact in f32, so there is one rounding.
     assert np.array_equal(values, tensor.numpy()[asked])
-    back = additive(reader.tensors(folder)[NAME])
+    back = reader.tensors(folder)[NAME]
     assert np.array_equal(back.numpy(), tensor.numpy())
 
 
@@ -99,7 +95,7 @@ def test_static_activations_leave_the_lookup_as_it_is(tiny_gemma4: Path, tmp_pat
     path = exporter.export(
         checkpoint, tmp_path / "npu-a8", variant="npu-a8", calibration=[tokens], context=32, prefill=8
     ).path
-    assert np.array_equal(additive(reader.tensors(path)[NAME]).numpy(), checkpoint.tensors[NAME].numpy())
+    assert np.array_equal(reader.tensors(path)[NAME].numpy(), checkpoint.tensors[NAME].numpy())
 
 
 def test_f32_scales_stay_what_they_are(tiny_gemma4: Path, tmp_path: Path) -> None:
@@ -109,8 +105,9 @@ def test_f32_scales_stay_what_they_are(tiny_gemma4: Path, tmp_path: Path) -> Non
     checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, NAME: small})
     additive_fit.find_codec(checkpoint, tmp_path / "codec", parse("aqlm:1x4"))
     checkpoint = additive_fit.attach(checkpoint, tmp_path / "codec")
-    found = additive(reader.tensors(exporter.export(checkpoint, tmp_path / "int4").path)[NAME])
-    assert found.scale_dtype == "f32"
+    found = reader.tensors(exporter.export(checkpoint, tmp_path / "int4").path)[NAME]
+    assert found.grid is not None
+    assert found.grid.scale_dtype == "f32"
     assert np.array_equal(found.numpy(), checkpoint.tensors[NAME].numpy())
 
 

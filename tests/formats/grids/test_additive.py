@@ -182,7 +182,7 @@ def test_the_measured_error_is_that_of_the_values_read_back(tmp_path: Path) -> N
     tensor = fitted(values, parse("aqlm:2x6:8"), 24, tmp_path / "fit")
     assert tensor.fitted_rms == pytest.approx(error(values, tensor), rel=1e-12)
     assert tensor.shape == (100, 48)
-    assert tensor.nbytes() == 100 * 6 * 2 * 6 // 8 + 2 * 64 * 8 * 2 + 100 * 2 * 2
+    assert parse("aqlm:2x6:8").nbytes(100, 48, 24) == 100 * 6 * 2 * 6 // 8 + 2 * 64 * 8 * 2 + 100 * 2 * 2
 
 
 def test_the_same_table_gives_the_same_bytes_whatever_the_slices(
@@ -202,9 +202,9 @@ def test_empty_rows_and_numbers_that_f16_does_not_hold(tmp_path: Path) -> None:
     values[5] = 0
     tensor = fitted(values, parse("aqlm:2x4:4"), 32, tmp_path / "halves")
     assert not tensor.numpy()[5].any()
-    assert tensor.scale_dtype == "f16"
+    assert tensor.grid.scale_dtype == "f16"
     small = fitted(values * np.float32(1e-6), parse("aqlm:2x4:4"), 32, tmp_path / "small")
-    assert small.scale_dtype == "f32"
+    assert small.grid.scale_dtype == "f32"
     assert small.fitted_rms == pytest.approx(tensor.fitted_rms, rel=1e-3)
     nothing = fitted(np.zeros((4, 8), np.float32), parse("aqlm:2x4:4"), 8, tmp_path / "nothing")
     assert not nothing.numpy().any()
@@ -232,9 +232,8 @@ def test_a_fit_is_kept_and_made_again_for_another_checkpoint(tiny_gemma4: Path, 
     assert sum(seen) == first.shape[0] * first.shape[1]
     assert additive_fit.find_codec(checkpoint, tmp_path / "fit", parse("aqlm:1x5")).codec.bits == 5
     found = additive_fit.attach(checkpoint, tmp_path / "fit").tensors[PER_LAYER_EMBEDDING]
-    assert isinstance(found, AdditiveTensor)
     # A scale for each layer's part of a row.
-    assert found.scales.shape == (first.shape[0], len(checkpoint.architecture.layers))
+    assert found.rows(0, first.shape[0]).grid()[1].shape == (first.shape[0], len(checkpoint.architecture.layers))
 
 
 def test_what_cannot_be_coded_is_said(tiny_gemma3: Path, tiny_gemma4: Path, tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_arrays_that_do_not_fit_together_are_refused() -> None:
     codec = parse("aqlm:2x3:4")
     codes, books = np.zeros((5, 6, 2), np.uint8), np.zeros((2, 8, 4), np.float32)
     scales = np.ones((5, 3), np.float16)
-    assert AdditiveTensor("w", codec, codes, books, scales).block == 8
+    assert AdditiveTensor("w", codec, codes, books, scales).grid.block == 8
     for broken in (
         (codes[:, :, :1], books, scales),
         (codes[:4], books, scales),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemexport.formats.tensor import DType, Floats, Grid, Rows
+from gemexport.formats.tensor import DType, Floats, Grid, Rows, TensorBase
 from gemexport.judge.diagnosis import diagnose, fault
 from gemexport.shared.measured import GridReport, TensorReport
 from gemexport.validators.checks.weights import compare
@@ -66,7 +66,7 @@ def test_a_sentence_for_each_sort_that_of_the_most_weights_first() -> None:
 
 
 @dataclass(frozen=True)
-class Held:
+class Held(TensorBase):
     """A matrix of codes and scales in memory."""
 
     codes: np.ndarray
@@ -85,9 +85,6 @@ class Held:
     def rows(self, start: int, stop: int) -> Rows:
         scales = np.repeat(self.scales[start:stop], self.grid.block, axis=1)
         return Rows(self.codes[start:stop] * scales, self.codes[start:stop], self.scales[start:stop])
-
-    def numpy(self) -> Floats:
-        return self.rows(0, len(self.codes)).values
 
 
 def test_scales_are_compared_block_by_block() -> None:
