@@ -47,8 +47,8 @@ def config_json(family: str, size: Size, spelling: str = GLOBAL_HEAD_DIM, expert
     a Gemma 4 is like 26B-A4B, else like E2B.
     """
     known = named(family)
-    own = CONFIGS[type(known)](size, spelling, experts)
-    return _common(size) | {"architectures": [known.reference_class], "model_type": known.text_type} | own
+    names = {"architectures": [known.reference_class], "model_type": known.text_type}
+    return _common(size) | CONFIGS[type(known)](names, size, spelling, experts)
 
 
 def wrapped(config: dict[str, Any], family: Family[Any]) -> dict[str, Any]:
@@ -74,15 +74,15 @@ def _common(size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gemma3(size: Size, _: str, __: bool) -> dict[str, Any]:
-    return {
+def _gemma3(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, Any]:
+    return names | {
         "eos_token_id": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
         "layer_types": GEMMA3_LAYERS, "num_hidden_layers": len(GEMMA3_LAYERS), "query_pre_attn_scalar": size.head_dim,
         "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0,
     }  # fmt: skip
 
 
-def _gemma4(size: Size, spelling: str, experts: bool) -> dict[str, Any]:
+def _gemma4(names: dict[str, Any], size: Size, spelling: str, experts: bool) -> dict[str, Any]:
     layers = EXPERTS_LAYERS if experts else GEMMA4_LAYERS
     if spelling == PER_LAYER_CONFIG:
         full = [i for i, kind in enumerate(layers) if kind == FULL]
@@ -91,7 +91,7 @@ def _gemma4(size: Size, spelling: str, experts: bool) -> dict[str, Any]:
         heads = {"global_head_dim": 2 * size.head_dim, "num_global_key_value_heads": None}
     wording = Gemma4.wording
     turn_end = demo_tokenizer.vocabulary(size.vocab, wording).index(wording.turn[1])
-    return heads | {
+    return heads | names | {
         "eos_token_id": [1, turn_end],
         "attention_k_eq_v": False, "enable_moe_block": False, "final_logit_softcapping": 30.0,
         "hidden_size_per_layer_input": size.per_layer, "layer_types": GEMMA4_LAYERS,
@@ -114,4 +114,5 @@ def _experts(size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
-CONFIGS: dict[type[Family[Any]], Callable[[Size, str, bool], dict[str, Any]]] = {Gemma3: _gemma3, Gemma4: _gemma4}
+Maker = Callable[[dict[str, Any], Size, str, bool], dict[str, Any]]
+CONFIGS: dict[type[Family[Any]], Maker] = {Gemma3: _gemma3, Gemma4: _gemma4}
