@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope
-from gemexport.formats.gemma.fields import Positive, TextFields, kind_of
+from gemexport.formats.gemma.facts import COMMON, Fact, Flat, spelt
+from gemexport.formats.gemma.fields import FULL, SLIDING, Positive, TextFields, kind_of
 from gemexport.formats.gemma.names import CANONICAL, Dialect, canonical_name
 from gemexport.formats.storage.errors import InputError
 
@@ -45,6 +47,7 @@ class Family(ABC, Generic[F]):
     mlx_rounds_embed_scale: ClassVar[bool] = False  # mlx-lm rounds the embedding's factor to bf16, in f32 as well
     genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
 
+    facts: ClassVar[tuple[Fact, ...]] = COMMON  # rows of a GGUF file's metadata, in the order in which they are written
     wording: ClassVar[Wording]
     fields: type[F]
     sentencepiece: ClassVar[bool] = False  # its tokenizer's merges are those of a SentencePiece model
@@ -116,6 +119,31 @@ class Family(ABC, Generic[F]):
             pad_token_id=fields.pad_token_id,
         )
 
+    def config(self, flat: Flat) -> dict[str, Any]:
+        """The inverse of `decoder`: config.json in the older spelling, which all programs read, out of flat facts."""
+        return {
+            **spelt(flat, "vocab_size", "hidden_size", "heads", "layers", "max_positions", "rms_norm_eps", "tied"),
+            "intermediate_size": flat["intermediate_size"][0],
+            "layer_types": [SLIDING if slides else FULL for slides in flat["sliding"]],
+            **self.own_config(flat),
+        }
+
+    @abstractmethod
+    def own_config(self, flat: Flat) -> dict[str, Any]:
+        """What the family spells in a way of its own: heads, RoPE, and what only it has."""
+
+    def file_config(self, flat: Flat, q_norm_factor: float) -> dict[str, Any]:
+        """What the config.json of a GGUF file has beside `config`; its query norms were multiplied by a factor."""
+        return {}
+
+    def mlx_config(self, flat: Flat, source: dict[str, Any]) -> dict[str, Any]:
+        """What mlx-lm's config.json has beside `config`; `source` is the checkpoint's own."""
+        return {}
+
+    @abstractmethod
+    def mlx_problem(self, flat: Flat) -> str | None:
+        """What of a decoder mlx-lm's module for the family cannot be told, as a predicate of the model."""
+
     def refused(self, fields: F) -> dict[str, bool]:
         """What a config may ask and the decoder here does not do, each with whether this one asks it."""
         return fields.refused()
@@ -167,3 +195,18 @@ def rope(given: dict[str, Any], head_dim: int) -> Rope:
     part = fields.partial_rotary_factor if kind == "proportional" else 1.0
     factor = 1.0 if kind == "default" else fields.factor
     return Rope(theta=fields.rope_theta, rotary_dims=2 * int(part * head_dim // 2), factor=factor)
+
+
+def spelt_rope(flat: Flat, kind: str) -> dict[str, Any]:
+    """The inverse of `rope`: transformers' settings for the attention type `kind` out of flat facts."""
+    theta, factor = flat[f"{kind}.rope.theta"], flat[f"{kind}.rope.factor"]
+    head_dim, turned = flat[f"{kind}.head_dim"], flat[f"{kind}.rope.rotary_dims"]
+    if turned != head_dim:
+        part = turned / head_dim
+        if 2 * int(part * head_dim // 2) < turned:  # the product must not be rounded below what it was divided from
+            part = math.nextafter(part, 2.0)
+        spelling = {"rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": theta}
+        return spelling if factor == 1.0 else spelling | {"factor": factor}
+    if factor != 1.0:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    return {"rope_type": "default", "rope_theta": theta}

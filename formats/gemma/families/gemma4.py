@@ -6,12 +6,14 @@ transformers 5.23 keeps what differs between layers in `per_layer_config`; older
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from gemexport.formats.gemma.architecture import Experts, Layer, PerLayerEmbeddings, Rope
-from gemexport.formats.gemma.families.family import Family, Wording, rope
+from gemexport.formats.gemma.facts import COMMON, SLIDING_THETA, Fact, Flat, Form, head_size, spelt
+from gemexport.formats.gemma.families.family import Family, Wording, rope, spelt_rope
 from gemexport.formats.gemma.fields import FULL, SLIDING, Least, Size, TextFields
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -20,6 +22,40 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 GLOBAL_HEAD_DIM = 512
 MARKUP = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+
+
+SOFTCAP = 30.0  # llama.cpp's default; 0 stands for none
+
+
+def _head_dim(kind: str) -> Callable[[Mapping[str, Any]], int]:
+    return lambda flat: int(flat[f"{kind}.head_dim"])
+
+
+# src/models/gemma4.cpp
+FACTS = (
+    *COMMON,
+    Fact("full.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base", 1_000_000.0),
+    Fact("sliding.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base_swa", SLIDING_THETA),
+    Fact("experts.count", Form.COUNT_OR_NONE, "{arch}.expert_count", 0, always=False),
+    Fact("experts.top_k", Form.COUNT, "{arch}.expert_used_count", needs="experts.count"),
+    Fact("experts.intermediate_size", Form.COUNT, "{arch}.expert_feed_forward_length", needs="experts.count"),
+    Fact("sliding_window", Form.COUNT_OR_NONE, "{arch}.attention.sliding_window", 0),
+    Fact("sliding", Form.FLAGS, "{arch}.attention.sliding_window_pattern"),
+    Fact("shared", Form.COUNT_OR_NONE, "{arch}.attention.shared_kv_layers", 0),
+    Fact("sliding.head_dim", Form.COUNT, "{arch}.attention.key_length_swa", head_size),
+    Fact("sliding.head_dim", Form.COUNT, "{arch}.attention.value_length_swa", _head_dim("sliding")),
+    Fact("full.head_dim", Form.COUNT, "{arch}.rope.dimension_count", _head_dim("full")),
+    Fact("sliding.head_dim", Form.COUNT, "{arch}.rope.dimension_count_swa", _head_dim("sliding")),
+    Fact("per_layer.dim", Form.COUNT_OR_NONE, "{arch}.embedding_length_per_layer_input", 0),
+    Fact("final_softcap", Form.CAP, "{arch}.final_logit_softcapping", SOFTCAP),
+)
+
+
+def key_value_heads(flat: Mapping[str, Any]) -> tuple[int, int]:
+    """Key/value heads of sliding layers and of full ones; of a type that there is not, the other's."""
+    found = dict(zip(flat["sliding"], flat["kv_heads"], strict=True))
+    some = flat["kv_heads"][0]
+    return found.get(True, some), found.get(False, some)
 
 
 class OwnFields(BaseModel):
@@ -55,6 +91,7 @@ class Gemma4(Family[Fields]):
     whole_class = "Gemma4ForConditionalGeneration"
     reference_class = "Gemma4ForCausalLM"
     wording = Wording(("<|turn>", "<turn|>"), eos="<eos>", markup=MARKUP)
+    facts = FACTS
     fields = Fields
     default_vocabulary = 262_144
     default_window = 512
@@ -114,6 +151,44 @@ class Gemma4(Family[Fields]):
 
     def _rope(self, fields: Fields, kind: str, head_dim: int) -> Rope:
         return rope((fields.rope_parameters or {}).get(kind) or ROPES[kind], head_dim)
+
+    def own_config(self, flat: Flat) -> dict[str, Any]:
+        slides = flat["sliding"]
+        kinds = ("shared", "k_eq_v", "final_softcap", "per_layer.dim", "per_layer.vocab_size")
+        return {
+            **spelt(flat, *kinds),
+            **self._spelt_heads(flat),
+            **self._spelt_experts(flat),
+            "rope_parameters": {
+                FULL: spelt_rope(flat, "full"),
+                # Of no layer, where none slides.
+                SLIDING: spelt_rope(flat, "sliding") if any(slides) else {**ROPES[SLIDING], "rope_type": "default"},
+            },
+            "use_double_wide_mlp": flat["intermediate_size"][-1] == 2 * flat["intermediate_size"][0],
+        }
+
+    def _spelt_heads(self, flat: Flat) -> dict[str, Any]:
+        """Heads in the spelling of released checkpoints where that can say it, else one layer at a time."""
+        usual, other = key_value_heads(flat)
+        common = {"head_dim": flat["sliding.head_dim"], "num_key_value_heads": usual}
+        wide = flat["full.head_dim"]
+        if flat["k_eq_v"] or usual == other:
+            heads = other if flat["k_eq_v"] else None
+            return {**common, "global_head_dim": wide, "num_global_key_value_heads": heads}
+        own = {"head_dim": wide, "num_key_value_heads": other}
+        full = [index for index, slides in enumerate(flat["sliding"]) if not slides]
+        return {**common, "per_layer_config": {str(index): own for index in full}}
+
+    def _spelt_experts(self, flat: Flat) -> dict[str, Any]:
+        if not flat["experts.count"]:
+            return {"enable_moe_block": False}
+        sizes = spelt(flat, "experts.count", "experts.top_k", "experts.intermediate_size")
+        return {"enable_moe_block": True, **sizes}
+
+    def mlx_problem(self, flat: Flat) -> str | None:
+        usual, other = key_value_heads(flat)
+        differ = usual != other and not flat["k_eq_v"]
+        return "has more key/value heads in one attention type than in the other" if differ else None
 
     def attention_scale(self, fields: Fields) -> float:
         return 1.0
