@@ -5,28 +5,23 @@ They are mapped, none read yet.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import from_json
-
 from gemexport.formats import assets
 from gemexport.formats.activations import Activations
+from gemexport.formats.assets import reading
 from gemexport.formats.assets.stops import GENERATION
 from gemexport.formats.assets.stops import check as check_generation
-from gemexport.formats.assets.tables import check_types
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, LAYERS, module_of
@@ -34,9 +29,7 @@ from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import write_whole
 from gemexport.formats.storage.reading import (
-    check_containers,
     opened,
-    read_bytes,
     read_json,
     read_optional_json,
     regular,
@@ -44,12 +37,12 @@ from gemexport.formats.storage.reading import (
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder, weight_files
 from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
 
-TOKENIZER_BYTES = 96 << 20  # Gemma's has 33 MB
 _IN_LAYER = re.compile(rf"(?:{re.escape(LAYERS)}|blk)\.\d+\.")
 # Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
 _ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
 _UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
+ADAPTER = "adapter_config.json"
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
@@ -185,7 +178,7 @@ def _folder(folder: Path, scratch: Path | None) -> Checkpoint:
         raise InputError(folder, "there is no tokenizer.json", remedy)
     for name in assets.FILES:
         if os.path.lexists(folder / name):
-            regular(folder / name, TOKENIZER_BYTES)
+            regular(folder / name, reading.BYTES)
     check_generation(folder / GENERATION, read_optional_json(folder / GENERATION))
     found = _source(folder, config, model)
     check_left_out(folder, found.left_out, _UNUSED)
@@ -211,8 +204,10 @@ def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[],
     )
 
     def fill(target: Path) -> None:
-        with uncollected():
-            composed = assets.compose(folder, read_tokenizer(folder / assets.TOKENIZER), decoder, weight_files(folder))
+        with reading.uncollected():
+            composed = assets.compose(
+                folder, reading.read_tokenizer(folder / assets.TOKENIZER), decoder, weight_files(folder)
+            )
         assets.write(composed, folder, target)
 
     return unpacking(fill, lambda: assets.mark(folder, decoder), scratch, folder)
@@ -353,6 +348,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except FileNotFoundError as error:
+        if (folder / ADAPTER).is_file():
+            base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+            remedy = f"give the model it was made for ({base or 'its base'}), and --adapter {folder}"
+            raise InputError(folder, "is an adapter, not a model", remedy) from error
         raise InputError(folder, "there is no config.json", remedy) from error
     inner = config.get("text_config")
     if isinstance(inner, dict) and isinstance(inner.get("quantization_config"), dict):
@@ -360,59 +359,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         settings = inner.pop("quantization_config")
         config["quantization_config"] = config.get("quantization_config") or settings
     return config
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep the garbage collector still: where millions of small objects are made, it looks at all of them each time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-class _TokenizerModel(BaseModel):
-    type: str
-
-
-class _Tokenizer(BaseModel):
-    """As much of a tokenizer.json as tells that it is one; the parser skips the rest without making objects of it."""
-
-    model: _TokenizerModel
-
-
-def check_tokenizer(path: Path) -> None:
-    """Raise InputError when a file is not the whole JSON of a tokenizer.
-
-    Apart from `open_checkpoint`, which every step of a run calls: reading 33 MB of JSON takes longer than all it does.
-    """
-    try:
-        _Tokenizer.model_validate_json(_tokenizer_bytes(path))
-    except (ValueError, OSError) as error:
-        raise _no_tokenizer(path) from error
-
-
-def read_tokenizer(path: Path) -> dict[str, Any]:
-    """tokenizer.json as a dictionary; InputError when it is not one."""
-    try:
-        # 33 MB of JSON, of which hardly a string comes twice: pydantic's parser takes a third as long as Python's.
-        with uncollected():
-            tokenizer = from_json(_tokenizer_bytes(path), cache_strings="none")
-    except (ValueError, OSError) as error:
-        raise _no_tokenizer(path) from error
-    check_types(path, tokenizer)
-    return dict(tokenizer)
-
-
-def _tokenizer_bytes(path: Path) -> bytes:
-    """All of a tokenizer.json; InputError for one that is larger than any is."""
-    data = read_bytes(path, TOKENIZER_BYTES)
-    check_containers(path, data)
-    return data
-
-
-def _no_tokenizer(path: Path) -> InputError:
-    return InputError(path, "is not a tokenizer of the tokenizers library", "save the tokenizer again")

@@ -21,7 +21,8 @@ from pydantic import BaseModel, Field
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.families.family import Family
-from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
+from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, module_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
 from gemexport.formats.storage.errors import InputError
@@ -204,6 +205,9 @@ def _config(folder: Path) -> Settings:
         found = read_json(path, _SAVE)
     except FileNotFoundError as error:
         raise InputError(folder, f"there is no {CONFIG}", "give the folder of a LoRA adapter of peft") from error
+    if "peft_type" not in found and ("lora_parameters" in found or "fine_tune_type" in found):
+        fuse = f"mlx_lm.fuse --model BASE --adapter-path {folder} --save-path MERGED, and give MERGED"
+        raise InputError(path, "the adapter is one of mlx-lm", f"merge it with {fuse}")
     if found.get("peft_type") != "LORA":
         raise InputError(path, f"the adapter is a {found.get('peft_type')}, not a LORA", _MERGE)
     config = settings(Settings, path, found)
@@ -253,11 +257,13 @@ def adapted(base: Checkpoint, folder: Path) -> Checkpoint:
     """
     adapter = open_adapter(folder, base.model.family)
     merged: dict[str, Tensor] = {}
-    towers = 0
+    towers, shared = 0, list[str]()
     for module, factors in adapter.modules.items():
         tensor = base.tensors.get(f"{module}.weight")
         if tensor is None and _TOWER.search(module):
             towers += 1
+        elif _is_shared(base, module):
+            shared.append(module)
         else:
             merged[f"{module}.weight"] = MergedTensor(_fitting(base, module, tensor, factors, folder), factors)
     _check_copies(base, adapter)
@@ -265,6 +271,9 @@ def adapted(base: Checkpoint, folder: Path) -> Checkpoint:
     notes = [f"the adapter {name} is merged into {len(merged)} matrices, in f32"]
     if towers:
         notes.append(f"the adapter's changes to {towers} modules of towers are left out")
+    if shared:
+        unused = "whose layers read the keys and values of another one and never compute them"
+        notes.append(f"the adapter's changes to {len(shared)} modules are left out, {unused}: {', '.join(shared[:4])}")
     if base.architecture.tied and module_of(EMBEDDING) in adapter.modules:
         notes.append("the output head is the embedding table, and changes with it as in peft's merge_and_unload")
     return replace(
@@ -277,12 +286,21 @@ def adapted(base: Checkpoint, folder: Path) -> Checkpoint:
     )
 
 
+def _is_shared(base: Checkpoint, module: str) -> bool:
+    """Whether a module would make keys or values in a layer that reads those of another one: no program calls it."""
+    role, layer = CANONICAL.find(f"{module}.weight") or (None, None)
+    layers = base.architecture.layers
+    return role in (Role.K, Role.V) and layer is not None and layer < len(layers) and not layers[layer].owns_cache
+
+
 def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Factors, folder: Path) -> Tensor:
     """The base's tensor that a module's product is added to; InputError when there is none of that shape."""
     remedy = "give the base that the adapter was made for"
     if tensor is None:
-        tied = module == module_of(HEAD) and base.architecture.tied
-        problem = "which is the embedding table here" if tied else "which the base does not have"
+        problem = "which the base does not have"
+        if module == module_of(HEAD) and base.architecture.tied:
+            problem = "which is the embedding table here: the embedding would change with it"
+            remedy = "give the base a head of its own (copy embed_tokens to lm_head, tie_word_embeddings false)"
         raise InputError(folder / WEIGHTS, f"the adapter changes {module}, {problem}", remedy)
     if factors.shape != tensor.shape:
         problem = f"the factors of {module} make {list(factors.shape)}, the base has {list(tensor.shape)}"
@@ -293,6 +311,8 @@ def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Fact
 def _check_copies(base: Checkpoint, adapter: Adapter) -> None:
     """Raise InputError unless weights that the adapter brings along are the base's own."""
     for module, stored in adapter.copies.items():
+        if _is_shared(base, module):
+            continue
         source = module_of(EMBEDDING) if module == module_of(HEAD) and base.architecture.tied else module
         tensor, copy = base.tensors.get(f"{source}.weight"), MappedTensor(stored)
         same = tensor is not None and tensor.shape == copy.shape

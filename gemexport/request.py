@@ -22,7 +22,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gemexport.compress import FOLDER, Compression, compression
 from gemexport.formats.assets import TOKENIZER
-from gemexport.formats.checkpoint import Checkpoint, check_tokenizer, checkpoint_name, open_checkpoint
+from gemexport.formats.assets.reading import check_tokenizer
+from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES, Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
 from gemexport.formats.storage.errors import InputError

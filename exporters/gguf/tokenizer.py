@@ -18,7 +18,8 @@ from gguf.constants import Keys, TokenType
 from numpy.typing import NDArray
 
 from gemexport.exporters.streaming import read_settings
-from gemexport.formats.checkpoint import Checkpoint, read_tokenizer, uncollected
+from gemexport.formats.assets.reading import read_tokenizer, uncollected
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gguf.config import EOS_IDS, TURN_ENDS
 from gemexport.formats.gguf.container import Value, boolean, float32, int32, string, uint32
 from gemexport.formats.gguf.vocabulary import SAMPLING, SPACE, VISIBLE

@@ -17,7 +17,7 @@ from gemexport.formats.gguf.vocabulary import check, write
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Tensor
 
-UNPACKED = "1"  # of what `write` makes; another one makes it anew
+UNPACKED = "2"  # of what `write` makes; another one makes it anew
 _UNUSED = re.compile(r"\.attn_[kv](?:_norm)?\.")  # of layers that read the keys and values of another one
 
 

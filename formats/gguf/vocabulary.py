@@ -8,6 +8,7 @@ pairs of tokens that make up a token, in the order in which SentencePiece would 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import Keys, TokenType
 
+from gemexport.formats.assets import NOTES
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.storage.errors import InputError
@@ -28,6 +30,7 @@ MAX_TOKEN_BYTES = 256  # Gemma's longest has 48; the search for merges takes the
 # As plain integers: a quarter of a million comparisons with members of an enumeration take seconds.
 NORMAL, USER_DEFINED, UNUSED = int(TokenType.NORMAL), int(TokenType.USER_DEFINED), int(TokenType.UNUSED)
 _MERGED = (NORMAL, USER_DEFINED)
+_MARKER = re.compile(r"<\|?[^\s<>'\"{}%|]{2,40}\|?>")
 _ADDED = (int(TokenType.CONTROL), USER_DEFINED, int(TokenType.UNKNOWN))
 # Markup of Gemma 4's answers that llama.cpp's chat parser must see; control tokens would be left out of the text.
 VISIBLE = frozenset(
@@ -76,10 +79,14 @@ def write(facts: Metadata, config: Mapping[str, Any], folder: Path) -> None:
     `config` is that of `gguf_config`. Raises InputError for a vocabulary or merges that are not a tokenizer's.
     """
     size = config["vocab_size"]
-    tokens = vocabulary(facts, size)
+    template, others = _templates(facts)
+    tokens, broken = repaired(vocabulary(facts, size), [text for text in (template, *others.values()) if text])
+    if broken:
+        shown = ", ".join(broken[:4])
+        note = f"{len(broken)} tokens of the chat template are ordinary text in the file, and are special here: {shown}"
+        (folder / NOTES).write_text(json.dumps([note]) + "\n", "ascii")
     _dump(folder / "tokenizer.json", _tokenizer(facts, tokens, config))
     settings = _settings(facts, tokens, config)
-    template, others = _templates(facts)
     if others:
         named = {"default": template, **others} if template is not None else others
         settings["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
@@ -113,6 +120,42 @@ def vocabulary(facts: Metadata, size: int) -> Vocabulary:
         if sentencepiece and kinds[index] == NORMAL and len(text) > 1 and not text.strip(SPACE):
             kinds[index] = USER_DEFINED  # SentencePiece models have runs of spaces as symbols
     return Vocabulary(texts, kinds)
+
+
+def repaired(tokens: Vocabulary, templates: Sequence[str]) -> tuple[Vocabulary, list[str]]:
+    """The tokens, those special that a chat template writes and that no text can become, and which these are.
+
+    Converters have left markers of turns as ordinary tokens: no two tokens make them up, so a conversation would be
+    spelt out in pieces that the model has never seen.
+    """
+    places = {text: index for index, text in enumerate(tokens.texts) if text}
+    markers = dict.fromkeys(found for text in templates for found in _MARKER.findall(text))
+    broken = [
+        text
+        for text in markers
+        if tokens.kinds[places.get(text, -1)] == NORMAL
+        and text in places
+        and not any(text[:cut] in places and text[cut:] in places for cut in range(1, len(text)))
+    ]
+    kinds = list(tokens.kinds)
+    for text in broken:
+        kinds[places[text]] = int(TokenType.CONTROL)
+    return Vocabulary(tokens.texts, kinds), broken
+
+
+def check_twice(facts: Metadata) -> None:
+    """Raise InputError for tokens with one text: llama.cpp ends the process at these when it loads the file."""
+    seen: dict[str, int] = {}
+    twice = [
+        (text, seen[text], i)
+        for i, text in enumerate(facts.texts(Keys.Tokenizer.LIST))
+        if seen.setdefault(text, i) != i
+    ]
+    if twice:
+        text, first, second = twice[0]
+        more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
+        problem = f"has the token {text!r} twice, as {first} and {second}{more}: llama.cpp does not load it"
+        raise InputError(facts.path, problem, MENDED)
 
 
 def _tokenizer(facts: Metadata, vocabulary: Vocabulary, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -248,3 +248,43 @@ def test_base_that_has_codes(golden: Path, tiny_gemma3: Path, tmp_path: Path) ->
     expected = base.tensors[tensor.name].numpy() + 16 / 6 * _products(adapter)[QUERY]
     np.testing.assert_array_equal(tensor.numpy(), expected.astype(np.float32))
     assert merged.tensors[f"{DOWN}.weight"].grid is not None
+
+
+def test_keys_of_a_layer_that_shares_them_are_left_out(tiny_gemma4: Path, tmp_path: Path) -> None:
+    """peft makes factors for every module of that name, transformers calls those of sharing layers never."""
+    base = open_checkpoint(tiny_gemma4)
+    layers = base.architecture.layers
+    own, shared = layers[0], next(layer for layer in reversed(layers) if not layer.owns_cache)
+    hidden, rank = base.architecture.hidden_size, 2
+    arrays: dict[str, np.ndarray] = {}
+    for layer in (own, shared):
+        for kind in ("k_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer.index}.self_attn.{kind}"
+            arrays[f"{name}.lora_A.weight"] = np.ones((rank, hidden), np.float32)
+            arrays[f"{name}.lora_B.weight"] = np.ones((layer.kv_heads * layer.head_dim, rank), np.float32)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4}
+    (folder / lora.CONFIG).write_text(json.dumps(settings))
+    entries = [Entry(name, "F32", array.shape) for name, array in arrays.items()]
+    with ShardedWriter(folder, entries) as out:
+        for name, array in arrays.items():
+            out.write(name, array)
+    (folder / "model.safetensors").rename(folder / lora.WEIGHTS)
+    merged = open_checkpoint(tiny_gemma4, adapter=folder)
+    assert "merged into 2 matrices" in merged.notes[0]
+    assert f"layers.{shared.index}.self_attn.k_proj" in merged.notes[1]
+    assert "2 modules are left out" in merged.notes[1]
+    assert list(merged.tensors) == list(base.tensors)
+
+
+def test_an_adapter_of_mlx_lm(tiny_gemma3: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}')
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(InputError, match=r"is one of mlx-lm; merge it with mlx_lm\.fuse --model BASE"):
+        open_checkpoint(tiny_gemma3, adapter=tmp_path)
+
+
+def test_an_adapter_as_the_model(golden: Path) -> None:
+    with pytest.raises(InputError, match=r"is an adapter, not a model; give the model it was made for .*--adapter "):
+        open_checkpoint(golden / "lora")

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gemexport.formats.checkpoint import is_gguf, read_tokenizer, uncollected
+from gemexport.formats.assets.reading import read_tokenizer, uncollected
+from gemexport.formats.checkpoint import is_gguf
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import read_optional_json
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -383,3 +384,56 @@ def test_every_type_is_read_as_gguf_reads_it(mixed_gguf: Path) -> None:
             expected = dequantize(stored.rows(item, 3, 9), item.type)
             assert np.array_equal(names[name].rows(3, 9).values, expected), item.type
     assert len(grids) == 13, "twelve types with a grid, and those without"
+
+
+def with_tokens(
+    path: Path, target: Path, texts: dict[int, str] | None = None, kinds: dict[int, int] | None = None
+) -> Path:
+    """The file with other texts and types for some tokens."""
+    metadata = read(path).metadata
+    listed, types = list(metadata[Keys.Tokenizer.LIST]), metadata[Keys.Tokenizer.TOKEN_TYPE].tolist()
+    for index, text in (texts or {}).items():
+        listed[index] = text
+    for index, kind in (kinds or {}).items():
+        types[index] = kind
+    changes = {Keys.Tokenizer.LIST: string(listed), Keys.Tokenizer.TOKEN_TYPE: int32(types)}
+    return rewritten(path, target, **changes)
+
+
+@pytest.mark.parametrize("names", [("<start_of_turn>",), ("<start_of_turn>", "<end_of_turn>"), ("<|turn>", "<turn|>")])
+def test_markers_of_turns_that_are_ordinary_text_are_repaired(
+    names: tuple[str, ...], gemma3: Path, gemma4: Path, tmp_path: Path
+) -> None:
+    """A file so made was copied faithfully into every format, its conversations spelt out in pieces."""
+    source = gemma4 if "|" in names[0] else gemma3
+    listed = list(read(source).metadata[Keys.Tokenizer.LIST])
+    broken = with_tokens(source, tmp_path / "broken.gguf", kinds={listed.index(name): 1 for name in names})
+    found, expected = open_checkpoint(broken).unpack(), open_checkpoint(source).unpack()
+    assert expected.notes == ()
+    assert [note for note in found.notes if all(name in note for name in names)] == list(found.notes) != []
+    tokenizers = [(item.folder / "tokenizer.json").read_bytes() for item in (found, expected)]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_tokens_with_one_text_are_named_before_llama_cpp_ends_the_process(gemma3: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    from gemexport.validators.runtimes import llama_cpp
+
+    twice = with_tokens(gemma3, tmp_path / "twice.gguf", texts={400: "<eos>", 401: "<bos>"})
+    with pytest.raises(InputError, match=r"has the token '<eos>' twice, as 1 and 400, and 1 more"):
+        llama_cpp.load(twice, threads=1, context=64)
+
+
+def test_every_end_of_an_answer_comes_back(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """llama.cpp has three keys; what is beyond them is told."""
+    model = Path(shutil.copytree(tiny_gemma3, tmp_path / "model"))
+    settings = json.loads((model / "generation_config.json").read_text())
+    for stops, told in (([1, 6, 5], 0), ([1, 6, 5, 3], 1)):
+        (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": stops}))
+        made = exporter.export(open_checkpoint(model), tmp_path / "model.gguf", variant="BF16")
+        metadata = read(made.path).metadata
+        keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+        assert {metadata[key] for key in keys} == {1, 5, 6}
+        assert sum("does not stop at <unk> (3)" in note for note in made.notes) == told
+        again = json.loads((open_checkpoint(made.path).assets / "generation_config.json").read_text())
+        assert set(again["eos_token_id"]) == set(stops)

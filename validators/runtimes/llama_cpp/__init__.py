@@ -19,7 +19,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from gemexport.formats.gguf import write_f32
+from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import read_parts
+from gemexport.formats.gguf.vocabulary import check_twice
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Floats
 from gemexport.validators.runtimes.llama_cpp.api import FLASH_ATTENTION_OFF, TYPE_F32, EvalCallback, api
@@ -59,10 +61,17 @@ def _rounded(kind: Type) -> Arithmetic:
     return "int8-activations-256" if GGML_QUANT_SIZES[kind][0] == 256 else "int8-activations"
 
 
+def check_vocabulary(path: Path) -> None:
+    """Raise InputError for a vocabulary at which llama.cpp would end this process."""
+    parts = read_parts(path)
+    check_twice(Metadata(parts.path, parts.metadata, ""))
+
+
 class LlamaCpp:
     """One model and one context of llama.cpp."""
 
     def __init__(self, path: Path, threads: int, context: int, original: Path | None = None) -> None:
+        check_vocabulary(path)
         self.arithmetic: Arithmetic = arithmetic_of(path)
         self._path = original or path  # that stays
         self._api = api()
