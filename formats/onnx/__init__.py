@@ -21,7 +21,7 @@ from gemexport.formats.onnx import builder as onnx_builder
 from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_unsigned
 from gemexport.formats.onnx.dequantized import REMEDY, dequantized
 from gemexport.formats.onnx.stored import BROKEN, FLOATS, array, needed
-from gemexport.formats.onnx.walk import Use, attribute, constant, turned, uses
+from gemexport.formats.onnx.walk import Use, attribute, constant, multiplying, turned, uses
 from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import regular
@@ -137,7 +137,10 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
     for value in graph.initializers.values():
         name = canonical_name(value.name or "")
         stored = value.const_value
-        if name is None or stored is None or DERIVED in stored.metadata_props:
+        if stored is None or DERIVED in stored.metadata_props:
+            continue
+        if name is None:
+            _check_nameless(value, file)
             continue
         tensor = _weight(name, value, graph, file)
         if tensor is not None and SHAPE in stored.metadata_props:
@@ -145,6 +148,15 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
         if tensor is not None:
             place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
             yield tensor, place, stored.metadata_props.get(COPY)
+
+
+def _check_nameless(value: ir.Value, file: Path) -> None:
+    """Raise InputError for a matrix that a graph multiplies by and that no tensor of a checkpoint is called like."""
+    sizes = () if value.const_value is None else value.const_value.shape.numpy()
+    use = multiplying(value) if len(sizes) > 1 and min(sizes[-2:]) > 1 else None
+    if use is not None:
+        problem = f"{use.called} multiplies by {value.name}, which is no name of a checkpoint's tensor"
+        raise InputError(file, problem, "export it with the checkpoint's names")
 
 
 def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor | None:

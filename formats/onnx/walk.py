@@ -76,6 +76,18 @@ def turned(value: ir.Value) -> bool:
     return any(use.turned for use in uses(value) if use.reads("MatMul", 1) or use.reads("Gemm", 1))
 
 
+def multiplying(value: ir.Value) -> Use | None:
+    """The product of matrices that a value is the weight of, dequantized or as it is; None where there is none."""
+    for use in uses(value):
+        if use.index == 1 and use.node.op_type in ("MatMul", "Gemm", "MatMulNBits"):
+            return use
+        if use.index == 0 and use.node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            found = multiplying(use.node.outputs[0])
+            if found is not None:
+                return found
+    return None
+
+
 def attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute of an operator."""
     found = node.attributes.get(name)

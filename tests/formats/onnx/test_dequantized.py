@@ -257,6 +257,21 @@ def test_a_weight_that_is_not_understood_is_named(operator: str, kind: str, tmp_
     assert f"{operator} the {operator} reads {WEIGHT} ({kind}) in a way not known here" in said
 
 
+@pytest.mark.parametrize("through", ["DequantizeLinear", "MatMul", "Gemm"])
+def test_a_weight_without_a_name_is_named(through: str, tmp_path: Path) -> None:
+    name, scale = "onnx::MatMul_3415", constant("s", np.ones(()), "FLOAT")
+    weight = constant(name, np.ones((6, 8)), "INT8" if through == "DequantizeLinear" else "FLOAT")
+    dequantize = [node("DequantizeLinear", name, "s", output="w"), node("MatMul", "x", "w")]
+    nodes = dequantize if through == "DequantizeLinear" else [node(through, "x", name)]
+    said = refused(nodes, [weight, scale], tmp_path / "model.onnx")
+    assert f"multiplies by {name}, which is no name of a checkpoint's tensor" in said
+    # A vector, or what is multiplied by nothing, is no weight.
+    small = [constant(name, np.ones((8, 1)), "FLOAT"), constant("b", np.ones((6, 8)), "FLOAT")]
+    nodes = [node("MatMul", "x", name), node("Add", "y", "b", output="z")]
+    onnx.save(model(nodes, small, ["z"]), tmp_path / "small.onnx")
+    assert tensors(tmp_path / "small.onnx") == {}
+
+
 def test_a_weight_that_nothing_reads_is_no_weight(tmp_path: Path) -> None:
     onnx.save(model([node("Neg", "x")], [constant(WEIGHT, np.ones((6, 8)), "INT8")], ["y"]), tmp_path / "model.onnx")
     assert tensors(tmp_path / "model.onnx") == {}
