@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import typer
 
-from gemexport import cli, registry
+import gemexport
+from gemexport import cli, demo, registry
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma import families
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.storage.safetensors import read_folder
 from gemexport.registry import Setting, Target
 from gemexport.request import Request, request
 from gemexport.validators.checks.weights import compare
@@ -95,3 +98,66 @@ def test_every_file_that_contributing_names_exists() -> None:
     root = Path(__file__).parents[1]
     for name in re.findall(r"`((?:gemexport|exporters|formats|validators|tests)/[\w/.]+)`", TEXT):
         assert name in BLOCKS or "NAME" in name or (root / name).exists(), name
+
+
+FAMILY = "formats/gemma/families/toy.py"
+# What a checkpoint of the toy says, of what the demo's Gemma 4 with experts says.
+RENAMED = {"num_experts": "experts", "top_k_experts": "experts_at_once", "moe_intermediate_size": "expert_size"}
+NOT_SAID = ("enable_moe_block", "hidden_size_per_layer_input", "architectures")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of CONTRIBUTING.md's family, three layers; the family is known here and in processes of a run."""
+    module = tmp_path / "modules" / "toy.py"
+    module.parent.mkdir()
+    module.write_text(BLOCKS[FAMILY], "utf-8")
+    start = f"""
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("gemexport.formats.gemma.families.toy", {str(module)!r})
+toy = module_from_spec(spec)
+spec.loader.exec_module(toy)
+from gemexport.formats.gemma.families import register
+register(toy.Toy())
+"""
+    (module.parent / "sitecustomize.py").write_text(start, "utf-8")  # what Python imports first of all
+    monkeypatch.setenv("PYTHONPATH", str(module.parent))
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
+    exec(compile(start, "sitecustomize.py", "exec"), {})
+    gemma4 = demo.config_json("gemma4", demo.SIZES["tiny"], experts=True)
+    config = {RENAMED.get(key, key): value for key, value in gemma4.items() if key not in NOT_SAID}
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    config |= {"model_type": "toy", "num_hidden_layers": 3, "layer_types": layers}
+    return demo.write(tmp_path / "toy", config)
+
+
+def test_a_new_family_is_read_by_its_own_names(toy: Path, tmp_path: Path) -> None:
+    stored = {name for name in read_folder(toy) if ".toys." in name or ".switch." in name}
+    assert len(stored) == 3 * 5
+    checkpoint = open_checkpoint(toy)
+    assert checkpoint.model.family.name == "toy"
+    assert checkpoint.architecture.experts is not None
+    assert len(checkpoint.architecture.layers) == 3
+    assert checkpoint.left_out == ()
+    with_its_grids = with_grids(toy, tmp_path / "grids")
+    experts = [item for name, item in with_its_grids.tensors.items() if len(item.shape) == 3]
+    assert [item.grid is not None for item in experts] == [True] * 6
+
+
+def test_the_entry_that_contributing_tells_is_the_one_there_and_the_new_family() -> None:
+    source = (Path(__file__).parents[1] / "formats/gemma/families/__init__.py").read_text("utf-8")
+    assert BLOCKS["formats/gemma/families/__init__.py"].replace(", Toy()", "") in source
+
+
+@pytest.mark.slow
+def test_every_default_artefact_of_a_new_family_passes(toy: Path, tmp_path: Path) -> None:
+    report = gemexport.export(toy, tmp_path / "out", tokens=128)
+    expected = [(name, variant) for name, target in registry.TARGETS.items() for variant in target.variants]
+    assert [(item.format, item.variant) for item in report.artifacts] == expected
+    for item in report.artifacts:
+        broken = [(bound.metric, bound.value) for bound in item.bounds if not bound.held]
+        assert (item.format, item.variant, item.status, item.reason, broken) == (
+            item.format, item.variant, "pass", None, []
+        )  # fmt: skip
+        assert item.weights
+        assert all(tensor.exact_fraction == 1 for tensor in item.weights.tensors if len(tensor.shape) > 1)
