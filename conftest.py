@@ -69,6 +69,8 @@ class Times:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table, and loudly what is over its budget."""
+        if not self._seconds:
+            return
         terminalreporter.section("seconds of all processes, by group")
         terminalreporter.write_line(f"{'group':<20}{'tests':>8}{'seconds':>10}{'budget':>10}")
         for group in sorted(self._seconds, key=lambda key: (key[1], key[0])):
