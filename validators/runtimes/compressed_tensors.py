@@ -18,6 +18,10 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from gemexport.formats.compressed_tensors import read_config
 from gemexport.formats.compressed_tensors.activations import activations
+from gemexport.formats.gemma.architecture import TensorSpec
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.stacks import by_expert
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.reference.decoder import quiet
@@ -85,18 +89,16 @@ def _know_experts(model_type: str) -> None:
     if get_checkpoint_conversion_mapping(model_type) is not None:
         return
     stacked: list[WeightConverter | WeightRenaming] = [
-        WeightConverter(
-            source_patterns=["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
-            target_patterns="experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter(
-            source_patterns="experts.*.down_proj.weight",
-            target_patterns="experts.down_proj",
-            operations=[MergeModulelist(dim=0)],
-        ),
+        WeightConverter(*_of_experts(Role.EXPERT_GATE_UP), [MergeModulelist(dim=0), Concatenate(dim=1)]),
+        WeightConverter(*_of_experts(Role.EXPERT_DOWN), [MergeModulelist(dim=0)]),
     ]
     register_checkpoint_conversion_mapping(model_type, stacked)
+
+
+def _of_experts(role: Role) -> tuple[list[str], str]:
+    """Patterns of the modules that hold a stack of experts' matrices, and the stack's name within a layer."""
+    spec = TensorSpec(CANONICAL.stem(role), (1, 2, 1), role, None)
+    return [part.name.replace(".0.", ".*.") for part in by_expert(spec)], spec.name
 
 
 @contextmanager
