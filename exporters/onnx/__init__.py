@@ -187,7 +187,7 @@ def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progre
     weights.write(folder, progress)
     graph.save(folder / "model.onnx", PRODUCER)
     generation = read_settings(checkpoint.assets / "generation_config.json")
-    text = json.dumps(genai_config(a, "model.onnx", generation), indent=2, sort_keys=True)
+    text = json.dumps(genai_config(checkpoint.model, "model.onnx", generation), indent=2, sort_keys=True)
     (folder / "genai_config.json").write_text(f"{text}\n", "utf-8")
 
 

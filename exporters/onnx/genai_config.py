@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.facts import GENAI, flat_facts
+from gemexport.formats.gemma.model import Model
 
 # Settings of generation_config.json that onnxruntime-genai has under the same names.
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def genai_config(a: Architecture, filename: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+def genai_config(model: Model, filename: str, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a decoder in the one graph `filename`.
 
     `generation` is the checkpoint's generation_config.json, which onnxruntime-genai does not read: where answers end
@@ -20,12 +21,17 @@ def genai_config(a: Architecture, filename: str, generation: Mapping[str, Any]) 
     Only layers with a cache of their own are counted: they come first, so their numbers run from 0. Where layers
     differ, the runtime takes the shape of a cache from the graph's inputs; `head_size` is then that of the first.
     """
+    a, flat = model.decoder, flat_facts(model.decoder)
     owners = [layer for layer in a.layers if layer.owns_cache]
+    said: dict[str, dict[str, Any]] = {"": {}, "decoder": {}}
+    for name, key in GENAI.items():
+        part, _, own = key.rpartition(".")
+        said[part][own] = flat[name]
     decoder = {
+        **said["decoder"],
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": filename,
         "head_size": owners[0].head_dim,
-        "hidden_size": a.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
@@ -38,8 +44,6 @@ def genai_config(a: Architecture, filename: str, generation: Mapping[str, Any]) 
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": a.heads,
-        "num_hidden_layers": len(owners),
         "num_key_value_heads": owners[0].kv_heads,
     }
     listed = generation.get("eos_token_id")
@@ -51,8 +55,8 @@ def genai_config(a: Architecture, filename: str, generation: Mapping[str, Any]) 
             "decoder": decoder,
             "eos_token_id": eos,
             "pad_token_id": eos[0] if a.pad_token_id is None else a.pad_token_id,
-            "type": "gemma3_text",
-            "vocab_size": a.vocab_size,
+            "type": model.family.genai_type,
+            **said[""],
         },
         "search": {
             **_sampling(generation),

@@ -7,12 +7,13 @@ rows' names, in which what differs between layers is a list, or is said of full 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from gemexport.formats.gemma.architecture import Architecture, Layer
+from gemexport.formats.gemma.fields import FULL, SLIDING
 
 Flat = dict[str, Any]
 REQUIRED = object()  # no program does without
@@ -149,7 +150,6 @@ CONFIG = {
 
 # What ONNX Runtime GenAI's configuration calls one, under "model".
 GENAI = {
-    "max_positions": "context_length",
     "vocab_size": "vocab_size",
     "hidden_size": "decoder.hidden_size",
     "heads": "decoder.num_attention_heads",
@@ -160,3 +160,36 @@ GENAI = {
 def spelt(flat: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """These facts under the keys of config.json."""
     return {CONFIG[name]: flat[name] for name in names}
+
+
+# What a verdict calls a fact of the decoder, or of a layer of it, that no row is named like.
+_FOLLOWS = {"kv_source": ("shared", "the layer whose keys are read")}
+_BY_TENSORS = {
+    "rope.factor": "rope_freqs.weight: the RoPE factor",
+    "rope.rotary_dims": "rope_freqs.weight: the dimensions that rotate",
+    "tied": "no tensor output.weight: the head tied to the embedding",
+}
+_SPELT = {
+    "rope.theta": "rope_theta of {type}",
+    "rope.factor": "the RoPE factor of {type}",
+    "rope.rotary_dims": "partial_rotary_factor of {type}: the dimensions that rotate",
+    "sliding": "layer_types: sliding",
+    "kv_heads": "num_key_value_heads",
+    "attention_softcap": "attn_logit_softcapping",
+    "attention_scale": "query_pre_attn_scalar: the attention scale",
+}
+
+
+def gguf_label(facts: Sequence[Fact], name: str, sliding: bool) -> str:
+    """What a GGUF file calls the fact `name` of a decoder, or of a sliding or full layer of it; with {arch}."""
+    name, says = _FOLLOWS.get(name, (name, ""))
+    asked = (name, f"{'sliding' if sliding else 'full'}.{name}")
+    key = next((fact.gguf for fact in facts if fact.name in asked), _BY_TENSORS.get(name, name))
+    return f"{key}: {says}" if says else key
+
+
+def config_label(name: str, sliding: bool) -> str:
+    """What config.json calls it."""
+    name, says = _FOLLOWS.get(name, (name, ""))
+    key = _SPELT.get(name, CONFIG.get(name, name)).format(type=SLIDING if sliding else FULL)
+    return f"{key}: {says}" if says else key

@@ -7,59 +7,20 @@ Runtime GenAI's configuration some sizes. Special tokens and templates are the t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gemexport.formats.activations import Activations, CacheActivations, Quantizer
 from gemexport.formats.checkpoint import read_config
+from gemexport.formats.gemma import facts
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.facts import config_label, flat_facts, gguf_label
 from gemexport.formats.gemma.model import Model, describe
 from gemexport.shared.measured import FactReport
 from gemexport.validators.checks.vocabulary import GENAI, settings_of
 
-# One name for each fact of the decoder; `{type}` is the layers' attention type, `{swa}` GGUF's ending for sliding ones.
-GGUF_KEYS = {
-    "rope.theta": "{arch}.rope.freq_base{swa}",
-    "rope.factor": "rope_freqs.weight, or {arch}.rope.scaling.factor: the RoPE factor",
-    "rope.rotary_dims": "rope_freqs.weight: the dimensions that rotate",
-    "sliding": "{arch}.attention.sliding_window_pattern",
-    "sliding_window": "{arch}.attention.sliding_window",
-    "kv_source": "{arch}.attention.shared_kv_layers: the layer whose keys are read",
-    "kv_heads": "{arch}.attention.head_count_kv",
-    "head_dim": "{arch}.attention.key_length{swa}",
-    "intermediate_size": "{arch}.feed_forward_length",
-    "layers": "{arch}.block_count",
-    "hidden_size": "{arch}.embedding_length",
-    "heads": "{arch}.attention.head_count",
-    "rms_norm_eps": "{arch}.attention.layer_norm_rms_epsilon",
-    "final_softcap": "{arch}.final_logit_softcapping",
-    "max_positions": "{arch}.context_length",
-    "per_layer.dim": "{arch}.embedding_length_per_layer_input",
-    "experts.count": "{arch}.expert_count",
-    "experts.top_k": "{arch}.expert_used_count",
-    "experts.intermediate_size": "{arch}.expert_feed_forward_length",
-    "tied": "no tensor output.weight: the head tied to the embedding",
-}
-CONFIG_KEYS = {
-    "rope.theta": "rope_theta of {type}",
-    "rope.factor": "the RoPE factor of {type}",
-    "rope.rotary_dims": "partial_rotary_factor of {type}: the dimensions that rotate",
-    "sliding": "layer_types: sliding",
-    "kv_source": "num_kv_shared_layers: the layer whose keys are read",
-    "kv_heads": "num_key_value_heads",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "final_softcap": "final_logit_softcapping",
-    "attention_softcap": "attn_logit_softcapping",
-    "attention_scale": "query_pre_attn_scalar: the attention scale",
-    "max_positions": "max_position_embeddings",
-    "per_layer.dim": "hidden_size_per_layer_input",
-    "experts.count": "num_experts",
-    "experts.top_k": "top_k_experts",
-    "experts.intermediate_size": "moe_intermediate_size",
-    "tied": "tie_word_embeddings",
-}
+Label = Callable[[str, bool], str]  # what a format calls a fact, of sliding layers or not
 # What every program that reads genai_config.json feeds and fetches by name; "%d" is a layer's number.
 GENAI_NAMES = {
     "inputs": ("input_ids", "past_key_names", "past_value_names"),
@@ -81,7 +42,7 @@ def differences(target: str, path: Path, model: Model) -> tuple[FactReport, ...]
     if target == "onnx":
         return (*_genai(path, model.decoder), *_config(path, model))
     if target == "gguf":
-        return tuple(_decoders(model, _gguf(path), GGUF_KEYS))
+        return tuple(_decoders(model, _gguf(path), _gguf_label(model)))
     return tuple(_config(path, model))
 
 
@@ -140,7 +101,7 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
 def _config(path: Path, model: Model) -> Iterator[FactReport]:
     """The decoder in config.json, where there is one."""
     if (path / "config.json").is_file():
-        yield from _decoders(model, describe(read_config(path), path / "config.json"), CONFIG_KEYS)
+        yield from _decoders(model, describe(read_config(path), path / "config.json"), config_label)
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
@@ -150,18 +111,11 @@ def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
     if not isinstance(said, dict) or not isinstance(decoder, dict):
         return
     yield from _genai_names(path, decoder)
-    facts = {
-        "vocab_size": (said.get("vocab_size"), model.vocab_size),
-        "decoder.hidden_size": (decoder.get("hidden_size"), model.hidden_size),
-        "decoder.num_attention_heads": (decoder.get("num_attention_heads"), model.heads),
-        "decoder.num_hidden_layers": (
-            decoder.get("num_hidden_layers"),
-            sum(layer.owns_cache for layer in model.layers),
-        ),
-    }
-    for name, (found, expected) in facts.items():
+    flat = flat_facts(model)
+    for name, key in facts.GENAI.items():
+        found, expected = (decoder if "." in key else said).get(key.rpartition(".")[2]), flat[name]
         if found is not None and found not in (expected, len(model.layers)):
-            yield FactReport(name=f"genai_config.json: {name}", found=str(found), expected=str(expected))
+            yield FactReport(name=f"genai_config.json: {key}", found=str(found), expected=str(expected))
 
 
 def _genai_names(path: Path, decoder: dict[str, Any]) -> Iterator[FactReport]:
@@ -182,7 +136,7 @@ def _genai_names(path: Path, decoder: dict[str, Any]) -> Iterator[FactReport]:
                 yield FactReport(name=name, found=called, expected=f"one of the graph's {side}")
 
 
-def _decoders(model: Model, stored: Model, keys: dict[str, str]) -> Iterator[FactReport]:
+def _decoders(model: Model, stored: Model, label: Label) -> Iterator[FactReport]:
     """Facts of the whole decoder, then of its layers, one for each group of layers that differ alike."""
     if model.family.reference_type != stored.family.reference_type:
         yield FactReport(name="family", found=stored.family.name, expected=model.family.name)
@@ -192,16 +146,15 @@ def _decoders(model: Model, stored: Model, keys: dict[str, str]) -> Iterator[Fac
     for name, found, expected in _unlike("", theirs, ours):
         if name == "sliding_window" and not slides:
             continue  # of nobody
-        yield FactReport(name=_key(name, keys, model, ""), found=_text(found), expected=_text(expected))
+        yield FactReport(name=label(name, False), found=_text(found), expected=_text(expected))
     if len(mine) != len(other):
-        name = _key("layers", keys, model, "")
+        name = label("layers", False)
         yield FactReport(name=name, found=str(len(other)), expected=str(len(mine)))
         return
     groups: dict[tuple[str, str, str], list[int]] = {}
     for layer, stated in zip(mine, other, strict=True):
-        kind = "sliding_attention" if layer.sliding else "full_attention"
         for name, found, expected in _unlike("", stated.model_dump(), layer.model_dump()):
-            fact = (_key(name, keys, model, kind), _text(found), _text(expected))
+            fact = (label(name, layer.sliding), _text(found), _text(expected))
             groups.setdefault(fact, []).append(layer.index)
     for (name, text, wanted), layers in groups.items():
         yield FactReport(name=name, found=text, expected=wanted, layers=tuple(layers))
@@ -220,9 +173,10 @@ def _unlike(stem: str, found: Any, expected: Any) -> Iterator[tuple[str, Any, An
         yield stem, found, expected
 
 
-def _key(name: str, keys: dict[str, str], model: Model, kind: str) -> str:
-    """What the format calls a fact."""
-    return keys.get(name, name).format(arch=model.family.gguf, type=kind, swa="_swa" if kind.startswith("sl") else "")
+def _gguf_label(model: Model) -> Label:
+    """The keys of a GGUF file of this model."""
+    family = model.family
+    return lambda name, sliding: gguf_label(family.facts, name, sliding).format(arch=family.gguf)
 
 
 def _text(value: Any) -> str:
