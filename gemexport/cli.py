@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from inspect import Parameter, Signature
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -287,7 +289,15 @@ def _print_json(text: str) -> None:
     print(text, end="")
 
 
-_INTERRUPTED = 130  # 128 and the number of the signal, as shells say it
+# 128 and the number of the signal, as shells say it.
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave as a Ctrl-C does, so that steps are ended and what is half written goes; another one changes nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(_TERMINATED)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -296,6 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.set_threshold(100_000)
     if isinstance(sys.stdout, TextIOWrapper):  # a path that the terminal's encoding lacks is shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(arguments)
     except InputError as error:
@@ -305,10 +316,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != _INTERRUPTED:  # which typer makes of a Ctrl-C
-            raise
-        print("gemexport: interrupted", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        status = ended.code if isinstance(ended, SystemExit) else _INTERRUPTED  # as typer makes it of a Ctrl-C
+        if status in (_INTERRUPTED, _TERMINATED):
+            print("gemexport: interrupted", file=sys.stderr)
+        sys.exit(status)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

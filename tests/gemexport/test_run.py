@@ -72,3 +72,18 @@ def test_what_judging_leaves_on_the_way_lies_beside_the_artefact(
     log = Path(str(caught.value).partition("; see ")[2])
     assert list((tmp_path / "everybodys").iterdir()) == [log]
     assert "Traceback" in log.read_text()
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(
+    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch systems and `timeout` send it: the message, a signal's status, no process and nothing half written stay."""
+    monkeypatch.setattr("gemexport.report.console._line", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gguf", str(tiny_gemma3), "-o", str(tmp_path / "out"), "--no-validate"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "gemexport: interrupted\n"
+    assert not list(tmp_path.iterdir())
+    assert not list(descendants(os.getpid()))
+    assert signal.getsignal(signal.SIGTERM) == handler
