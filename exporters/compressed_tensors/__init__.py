@@ -222,7 +222,7 @@ def _scale_dtype(tensor: Tensor, scheme: Scheme, plan: _Plan) -> DType:
 
 def _plain_dtype(tensor: Tensor, model: DType) -> DType:
     """The dtype of a tensor that is not packed: its own, or what holds every value that was read from codes."""
-    if tensor.dtype != "f32" or model == "f32" or len(tensor.shape) != 2:
+    if tensor.dtype != "f32" or model == "f32" or len(tensor.shape) < 2:
         return tensor.dtype
     left: list[DType] = ["bf16", "f16"]
     for start, stop in slices(tensor):

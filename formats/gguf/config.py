@@ -25,6 +25,7 @@ from gemexport.formats.storage.errors import InputError
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
 EMBEDDING, PER_LAYER_EMBEDDING, HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
+ROUTER = ".ffn_gate_inp.weight"  # after the name of its layer
 NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves pairs of a head unrotated
 
 EOS_IDS = "gemexport.eos_token_ids"
@@ -144,8 +145,12 @@ def _rows(parts: Parts, name: str) -> int:
 
 
 def _dtype(parts: Parts) -> str:
-    """What the matrices are stored in when it is one dtype, else float32."""
-    kinds = {stored.type for _, stored in parts.stored.values() if len(stored.shape) == 2}
+    """What the matrices are stored in when it is one dtype, else float32; routers, which are F32 always, aside."""
+    kinds = {
+        stored.type
+        for name, (_, stored) in parts.stored.items()
+        if len(stored.shape) >= 2 and not name.endswith(ROUTER)
+    }
     found = FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
     return {"bf16": "bfloat16", "f16": "float16"}.get(found or "", "float32")
 

@@ -41,7 +41,7 @@ def artifact_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
     plain = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}.get(variant.lower())
     total = 0.0
     for tensor in tensors.values():
-        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) != 2 else 18 / 32
+        own = ITEM_BYTES[tensor.dtype] if len(tensor.shape) < 2 else 18 / 32
         total += math.prod(tensor.shape) * (plain or own)
     return int(total)
 

@@ -107,7 +107,7 @@ def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound
         changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
         where = "; ".join([*diagnose(changed), *filter(None, [_listed(item.name for item in changed)])]) or None
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
-    result += _vectors([item for item in report.tensors if len(item.shape) != 2 or _narrowed(item, plain)])
+    result += _vectors([item for item in report.tensors if len(item.shape) < 2 or _narrowed(item, plain)])
     result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
     anew = [item for item in report.tensors if _quantized_anew(item, holds, plain)]
     if anew:
@@ -180,14 +180,14 @@ def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
         return False
     if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
         return not (item.scale_rounded and item.exact < item.compared)
-    return item.grid is None and len(item.shape) == 2
+    return item.grid is None and len(item.shape) >= 2
 
 
 def _quantized_anew(item: TensorReport, holds: Holds, plain: DType | None) -> bool:
     """Whether codes were fitted to a tensor's values: as somebody asked, or since a plain one has no others."""
     if item.fitted_rms is not None or _widened(item):
         return False
-    return item.requantized or not (len(item.shape) != 2 or _narrowed(item, plain) or _must_be_exact(item, holds))
+    return item.requantized or not (len(item.shape) < 2 or _narrowed(item, plain) or _must_be_exact(item, holds))
 
 
 def _widened(item: TensorReport) -> bool:

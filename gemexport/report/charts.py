@@ -83,7 +83,7 @@ class LayerErrors:
 def layer_errors(tensors: Iterable[TensorReport]) -> LayerErrors | None:
     """The root-mean-square error of each matrix by layer, what is in no layer first; None where all are zero."""
     errors = [(item, item.rms_relative_error) for item in tensors]
-    shown = [(item, error) for item, error in errors if error is not None and (len(item.shape) == 2 or error)]
+    shown = [(item, error) for item, error in errors if error is not None and (len(item.shape) >= 2 or error)]
     shown = [(item, error) for item, error in shown if not math.isnan(error)]
     if not any(error for _, error in shown):
         return None

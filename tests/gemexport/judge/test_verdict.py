@@ -94,6 +94,14 @@ def test_what_the_format_cannot_hold_is_no_fault() -> None:
     assert broken(found(tensor(), rounded, compressed, norm)) == []
 
 
+def test_a_stack_of_matrices_is_judged_as_matrices_are() -> None:
+    stack: dict[str, Any] = {"shape": (2, 1, 32)}
+    fitted = {"grid": ROUNDED, "source_grid": None, "max_relative_error": 0.1, "rms_relative_error": 0.1}
+    assert broken(found(tensor(exact=3, **stack, **fitted))) == []
+    assert broken(found(tensor(exact=63, **stack, grid=None, source_grid=None))) == ["weights.exact_fraction"]
+    assert broken(found(tensor(exact=63, **stack, max_relative_error=1e-9))) == ["weights.exact_fraction"]
+
+
 def test_what_was_quantized_anew_need_not_be_exact_but_must_be_near() -> None:
     """A swapped matrix is 1.4 times its size away."""
     near, far, lost = (
