@@ -299,8 +299,9 @@ def _fitting(base: Checkpoint, module: str, tensor: Tensor | None, factors: Fact
     if tensor is None:
         problem = "which the base does not have"
         if module == module_of(HEAD) and base.architecture.tied:
+            copied = f"copy {module_of(EMBEDDING)} to {module_of(HEAD)}"
             problem = "which is the embedding table here: the embedding would change with it"
-            remedy = "give the base a head of its own (copy embed_tokens to lm_head, tie_word_embeddings false)"
+            remedy = f"give the base a head of its own ({copied}, tie_word_embeddings false)"
         raise InputError(folder / WEIGHTS, f"the adapter changes {module}, {problem}", remedy)
     if factors.shape != tensor.shape:
         problem = f"the factors of {module} make {list(factors.shape)}, the base has {list(tensor.shape)}"

@@ -121,7 +121,7 @@ def export(
                 _stream(out, names[name], *kquants.choose(names[name]), tensor)
             elif model.specs[name].role is Role.ROUTER:
                 _stream(out, names[name], Type.F32, _f32, tensor)  # as llama.cpp's converter has it in any file
-            elif len(tensor.shape) >= 2:
+            elif model.specs[name].role.has_rows:
                 notes += _write_matrix(out, names[name], tensor, variant)
             else:
                 offset, factor = norm_shift(model.family, name, q_norm_factor(model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from gemexport.exporters.gguf.mix import HEADS, MIXES, types
+from gemexport.exporters.gguf.mix import MIXES, types
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gguf.container import Value, string, uint32
 from gemexport.formats.gguf.imatrix import read_imatrix
@@ -39,8 +40,9 @@ class KQuants:
         """
         check_installed()
         tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self._types = types(MIXES[variant], shapes, len(checkpoint.architecture.layers))
+        known = checkpoint.model.specs
+        self._specs = {names[name]: replace(known[name], shape=item.shape) for name, item in checkpoint.tensors.items()}
+        self._types = types(MIXES[variant], self._specs, len(checkpoint.architecture.layers))
         self._tensors = {name: tensors[name] for name in self._types}
         self._path = checkpoint.path
         self._imatrix = read_imatrix(imatrix) if imatrix else None
@@ -54,7 +56,7 @@ class KQuants:
         width = self._tensors[name].shape[-1]
         if found.size == width:
             return found
-        if name in HEADS:  # what llama-quantize passes over
+        if self._specs[name].role.is_looked_up:  # what llama-quantize passes over
             return None
         problem = f"has {found.size} importances for {name}, whose rows have {width} weights"
         raise InputError(self._imatrix.path, problem, "make it with llama-imatrix from this very model")

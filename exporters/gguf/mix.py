@@ -6,18 +6,18 @@ they concern a Gemma decoder; the tests hold them against tables that llama-quan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
+from gemexport.formats.gemma.architecture import TensorSpec
+from gemexport.formats.gemma.roles import Role
+
 Chosen = Callable[[int, int], bool]  # (i, n): whether the i-th of n projections gets the better type
 
-HEADS = ("token_embd.weight", "per_layer_token_embd.weight")  # the head's type is theirs too where there is no other
-_LEFT_ALONE = ("per_layer_model_proj", "ffn_gate_inp")  # small ones that llama.cpp never quantizes
-_PROJECTION = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down)")
+_LEFT_ALONE = (Role.PER_LAYER_MODEL_PROJECTION, Role.ROUTER)  # small ones that llama.cpp never quantizes
 # For rows that are no multiple of 256, the block of all K types; it is F16 where 32 does not divide them either.
 _FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
@@ -58,37 +58,33 @@ MIXES = {
 }
 
 
-def types(mix: Mix, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Type]:
-    """The type of every matrix that llama.cpp quantizes, in the order of `shapes`; what is not in it stays as it is.
+def types(mix: Mix, specs: Mapping[str, TensorSpec], layers: int) -> dict[str, Type]:
+    """The type of every matrix that llama.cpp quantizes, in the order of `specs`; what is not in it stays as it is.
 
-    `shapes` are those of the whole file by its own names, `[out, in]`; `layers` is how many the decoder has.
+    `specs` are those of the whole file by its own names; `layers` is how many the decoder has.
     """
-    values = sorted(layer for name in shapes if (layer := _layer(name, "attn_v")) is not None)
-    tied = "output.weight" not in shapes
+    values = sorted(spec.layer for spec in specs.values() if spec.role is Role.V and spec.layer is not None)
+    tied = all(spec.role is not Role.HEAD for spec in specs.values())
     found = {}
-    for name, shape in shapes.items():
+    for name, spec in specs.items():
         # ggml drops leading axes of length one: a matrix of one row is a vector to it.
-        if len(shape) != 2 or shape[0] == 1 or any(part in name for part in _LEFT_ALONE):
+        if not spec.role.is_matrix or spec.shape[0] == 1 or spec.role in _LEFT_ALONE:
             continue
-        if name == "output.weight" or (tied and name in HEADS):
-            kind = Type.Q8_0 if shape[1] % _block(mix.base) else Type.Q6_K
+        width = spec.shape[1]
+        if spec.role is Role.HEAD or (tied and spec.role.is_looked_up):  # the head's type, where there is no other
+            kind = Type.Q8_0 if width % _block(mix.base) else Type.Q6_K
         else:
-            kind = mix.better if _is_better(mix, name, values, layers) else mix.base
-        found[name] = _fitting(kind, shape[1])
+            kind = mix.better if _is_better(mix, spec, values, layers) else mix.base
+        found[name] = _fitting(kind, width)
     return found
 
 
-def _layer(name: str, part: str) -> int | None:
-    """The layer that this projection belongs to, None for other tensors."""
-    match = _PROJECTION.match(name)
-    return int(match[1]) if match and match[2] == part else None
-
-
-def _is_better(mix: Mix, name: str, values: list[int], layers: int) -> bool:
-    value, down = _layer(name, "attn_v"), _layer(name, "ffn_down")
-    if value is not None:
-        return mix.values(values.index(value), len(values))
-    return down is not None and mix.downs(down, layers)
+def _is_better(mix: Mix, spec: TensorSpec, values: list[int], layers: int) -> bool:
+    if spec.layer is None:
+        return False
+    if spec.role is Role.V:
+        return mix.values(values.index(spec.layer), len(values))
+    return spec.role is Role.DOWN and mix.downs(spec.layer, layers)
 
 
 def _fitting(kind: Type, width: int) -> Type:

@@ -110,7 +110,7 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     looked_up = {PER_LAYER_EMBEDDING} | ({EMBEDDING} if not checkpoint.architecture.tied else set())
     requantized = [
         name for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) == 2 and name not in looked_up and row_grid(tensor) != tensor.grid
+        if checkpoint.model.specs[name].role.is_matrix and name not in looked_up and row_grid(tensor) != tensor.grid
     ]  # fmt: skip
     if not requantized:
         return []

@@ -149,7 +149,7 @@ def _run(
     ignored = [
         module_of(name)
         for name, tensor in plain.tensors.items()
-        if len(tensor.shape) == 2 and tensor.shape[1] % scheme.group_size
+        if plain.model.specs[name].role.is_matrix and tensor.shape[1] % scheme.group_size
     ]
     ignored.insert(0, module_of(HEAD))
     facts = {
@@ -232,7 +232,8 @@ def write_plain(checkpoint: Checkpoint, folder: Path, dtype: DType | None = None
 
     That is `dtype`, or that of its matrices, f32 where they have several.
     """
-    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2}
+    specs = checkpoint.model.specs
+    dtypes = {tensor.dtype for name, tensor in checkpoint.tensors.items() if specs[name].role.is_matrix}
     chosen: DType = dtype or (dtypes.pop() if len(dtypes) == 1 else "f32")
     entries = [Entry(name, DTYPE_NAMES[chosen], tensor.shape) for name, tensor in checkpoint.tensors.items()]
     with ShardedWriter(folder, entries) as out:

@@ -25,6 +25,9 @@ from gemexport.exporters import gguf as exporter
 from gemexport.exporters.gguf.mix import MIXES, types
 from gemexport.formats import gguf
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.gemma.architecture import TensorSpec
+from gemexport.formats.gemma.families import named
+from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gguf.container import Writer, float32, read, string, uint32
 from gemexport.formats.gguf.quantizer import quantize
 from gemexport.formats.grids.recipe import load_recipe
@@ -71,7 +74,9 @@ def test_the_mix_is_llama_cpps(table: str, layers: int, variant: str) -> None:
     rows = _table(f"{table}.tsv")
     shapes: dict[str, tuple[int, ...]] = {row["name"]: (int(row["out"]), int(row["in"])) for row in rows}
     norms: dict[str, tuple[int, ...]] = {"output_norm.weight": (640,), "blk.0.layer_output_scale.weight": (1,)}
-    found = types(MIXES[variant], shapes | norms, layers)
+    places = {file: CANONICAL.find(name) for name, file in gguf.file_names(named("gemma4"), layers).items()}
+    specs = {name: TensorSpec(name, shape, *places[name]) for name, shape in (shapes | norms).items()}
+    found = types(MIXES[variant], specs, layers)
     assert {name: kind.name for name, kind in found.items()} == {
         row["name"]: row[variant] for row in rows if row[variant] != "BF16"
     }
