@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.formats.checkpoint import Checkpoint
@@ -42,6 +43,18 @@ def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 4 like 26B-A4B, experts beside every MLP, in bf16 on a block-32 grid. Do not write to it."""
     return demo.make(tmp_path_factory.mktemp("checkpoints") / "tiny-experts", size="tiny", experts=True)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The tiny Gemma 3 with its grids, by the default recipe."""
+    return with_grids(tiny_gemma3, tmp_path_factory.mktemp("grids") / "gemma3")
+
+
+@pytest.fixture(scope="session")
+def gemma4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The tiny Gemma 4 with its grids, by the default recipe."""
+    return with_grids(tiny_gemma4, tmp_path_factory.mktemp("grids") / "gemma4")
 
 
 # Where the blocks of K-quants have f16 numbers.

@@ -12,13 +12,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import typer
+from samples import with_grids
 
 import gemexport
 from gemexport import cli, demo, registry
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.gemma import families
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.safetensors import read_folder
 from gemexport.registry import Setting, Target
 from gemexport.request import Request, request
@@ -40,12 +39,6 @@ def target() -> Iterator[Target]:
     yield eval(BLOCKS["gemexport/registry.py"], vars(registry))
     for name in made:
         del sys.modules[name]
-
-
-def with_grids(model: Path, folder: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder, load_recipe("default"))
-    return attach(checkpoint, folder)
 
 
 def test_the_new_format_passes_what_every_format_is_judged_by(

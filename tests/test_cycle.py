@@ -7,21 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import with_grids
 
 from gemexport.demo import mobile as demo_mobile
 from gemexport.exporters import compressed_tensors, gguf, mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gguf.container import read
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.registry import TARGETS
 from gemexport.validators.checks.weights import compare
 
 
 def opened(model: Path, work: Path) -> Checkpoint:
     """A checkpoint with the grids of its tensors."""
-    find_grids(open_checkpoint(model, work / "source"), work / "grids", load_recipe("lossless"))
-    return attach(open_checkpoint(model, work / "source"), work / "grids")
+    return with_grids(open_checkpoint(model, work / "source"), work / "grids", "lossless")
 
 
 def blocks(path: Path) -> dict[str, tuple[str, bytes]]:

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.exporters.fitting import Container
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gguf.blocks import E2M1
-from gemexport.formats.grids.recipe import RECIPES
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import (
     ArrayTensor,
     Codes,
@@ -142,8 +141,7 @@ def test_what_is_written_reads_back_or_is_refused_by_name(
     }
     checkpoint = replace(plain, tensors=tensors, unpack=tokenizer.unpack)
     with tempfile.TemporaryDirectory() as folder:
-        find_grids(checkpoint, Path(folder) / "grids", RECIPES["default"])
-        checkpoint = attach(checkpoint, Path(folder) / "grids")
+        checkpoint = with_grids(checkpoint, Path(folder) / "grids")
         for name, variant in VARIANTS:
             target, path = TARGETS[name], TARGETS[name].path(Path(folder), "model", variant)
             notes = target.exporter().export(checkpoint, path, variant=variant).notes

@@ -12,9 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.grids.search import find_grids
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,15 +29,13 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def cache(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(gemma3: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the assembled GGUF file lies already: the tiny model's, as llama.cpp lays one out."""
     pytest.importorskip("gguf")
     from gemexport.exporters import gguf
 
     folder = tmp_path_factory.mktemp("cache")
-    checkpoint = open_checkpoint(tiny_gemma3)
-    find_grids(checkpoint, folder / "grids", RECIPES["default"])
-    gguf.export(attach(checkpoint, folder / "grids"), folder / "gemma-3-270m-q4_k_m.gguf", variant="BF16")
+    gguf.export(gemma3, folder / "gemma-3-270m-q4_k_m.gguf", variant="BF16")
     return folder
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gemma.names import role_of
 from gemexport.formats.gemma.roles import Kind, Role
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import row_count, slices
 from gemexport.registry import TARGETS
 from gemexport.validators.checks.weights import compare
@@ -35,12 +34,6 @@ WRITTEN = [
     ("compressed-tensors", "bf16"),
 ]
 READ = ["gguf", "mlx", "compressed-tensors"]  # artefacts that are checkpoints too
-
-
-def with_grids(model: Path, folder: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder, load_recipe("default"))
-    return attach(checkpoint, folder)
 
 
 @pytest.fixture(scope="module")

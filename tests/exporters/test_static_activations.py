@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import with_grids
 
 from gemexport.demo import mobile as demo_mobile
 from gemexport.exporters import compressed_tensors, coreml
@@ -18,8 +19,6 @@ from gemexport.formats.activations import Activations, CacheActivations, LinearA
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.compressed_tensors.activations import quantizer
 from gemexport.formats.compressed_tensors.settings import Args
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import ShardedWriter, read_folder
 from gemexport.registry import TARGETS
@@ -79,8 +78,7 @@ def test_compressed_tensors(mobile: Checkpoint, tmp_path: Path) -> None:
 
 def test_what_unpacks_early_rounds_nothing(tiny_gemma3: Path, tmp_path: Path) -> None:
     """A packed embedding that is the head too has transformers unpack while it loads, into a model of plain linears."""
-    find_grids(open_checkpoint(tiny_gemma3), tmp_path / "grids", load_recipe("lossless"))
-    checkpoint = attach(open_checkpoint(tiny_gemma3), tmp_path / "grids")
+    checkpoint = with_grids(tiny_gemma3, tmp_path / "grids", "lossless")
     given = Activations({WEIGHT: LinearActivations(Quantizer(0.25))})
     packed = compressed_tensors.export(replace(checkpoint, activations=given), tmp_path / "ct", pack_embeddings=True)
     assert TARGETS["compressed-tensors"].activations(packed.path) is None
@@ -88,8 +86,7 @@ def test_what_unpacks_early_rounds_nothing(tiny_gemma3: Path, tmp_path: Path) ->
 
 
 def test_caches_of_compressed_tensors(tiny_gemma3: Path, tmp_path: Path) -> None:
-    find_grids(open_checkpoint(tiny_gemma3), tmp_path / "grids", load_recipe("lossless"))
-    checkpoint = attach(open_checkpoint(tiny_gemma3), tmp_path / "grids")
+    checkpoint = with_grids(tiny_gemma3, tmp_path / "grids", "lossless")
     caches = {
         layer.index: CacheActivations(Quantizer(0.0625 + layer.index), Quantizer(0.25))
         for layer in checkpoint.architecture.layers

@@ -1,11 +1,23 @@
-"""Random tensors on a grid, which tests of every format need: one way to make them, whatever the kind and the rank."""
+"""Tensors and checkpoints with grids, which tests of every format need: one way to make them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gguf.blocks import E2M1
+from gemexport.formats.grids.recipe import load_recipe
+from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import ArrayTensor, Codes, DType, Floats, Grid, Kind, evaluate, matrix_of, round_to
+
+
+def with_grids(model: Path | Checkpoint, folder: Path, recipe: str = "default") -> Checkpoint:
+    """A checkpoint with the grids of its tensors, which are kept in `folder`."""
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    find_grids(checkpoint, folder, load_recipe(recipe))
+    return attach(checkpoint, folder)
 
 
 def random_codes(shape: tuple[int, ...], bits: int, kind: Kind, stream: np.random.Generator) -> Codes:

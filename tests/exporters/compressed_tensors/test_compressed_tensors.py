@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.exporters import compressed_tensors as exporter
 from gemexport.formats import compressed_tensors
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.tensor import ArrayTensor, Grid, Tensor, expand, round_to
 from gemexport.validators.checks.weights import compare
 
@@ -23,22 +22,6 @@ EMBEDDINGS = "model.embed_tokens.weight"
 PER_LAYER = "model.embed_tokens_per_layer.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-def _with_grids(model: Path, folder: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder, load_recipe("default"))
-    return attach(checkpoint, folder)
-
-
-@pytest.fixture(scope="module")
-def gemma3(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma3, tmp_path_factory.mktemp("grids") / "gemma3")
-
-
-@pytest.fixture(scope="module")
-def gemma4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma4, tmp_path_factory.mktemp("grids") / "gemma4")
 
 
 def _lattice(like: Tensor, block: int, bits: int) -> ArrayTensor:
@@ -202,9 +185,7 @@ def test_scales_of_rows_are_channels(gemma3: Checkpoint, tmp_path: Path) -> None
 
 
 def test_scales_that_loaders_would_round_are_stored_wide(tmp_path: Path) -> None:
-    checkpoint = _with_grids(
-        demo.make(tmp_path / "model", family="gemma3", size="tiny", rule="f16"), tmp_path / "grids"
-    )
+    checkpoint = with_grids(demo.make(tmp_path / "model", family="gemma3", size="tiny", rule="f16"), tmp_path / "grids")
     export = exporter.export(checkpoint, tmp_path / "out")
     assert _config(export.path)["quantization_config"]["dequantize"] is True
     stored = compressed_tensors.tensors(export.path)
@@ -213,7 +194,7 @@ def test_scales_that_loaders_would_round_are_stored_wide(tmp_path: Path) -> None
 
 
 def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
-    checkpoint = _with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
+    checkpoint = with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
     export = exporter.export(checkpoint, tmp_path / "out")
     assert "scales are not bf16 numbers and were rounded" in export.notes[-1]
     grid = compressed_tensors.tensors(export.path)[GATE].grid
@@ -223,7 +204,7 @@ def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
 
 def test_decoder_of_a_multimodal_checkpoint_comes_out_alone(tmp_path: Path) -> None:
     model = demo.make(tmp_path / "model", size="tiny", wrapped=True)
-    checkpoint = _with_grids(model, tmp_path / "grids")
+    checkpoint = with_grids(model, tmp_path / "grids")
     config = _config(exporter.export(checkpoint, tmp_path / "out").path)
     assert config["model_type"] == "gemma4_text"
     assert config["architectures"] == ["Gemma4ForCausalLM"]

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEBOOK, CODEC, stored_name, tensors
 from gemexport.formats.coreml.package import open_package
 from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
 from gemexport.formats.grids import additive_fit
-from gemexport.formats.grids import search as grids
-from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.grids.vector_codec import parse
 from gemexport.formats.storage.errors import InputError
 
@@ -29,12 +27,11 @@ TOKENS = [2, *np.random.default_rng(5).integers(3, 200, 40).tolist()]
 
 
 @pytest.fixture(scope="module", params=["aqlm:2x8", "aqlm:3x5:4"])
-def coded(request: pytest.FixtureRequest, tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def coded(request: pytest.FixtureRequest, gemma4: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The tiny Gemma 4 with its per-layer embeddings in a codec."""
-    checkpoint, folder = open_checkpoint(tiny_gemma4), tmp_path_factory.mktemp("work")
-    grids.find_grids(checkpoint, folder / "grids", RECIPES["default"])
-    additive_fit.find_codec(checkpoint, folder / "codec", parse(request.param))
-    return additive_fit.attach(grids.attach(checkpoint, folder / "grids"), folder / "codec")
+    folder = tmp_path_factory.mktemp("work")
+    additive_fit.find_codec(gemma4, folder / "codec", parse(request.param))
+    return additive_fit.attach(gemma4, folder / "codec")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import TokenType
+from samples import with_grids
 
 from gemexport.exporters import gguf as exporter
 from gemexport.exporters.gguf.facts import metadata, problem, q_norm_factor, rope_frequencies
@@ -25,27 +26,9 @@ from gemexport.formats import gguf
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gguf.container import read
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, DType, Grid, expand, round_to
 from gemexport.validators.checks.weights import compare
-
-
-def _with_grids(model: Path, folder: Path, recipe: str = "default") -> Checkpoint:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder, load_recipe(recipe))
-    return attach(checkpoint, folder)
-
-
-@pytest.fixture(scope="module")
-def gemma3(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma3, tmp_path_factory.mktemp("grids") / "gemma3")
-
-
-@pytest.fixture(scope="module")
-def gemma4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma4, tmp_path_factory.mktemp("grids") / "gemma4")
 
 
 def _lattice(name: str, codes: np.ndarray, scales: np.ndarray, bits: int, dtype: DType = "bf16") -> ArrayTensor:
@@ -108,8 +91,7 @@ def test_a_recipe_for_plain_tensors_passes_through(tiny_gemma3: Path, tmp_path: 
         moved = values * noise.uniform(0.5, 1.5, values.shape).astype(np.float32) if values.ndim == 2 else values
         tensors[name] = ArrayTensor(name, round_to(moved, "bf16"), "bf16")
     moved_checkpoint = replace(plain, tensors=tensors)
-    find_grids(moved_checkpoint, tmp_path / "grids", load_recipe("default"))
-    checkpoint = attach(moved_checkpoint, tmp_path / "grids")
+    checkpoint = with_grids(moved_checkpoint, tmp_path / "grids")
     path = exporter.export(checkpoint, tmp_path / "model.gguf").path
     found = gguf.tensors(path)
     assert read(path).tensors["token_embd.weight"].type == Type.Q8_0

@@ -11,6 +11,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.exporters import gguf as exporter
@@ -20,8 +21,6 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gguf.blocks import E2M1
 from gemexport.formats.gguf.container import read
 from gemexport.formats.gguf.parts import read_parts
-from gemexport.formats.grids.recipe import RECIPES
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import ArrayTensor, Grid, Kind, evaluate, expand, round_to
 from gemexport.validators.checks.weights import compare
 
@@ -150,8 +149,7 @@ def test_fp4_on_other_scales_than_powers_of_two_is_written_plain(plain: Checkpoi
 def test_blocks_of_a_gguf_file_go_back_byte_for_byte(mixed_gguf: Path, tmp_path: Path) -> None:
     """All types with codes, K-quants among them; what has none is compressed as the recipe says."""
     checkpoint = open_checkpoint(mixed_gguf, tmp_path / "scratch")
-    find_grids(checkpoint, tmp_path / "grids", RECIPES["default"])
-    path = exporter.export(attach(checkpoint, tmp_path / "grids"), tmp_path / "back.gguf").path
+    path = exporter.export(with_grids(checkpoint, tmp_path / "grids"), tmp_path / "back.gguf").path
     before, after = read_parts(mixed_gguf), read_parts(path)
     assert before.stored.keys() == after.stored.keys()
     kept = set()

@@ -30,8 +30,6 @@ from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gguf.container import Writer, float32, read, string, uint32
 from gemexport.formats.gguf.quantizer import quantize
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import ArrayTensor
 from gemexport.validators.checks.weights import compare
@@ -123,18 +121,16 @@ def test_slices_and_threads_do_not_show(plain: Checkpoint, tmp_path: Path, monke
     assert quantized == 68
 
 
-def test_what_is_left_or_replaced_is_told(tmp_path: Path, tiny_gemma4: Path) -> None:
+def test_what_is_left_or_replaced_is_told(tmp_path: Path, gemma4: Checkpoint) -> None:
     """Rows of 64 and 96 weights and none of 256; every matrix lies on a lattice."""
-    checkpoint = open_checkpoint(tiny_gemma4)
-    find_grids(checkpoint, tmp_path / "grids", load_recipe("default"))
     path = tmp_path / "model.gguf"
-    result = exporter.export(attach(checkpoint, tmp_path / "grids"), path, variant="Q4_K_M")
+    result = exporter.export(gemma4, path, variant="Q4_K_M")
     kinds = {item.type for item in read(path).tensors.values() if len(item.shape) == 2}
     assert kinds == {Type.Q5_0, Type.Q6_K, Type.Q8_0, Type.BF16}
     left, others = result.notes
     assert "68 matrices left their lattice" in left
     assert "no multiple of 256" in others
-    judged = {item.name: item for item in compare(checkpoint.tensors, gguf.tensors(path)).tensors}
+    judged = {item.name: item for item in compare(gemma4.tensors, gguf.tensors(path)).tensors}
     assert not judged["model.per_layer_model_projection.weight"].requantized
     assert judged["model.per_layer_model_projection.weight"].exact_fraction == 1
     assert judged["model.layers.0.self_attn.q_proj.weight"].requantized

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.exporters import mlx as exporter
@@ -16,30 +17,12 @@ from gemexport.exporters.mlx.config import text_config
 from gemexport.formats import mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gemma.model import architecture
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, DType, Grid, Tensor, expand, round_to
 from gemexport.validators.checks.weights import compare
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-def _with_grids(model: Path, folder: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder, load_recipe("default"))
-    return attach(checkpoint, folder)
-
-
-@pytest.fixture(scope="module")
-def gemma3(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma3, tmp_path_factory.mktemp("grids") / "gemma3")
-
-
-@pytest.fixture(scope="module")
-def gemma4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return _with_grids(tiny_gemma4, tmp_path_factory.mktemp("grids") / "gemma4")
 
 
 def _lattice(like: Tensor, block: int, bits: int, scale_dtype: DType = "bf16") -> ArrayTensor:
@@ -162,7 +145,7 @@ def test_default_scales_hold_every_number(gemma3: Checkpoint, tmp_path: Path) ->
 
 
 def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
-    checkpoint = _with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
+    checkpoint = with_grids(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None), tmp_path / "grids")
     export = exporter.export(checkpoint, tmp_path / "4bit")
     assert [note.split(maxsplit=1)[1][:42] for note in export.notes] == ["scales are not bf16 numbers and were round"]
     stored = mlx.tensors(export.path)

@@ -18,8 +18,6 @@ import pytest
 import tokenizers
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import recognise
 
@@ -51,11 +49,8 @@ console.log(JSON.stringify(found.tolist()[0].map(Number)));
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    opened = open_checkpoint(tiny_gemma3)
-    folder = tmp_path_factory.mktemp("grids")
-    find_grids(opened, folder / "grids", load_recipe("default"))
-    return attach(opened, folder / "grids")
+def checkpoint(gemma3: Checkpoint) -> Checkpoint:
+    return gemma3
 
 
 def installed(command: list[str], cwd: Path, what: str) -> None:

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.tensor import ArrayTensor, Grid, Tensor, expand, narrowest, round_to
 
 onnx = pytest.importorskip("onnx")
@@ -24,12 +22,10 @@ tensors = pytest.importorskip("gemexport.formats.onnx").tensors
 VARIANTS = ("int4", "npu", "f32")
 
 
-@pytest.fixture(scope="module", params=["tiny_gemma3", "tiny_gemma4"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    opened = open_checkpoint(request.getfixturevalue(request.param))
-    folder = tmp_path_factory.mktemp("grids")
-    find_grids(opened, folder / "grids", load_recipe("default"))
-    return attach(opened, folder / "grids")
+@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
 
 
 def regridded(tensor: Tensor, bits: int, block: int, dtype: str = "f16") -> ArrayTensor:

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from gemexport.formats.activations.ranges import ActivationRanges, Activations, read_ranges, static
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import round_to
 
@@ -30,12 +28,10 @@ MOVES = {"Concat", "Gather", "Reshape", "Slice", "Split", "Transpose", "Unsqueez
 INTEGER = {"And", "GreaterOrEqual", "Less", "Max"}
 
 
-@pytest.fixture(scope="module", params=["tiny_gemma3", "tiny_gemma4"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    opened = open_checkpoint(request.getfixturevalue(request.param))
-    folder = tmp_path_factory.mktemp("grids")
-    find_grids(opened, folder / "grids", load_recipe("default"))
-    return attach(opened, folder / "grids")
+@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
 
 
 def export(checkpoint: Checkpoint, path: Path, variant: str = "npu-a16", **options: Any) -> Path:

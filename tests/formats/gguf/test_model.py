@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import Keys
+from samples import with_grids
 from tokenizers import Tokenizer
 
 from gemexport import demo
@@ -25,8 +26,6 @@ from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.model import describe
 from gemexport.formats.gguf.container import Value, Writer, boolean, float32, int32, read, string, uint32
 from gemexport.formats.gguf.vocabulary import Vocabulary, sentencepiece_merges
-from gemexport.formats.grids.recipe import RECIPES
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts
 
@@ -39,9 +38,7 @@ SOURCES = {
 
 
 def exported(model: Path, folder: Path, variant: str = "Q4_0") -> Path:
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder / "grids", RECIPES["default"])
-    return exporter.export(attach(checkpoint, folder / "grids"), folder / f"{model.name}.gguf", variant=variant).path
+    return exporter.export(with_grids(model, folder / "grids"), folder / f"{model.name}.gguf", variant=variant).path
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +163,7 @@ def test_the_tokenizer_comes_back(family: str, request: pytest.FixtureRequest) -
 def test_a_second_export_is_the_same_file(gemma4: Path, tmp_path: Path) -> None:
     """Out of the file, into a file: names, metadata and tensor data are the same bytes, but for the model's name."""
     checkpoint = open_checkpoint(gemma4, tmp_path / "scratch")
-    find_grids(checkpoint, tmp_path / "grids", RECIPES["default"])
-    again = exporter.export(attach(checkpoint, tmp_path / "grids"), tmp_path / "again.gguf").path
+    again = exporter.export(with_grids(checkpoint, tmp_path / "grids"), tmp_path / "again.gguf").path
     assert checkpoint.name == checkpoint_name(gemma4)
     assert again.read_bytes() == gemma4.read_bytes()
 

@@ -9,9 +9,7 @@ import pytest
 
 from gemexport.exporters import compressed_tensors, coreml, gguf, mlx, onnx
 from gemexport.faults.places import PLACES
-from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.grids.recipe import RECIPES
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.registry import TARGETS
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.layers.1.layer_scalar")
@@ -26,25 +24,17 @@ def digest(path: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def grids(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grids")
-    find_grids(open_checkpoint(tiny_gemma4), folder, RECIPES["default"], lambda _: None)
-    return folder
-
-
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_reading_and_writing_back_changes_nothing(target: str, grids: Path, tiny_gemma4: Path, tmp_path: Path) -> None:
+def test_reading_and_writing_back_changes_nothing(target: str, gemma4: Checkpoint, tmp_path: Path) -> None:
     exporter, variant = EXPORTERS[target]
-    checkpoint = attach(open_checkpoint(tiny_gemma4), grids)
     path = TARGETS[target].path(tmp_path, "model", variant)
     path.parent.mkdir(parents=True)
-    exporter.export(checkpoint, path, variant=variant)
+    exporter.export(gemma4, path, variant=variant)
     before = digest(path)
     for name in NAMES:
         place = PLACES[target](path, name)
         numbers = place.read()
-        assert numbers.codes.shape[-1] == checkpoint.tensors[name].shape[-1]
+        assert numbers.codes.shape[-1] == gemma4.tensors[name].shape[-1]
         place.write(numbers)
         again = PLACES[target](path, name).read()
         assert (again.codes == numbers.codes).all()

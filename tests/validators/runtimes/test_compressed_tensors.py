@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import with_grids
 
 from gemexport import demo
 from gemexport.exporters import compressed_tensors as exporter
 from gemexport.formats import compressed_tensors
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
@@ -38,11 +37,9 @@ assert not any(name.startswith("gemexport") for name in sys.modules)
 
 
 @pytest.fixture(scope="module", params=["gemma3", "gemma4"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    model: Path = request.getfixturevalue(f"tiny_{request.param}")
-    grids = tmp_path_factory.mktemp("ct") / "grids"
-    find_grids(open_checkpoint(model), grids, load_recipe("default"))
-    return attach(open_checkpoint(model), grids)
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.mark.parametrize("pack_embeddings", [False, True], ids=["linears", "embeddings"])
@@ -76,8 +73,7 @@ def test_loaded_in_bf16_it_is_the_checkpoint(checkpoint: Checkpoint, tmp_path: P
 @pytest.mark.parametrize("rule", ["f16", "row"])
 def test_other_lattices_load_as_the_checkpoint(tmp_path: Path, rule: str) -> None:
     model = demo.make(tmp_path / "model", size="tiny", rule=rule)
-    find_grids(open_checkpoint(model), tmp_path / "grids", load_recipe("default"))
-    checkpoint = attach(open_checkpoint(model), tmp_path / "grids")
+    checkpoint = with_grids(model, tmp_path / "grids")
     for pack_embeddings in (False, True):
         folder = exporter.export(checkpoint, tmp_path / "out", pack_embeddings=pack_embeddings).path
         command = [sys.executable, "-c", PROGRAM, str(folder), str(model)]

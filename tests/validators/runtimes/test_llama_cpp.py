@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import with_grids
 from tokenizers import Tokenizer
 
 from gemexport.exporters import gguf as exporter
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.gguf import tensors
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.checks.prompts import HARD_TEXTS
@@ -45,9 +44,7 @@ def model(request: pytest.FixtureRequest) -> Path:
 def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """GGUF files of it, by variant."""
     folder = tmp_path_factory.mktemp("gguf")
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, folder / "grids", load_recipe("default"))
-    checkpoint = attach(checkpoint, folder / "grids")
+    checkpoint = with_grids(model, folder / "grids")
     return {
         variant: exporter.export(checkpoint, folder / f"{variant}.gguf", variant=variant).path
         for variant in ("Q4_0", "Q8_0", "BF16", "F32")

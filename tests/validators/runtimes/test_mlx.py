@@ -11,9 +11,7 @@ import pytest
 
 from gemexport.exporters import mlx as exporter
 from gemexport.formats import mlx
-from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
+from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
@@ -25,12 +23,8 @@ pytest.importorskip("mlx_lm")
 
 @pytest.fixture(scope="module", params=["gemma3", "gemma4"])
 def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
-    model: Path = request.getfixturevalue(f"tiny_{request.param}")
-    work = tmp_path_factory.mktemp("mlx")
-    checkpoint = open_checkpoint(model)
-    find_grids(checkpoint, work / "grids", load_recipe("default"))
-    checkpoint = attach(checkpoint, work / "grids")
-    return checkpoint, exporter.export(checkpoint, work / "4bit").path
+    checkpoint: Checkpoint = request.getfixturevalue(request.param)
+    return checkpoint, exporter.export(checkpoint, tmp_path_factory.mktemp("mlx") / "4bit").path
 
 
 def test_conversion(artefact: tuple[Checkpoint, Path]) -> None:

@@ -13,8 +13,6 @@ import pytest
 import tokenizers
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.grids.search import attach, find_grids
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge.wording import check_wording
 
@@ -29,12 +27,10 @@ tensors = pytest.importorskip("gemexport.formats.onnx").tensors
 TOKENS = np.random.default_rng(0).integers(10, 500, 75).tolist()
 
 
-@pytest.fixture(scope="module", params=["tiny_gemma3", "tiny_gemma4"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    opened = open_checkpoint(request.getfixturevalue(request.param))
-    folder = tmp_path_factory.mktemp("grids")
-    find_grids(opened, folder / "grids", load_recipe("default"))
-    return attach(opened, folder / "grids")
+@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
 
 
 def agrees(checkpoint: Checkpoint, path: Path) -> None:
