@@ -15,7 +15,7 @@ import typer
 
 from gemexport._version import __version__
 from gemexport.formats.storage.errors import InputError
-from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats
+from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats, split_variants
 from gemexport.shared.node import StepError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="One Gemma checkpoint in; GGUF, MLX, ONNX, Core ML and compressed-tensors out, each with the numbers that "
     "prove how close it is. Exit status: 0 all well, 1 an artefact failed its validator, 2 the request or the input is "
     "at fault.",
@@ -51,6 +52,10 @@ Fresh = Annotated[
 ]
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL.")
+]
+Variants = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT:VARIANT,…", help="Variants instead of a format's usual ones: gguf:Q8_0,mlx:bf16."),
 ]
 PleCodec = Annotated[
     str | None,
@@ -93,6 +98,7 @@ def export_all(
     out: Out = None,
     only: Annotated[str | None, typer.Option(help="Formats to write, such as gguf,mlx.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    variants: Variants = None,
     adapter: Adapter = None,
     compress: Compress = None,
     compress_python: CompressPython = None,
@@ -108,9 +114,10 @@ def export_all(
 ) -> None:
     """Export MODEL into every format and validate each."""
     _run(
-        as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip), adapter=adapter,
-        compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
-        memory=memory, tokens=tokens, validate=not no_validate, fresh=fresh, ple_codec=ple_codec,
+        as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip),
+        variants=split_variants(variants), adapter=adapter, compress=compress, compress_python=compress_python,
+        calibration=calibration, recipe=recipe, jobs=jobs, memory=memory, tokens=tokens, validate=not no_validate,
+        fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
 
 
@@ -213,7 +220,7 @@ def inspect(
 def plan(
     model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to write.")] = None,
     skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
-    ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
+    variants: Variants = None, ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
     compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
     variant: Annotated[str | None, typer.Option(help="Variants of the one format in --only.")] = None,
@@ -226,9 +233,9 @@ def plan(
     formats = split_formats(only)
     if variant is not None and len(formats) != 1:
         raise InputError("--variant", "is of one format", "name it with --only")
-    variants = {formats[0]: split(variant)} if variant else None
+    chosen = split_variants(variants) | ({formats[0]: split(variant)} if variant else {})
     asked = request(
-        model=model, out=out, formats=formats, skip=split_formats(skip), variants=variants, adapter=adapter,
+        model=model, out=out, formats=formats, skip=split_formats(skip), variants=chosen, adapter=adapter,
         compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
         memory=memory, tokens=tokens, validate=not no_validate, ple_codec=ple_codec,
     )  # fmt: skip

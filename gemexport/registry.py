@@ -184,9 +184,9 @@ TARGETS: dict[str, Target] = {
 
 
 def target(name: str) -> Target:
-    """The target called `name`; InputError when there is none."""
+    """The target called `name`, in letters of any case; InputError when there is none."""
     try:
-        return TARGETS[name]
+        return TARGETS[name.lower()]
     except KeyError:
         raise InputError(name, "is not a format", f"use some of {', '.join(TARGETS)}") from None
 
@@ -204,6 +204,17 @@ def split_formats(text: str | None) -> list[str]:
     if not asked:
         raise InputError(text, "names no format", f"use some of {', '.join(TARGETS)}")
     return [name for name in TARGETS if name in asked]
+
+
+def split_variants(text: str | None) -> dict[str, tuple[str, ...]]:
+    """Variants by format out of an option such as `gguf:Q4_0,gguf:Q8_0,mlx:4bit`; InputError for what is none."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part in split(text or ""):
+        name, colon, variant = (piece.strip() for piece in part.partition(":"))
+        if not (colon and variant):
+            raise InputError(part, "names no variant of a format", "write FORMAT:VARIANT, such as gguf:Q8_0")
+        found[target(name).name] = (*found.get(target(name).name, ()), variant)
+    return found
 
 
 def recognise(path: Path) -> Target:

@@ -128,12 +128,13 @@ def request(
     `further` are fields of a Request as they are, or as they are spelt: `recipe` by its name, `memory` as 8GB.
     """
     said = {name: value for name, value in further.items() if value is not None}
+    chosen = [target(name).name for name in formats or ()]
     try:
         return Request(
             model=Path(model),
             out=Path(_folder(model, adapter) if out is None else out),
-            variants=_chosen(formats or (), skip or (), variants or {}),
-            formats=frozenset(formats or ()),
+            variants=_chosen(chosen, [target(name).name for name in skip or ()], variants or {}),
+            formats=frozenset(chosen),
             adapter=None if adapter is None else Path(adapter),
             calibration=None if calibration is None else Path(calibration),
             compression=compression(compress, compress_python, calibration),
@@ -155,19 +156,20 @@ def _chosen(
 ) -> dict[str, tuple[str, ...]]:
     """All variants that will be written: those that were named, and the defaults of the other formats."""
     chosen = {name: target(name).variants for name in formats or TARGETS if name not in skip}
-    chosen |= {name: _checked(target(name), asked) for name, asked in variants.items()}
+    chosen |= {target(name).name: _checked(target(name), asked) for name, asked in variants.items()}
     if not chosen:
         raise InputError(f"--skip {','.join(skip)}", "leaves no format to write", "skip fewer")
     return chosen
 
 
 def _checked(chosen: Target, asked: Sequence[str]) -> tuple[str, ...]:
-    """The variants asked for, each once; InputError for one that the format does not have, and for none."""
-    unknown = [variant for variant in asked if variant not in chosen.known_variants]
+    """The variants asked for, in letters of any case, each once; InputError for one that there is not, and for none."""
+    known = {variant.lower(): variant for variant in chosen.known_variants}
+    unknown = [variant for variant in asked if variant.lower() not in known]
     if unknown or not asked:
         problem = f"there is no variant {unknown[0]}" if unknown else "no variant is named"
         raise InputError(chosen.name, problem, f"use some of {', '.join(chosen.known_variants)}")
-    return tuple(dict.fromkeys(asked))
+    return tuple(dict.fromkeys(known[variant.lower()] for variant in asked))
 
 
 @dataclass(frozen=True)

@@ -195,12 +195,23 @@ def test_export_step_goes_on_when_a_validator_fails(
     status: int, statuses: tuple[str, ...], verdict: str, tmp_path: Path
 ) -> None:
     inputs = {"model": "my model", "formats": "gguf,mlx", "recipe": "r.toml", "output": "my out"}
-    runner = Runner(tmp_path / "home", inputs=inputs)
+    runner = Runner(tmp_path / "home", inputs=inputs | {"variants": "gguf:Q8_0"})
     arguments = stand_in(runner, status, *statuses)
     done = runner.run(step("Export"))
     assert done.returncode == 0, done.stderr
     assert runner.outputs["export"] == {"verdict": verdict, "report": "my out/report.json", "output": "my out"}
-    expected = ["all", "my model", "--out", "my out", "--recipe", "r.toml", "--only", "gguf,mlx"]
+    expected = [
+        "all",
+        "my model",
+        "--out",
+        "my out",
+        "--recipe",
+        "r.toml",
+        "--only",
+        "gguf,mlx",
+        "--variants",
+        "gguf:Q8_0",
+    ]
     assert arguments.read_text().splitlines() == expected
 
 

@@ -21,7 +21,7 @@ from gemexport.cli import main
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.storage.files import locked
 from gemexport.formats.storage.safetensors import INDEX_NAME, ShardedWriter, read_folder
-from gemexport.registry import split
+from gemexport.registry import split, split_formats, split_variants
 from gemexport.request import request
 
 
@@ -157,6 +157,10 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
         (["onnx", "MODEL", "--no-validate", "--range-method", "max"], "there is no range method max"),
         (["gguf", "MODEL", "--variant", "Q9"], "gguf: there is no variant Q9"),
         (["gguf", "MODEL", "--variant", ","], "gguf: no variant is named"),
+        (["all", "MODEL", "--variants", "gguf"], "gguf: names no variant of a format; write FORMAT:VARIANT"),
+        (["all", "MODEL", "--variants", "gguf:Q8_0,:"], ":: names no variant of a format"),
+        (["all", "MODEL", "--variants", "tflite:int8"], "tflite: is not a format"),
+        (["plan", "MODEL", "--variants", "mlx:8bit"], "mlx: there is no variant 8bit"),
         (["validate", "MODEL", "nothing.gguf"], "nothing.gguf: there is no such file"),
         (["validate", "MODEL", "."], "is no artefact of a format that is known"),
         (["validate", "MODEL", "MODEL", "--qnn-arch", "81"], "--qnn-arch 81: is for --qnn-context"),
@@ -201,6 +205,31 @@ def test_variants_are_told_apart_by_commas_and_made_once(tiny_gemma4: Path) -> N
     assert variants == ("Q4_0", "Q8_0")
     asked = request(model=tiny_gemma4, formats=["gguf"], variants={"gguf": ("Q4_0", "Q8_0", "Q4_0")})
     assert asked.variants == {"gguf": variants}
+
+
+def test_formats_and_variants_are_known_in_letters_of_any_case(tiny_gemma4: Path) -> None:
+    assert split_formats("GGUF, CoreML") == ["gguf", "coreml"]
+    assert split_variants("GGUF:q8_0, gguf:bf16,MLX:4BIT") == {"gguf": ("q8_0", "bf16"), "mlx": ("4BIT",)}
+    variants = {"GGUF": ("q8_0", "Q8_0", "bf16"), "mlx": ("4BIT",)}
+    asked = request(model=tiny_gemma4, formats=["GGUF", "Onnx"], variants=variants)
+    assert asked.formats == {"gguf", "onnx"}
+    assert asked.variants == {"gguf": ("Q8_0", "BF16"), "onnx": ("int4", "npu"), "mlx": ("4bit",)}
+    assert "onnx" not in request(model=tiny_gemma4, skip=["ONNX"]).variants
+
+
+def test_variants_of_all(tiny_gemma4: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_ends_well("plan", tiny_gemma4, "--only", "GGUF,mlx", "--variants", "gguf:q8_0,gguf:F32", "--no-validate")
+    shown = capsys.readouterr().out
+    assert all(step in shown for step in ("export gguf:Q8_0", "export gguf:F32", "export mlx:4bit"))
+    assert "gguf:Q4_0" not in shown
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in ("all", "validate", "inspect", "plan", "demo", "gguf"))])
+def test_help_is_short_too(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    main_ends_well(*command, "-h")
+    short = capsys.readouterr().out
+    main_ends_well(*command, "--help")
+    assert short == capsys.readouterr().out != ""
 
 
 def test_brackets_in_a_path_are_shown(tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
