@@ -49,6 +49,7 @@ class Target:
     extra: str  # what to install
     packages: tuple[str, ...]  # import names that the extra brings
     arithmetics: tuple[str | None, ...] = (None,)  # what its runtime is tried in; None: the one way it has
+    played: str = "f32-reordered"  # the arithmetic of PyTorch that its runtime's f32 is held to
     noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
@@ -106,7 +107,11 @@ class Target:
     def noises_of(self, variant: str) -> tuple[str, ...]:
         """The noises that an artefact of this variant is held to; somebody else's may need any."""
         foreign = variant not in self.known_variants
-        return (*self.noises, *(noise for noise, variants in self.variant_noises if foreign or variant in variants))
+        return (
+            self.played,
+            *self.noises,
+            *(noise for noise, variants in self.variant_noises if foreign or variant in variants),
+        )
 
     def missing(self) -> list[str]:
         """Packages of the extra that are not installed."""
@@ -136,6 +141,7 @@ TARGETS: dict[str, Target] = {
             "gguf/{name}-{variant}.gguf",
             "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
             arithmetics=(None, "f32"), noises=("bf16", "int8-activations"), copies=4,
+            played="f32-f16-gelu",
             variant_noises=(("int8-activations-256", _K_QUANTS),),
             settings=(
                 Setting("imatrix", "Importances for K-quants, from llama-imatrix; docs/kquants.md.", Path, "FILE"),
@@ -163,6 +169,7 @@ TARGETS: dict[str, Target] = {
             "coreml", "Core ML", "iPhones, iPads and Macs", ("int4",), ("int4", "f16", "f32"),
             "coreml/{variant}.mlpackage",
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
+            played="f32-f16-constants",
             computes_with_scales=True,
             codec_variants=("int4",),
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,16 +124,14 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
     # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
     own = bool(checkpoint.files)
     noises = {noise for step, _ in wanted for noise in step.target.noises_of("" if own else step.variant)}
-    if checkpoint.activations:
-        # A last bit that differs moves some activations to the next integer: so far apart are two right programs.
-        noises.add("f32-reordered")
     nodes = []
     if affordable:
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
         noisy = logits if noises else 0
-        nodes.append(Node("reference", call, memory=room, total=total, writes=writes, scratch=noisy, all_cores=True))
+        memory = reference_memory(checkpoint, asked.tokens)
+        nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))
         call = Call(
@@ -145,6 +145,21 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         disk = (logits, programs * logits + step.target.copies * weights) if affordable else (0, 0)
         nodes.append(Node(step.validate_node, call, needs, memory=memory, total=total, writes=disk[0], scratch=disk[1]))
     return nodes
+
+
+def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:
+    """Anonymous bytes that the reference takes: the largest layer in f32, what it makes of a sequence, libraries."""
+    from gemexport.validators.checks.prompts import sequence_length
+
+    decoder = checkpoint.architecture
+    layers: Counter[int | None] = Counter()
+    for spec in checkpoint.model.specs.values():
+        layers[spec.layer] += math.prod(spec.shape)
+    del layers[None]  # tables and the head, of which rows and slices are read
+    length, wide = sequence_length(decoder, tokens), max(layer.intermediate_size for layer in decoder.layers)
+    # Scores before and after the mask and the softmax; the feed-forward's gate, its activation, up, and their product.
+    made = length * max(3 * decoder.heads * length, 4 * wide)
+    return 4 * (max(layers.values()) + made) + RUNTIME_BYTES
 
 
 def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:

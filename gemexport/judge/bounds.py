@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
-# Four times the largest mean KL divergence, in nats, that was measured between right implementations in f32.
-F32_KLD = 1e-5
+import math
+
+# A runtime in f32 is held to so many times the mean KL divergence, in nats, that PyTorch shows when it plays that
+# arithmetic on the run's own weights and tokens; to no less than the first of the two limits, and to no more than the
+# second, which is far beyond what any model was seen to need. Where nothing was played the first alone holds.
+F32_FACTOR = 5.0
+F32_KLD = (1e-10, 1e-3)
 F32_TOP1 = 0.999
 # A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
 NOISE_FACTOR = 2.0
@@ -30,11 +35,10 @@ REQUANTIZED_VECTOR = 1 / 255
 # 0.503 of those that were not clipped.
 ROW_STEPS = 0.5 * (1 + 1e-4)
 BLOCK_STEPS = 1.0
-# Choices between tokens whose logits are closer than this are ties that rounding decides. llama.cpp's f16 table of GELU
-# takes it to a mean KL divergence of 8.5e-6 in f32, which is logits that are off by sqrt(2 * 8.5e-6) = 4.1e-3 nats, and
-# there are two of them. Which of such tokens is the likeliest says nothing, alone or in a greedy continuation.
+# Choices between tokens whose logits are closer than this are ties that rounding decides: which of them is likeliest
+# says nothing, alone or in a greedy continuation. A mean KL divergence d is logits that are off by sqrt(2 d) nats, and
+# there are two of them.
 TIE_NATS = 1e-3
-TIES = {"gguf": 1e-2}
 # Share of the texts that the runtime alone may read differently; with Gemma 3's own tables llama.cpp does 1.0 % so.
 RUNTIME_TEXTS = 0.02
 # What a layer's output may be off by in f32, root mean square over its size. llama.cpp looks GELU up in f16.
@@ -43,3 +47,14 @@ LAYER_ERRORS = {"gguf": 1e-2}
 # Of a matrix in the vector codec: what its fit measured, and room for another order of the same sum in float64. A wrong
 # code among the 587 million of E2B's table at 2x8, a vector as long as the right one, moves it by some 1e-8.
 CODEC_ROOM = 1e-9
+
+
+def f32_limit(played: float | None) -> float:
+    """The mean KL divergence that a runtime in f32 is held to, where PyTorch playing it is off by `played`."""
+    least, most = F32_KLD
+    return least if played is None else min(max(F32_FACTOR * played, least), most)
+
+
+def tie(played: float | None) -> float:
+    """The difference of two logits, in nats, below which a runtime in f32 may choose either."""
+    return max(TIE_NATS, 2 * math.sqrt(2 * f32_limit(played)))

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.judge.bounds import F32_KLD, LAYER_ERROR, LAYER_ERRORS, TIE_NATS, TIES
+from gemexport.judge.bounds import LAYER_ERROR, LAYER_ERRORS, f32_limit, tie
 from gemexport.judge.speed import Speedometer, Stopwatch
 from gemexport.judge.wording import check_wording
 from gemexport.registry import Target
@@ -59,7 +59,8 @@ class Trial:
         self._watch = watch
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
-        self._tie = TIES.get(target.name, TIE_NATS)
+        self._played = place.floors().get(target.played)
+        self._tie = tie(self._played)
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
         self._sequences = place.sequences(checkpoint)
         self._prompt = self._sequences[0][:GREEDY_PROMPT]
@@ -125,7 +126,7 @@ class Trial:
                 with self._watch.time("compare"):
                     total.add(store.logits(sequence), output, sequence)
         conversion, runtime = found.conversion, found.runtime
-        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= F32_KLD:
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= f32_limit(self._played):
             with self._watch.time("walk"):
                 self.departs = self._walk(found)
         return LogitsReport(

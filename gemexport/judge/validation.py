@@ -40,7 +40,9 @@ def validate(place: Place, target: str, path: Path, run_logits: bool, progress: 
     finally:
         trial.close()
     tokenizer_report, chat = trial.wording or (None, None)
-    return Validation(report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, watch.seconds)
+    return Validation(
+        report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, TARGETS[target].played, watch.seconds
+    )
 
 
 def _uncounted(_: int) -> None:

@@ -10,7 +10,7 @@ from gemexport.formats.tensor import DType, Grid
 from gemexport.judge.bounds import (
     BLOCK_STEPS,
     CODEC_ROOM,
-    F32_KLD,
+    F32_FACTOR,
     F32_TOP1,
     NOISE_FACTOR,
     NOISES,
@@ -19,12 +19,12 @@ from gemexport.judge.bounds import (
     ROW_STEPS,
     RUNTIME_TEXTS,
     VECTOR_STEPS,
+    f32_limit,
 )
 from gemexport.judge.diagnosis import diagnose
 from gemexport.shared.bound import Bound
 from gemexport.shared.measured import (
     ChatReport,
-    DepartureReport,
     Divergence,
     LogitsReport,
     TensorReport,
@@ -58,7 +58,7 @@ def bounds(
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
             second = found.logits is not None and logits.runtime != found.logits.runtime
-            result += _conversion(logits, floors, found.departs, f", {logits.runtime}" if second else "")
+            result += _conversion(logits, floors, found, f", {logits.runtime}" if second else "")
     if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
         origin = f"the budget of the recipe {recipe.name}"
         result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
@@ -198,15 +198,13 @@ def _widened(item: TensorReport) -> bool:
     return stored.block > source.block and stored.bits > source.bits
 
 
-def _conversion(
-    report: LogitsReport, floors: Mapping[str, Divergence], departs: DepartureReport | None, program: str
-) -> list[Bound]:
+def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], found: Validation, program: str) -> list[Bound]:
     """The bounds of what a program computed; `program` says in their names which, where it is not the first."""
     conversion = report.conversion
     if conversion is None:
         return []
     if report.arithmetic == "f32":
-        return _in_f32(report, conversion, departs, program)
+        return _in_f32(report, conversion, found, floors.get(found.played), program)
     metric = f"conversion.kld_mean in {report.arithmetic}{program}"
     noises = {name: floors[name] for name in NOISES.get(report.arithmetic, ()) if name in floors}
     if not noises:
@@ -217,14 +215,19 @@ def _conversion(
     return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
 
 
-def _in_f32(report: LogitsReport, conversion: Divergence, departs: DepartureReport | None, program: str) -> list[Bound]:
-    origin = "two right implementations in f32 are closer than that"
-    where = None if departs is None else str(departs)
+def _in_f32(
+    report: LogitsReport, conversion: Divergence, found: Validation, played: Divergence | None, program: str
+) -> list[Bound]:
+    limit = f32_limit(None if played is None else played.kld_mean)
+    multiple = f"{F32_FACTOR:g} times what PyTorch in {found.played} differs from its f32 on the run's own tokens"
+    kld_origin = f"{multiple}, in the limits of docs/bounds.md"
+    origin = "two right implementations in f32 choose the same tokens"
+    where = None if found.departs is None else str(found.departs)
     agreement = conversion.top1_agreement if conversion.top1_but_ties is None else conversion.top1_but_ties
     # Of fewer than a thousand all but one: llama.cpp moves a position in 80 of a right artefact by more than a tie.
     share = min(F32_TOP1, (report.tokens - 1) / max(report.tokens, 1))
     result = [
-        Bound.at_most(f"conversion.kld_mean in f32{program}", conversion.kld_mean, F32_KLD, origin, where),
+        Bound.at_most(f"conversion.kld_mean in f32{program}", conversion.kld_mean, limit, kld_origin, where),
         Bound.at_least(f"conversion.top1_agreement but for ties in f32{program}", agreement, share, origin),
     ]
     if report.greedy is not None:

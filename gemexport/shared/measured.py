@@ -302,4 +302,5 @@ class Validation:
     more_logits: tuple[LogitsReport, ...] = ()
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
     facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    played: str = "f32-reordered"  # the arithmetic of PyTorch that its program's f32 is held to
     steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on

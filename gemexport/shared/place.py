@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ WORK = ".gemexport"
 GRIDS = "grids"
 RANGES = "ranges"
 VECTORS = "ple-codec"  # of the vector codec's fit
+PLAYED_TOKENS = 128  # of the first sequence, on which another f32 is played
+FLOORS = "reference/floors.json"  # file in it of what other arithmetics are off by
 SOURCE = "source"  # of what is unpacked from a model in one file
 
 
@@ -94,6 +97,12 @@ class Place:
 
         parts = (digest, activations.digest() if activations else "", "" if arithmetic == "f32" else arithmetic)
         return ReferenceStore(self.work / "reference" / "-".join(filter(None, parts)), make)
+
+    def floors(self) -> dict[str, float]:
+        """What the reference's step has left here: by arithmetic, how far PyTorch is from its own f32, mean KLD."""
+        path = self.work / FLOORS
+        found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found
 
     def source(self) -> ReferenceStore:
         """The reference's logits with what the checkpoint holds, before it was compressed."""

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from gemexport.validators.reference import experts
 
-Arithmetic = Literal["f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered"]
+Arithmetic = Literal[
+    "f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered", "f32-f16-gelu", "f32-f16-constants"
+]  # fmt: skip
 
 DTYPES: dict[Arithmetic, torch.dtype] = {
     "f32": torch.float32,
@@ -24,16 +26,25 @@ DTYPES: dict[Arithmetic, torch.dtype] = {
     "int8-activations": torch.float32,
     "int8-activations-256": torch.float32,
     "f32-reordered": torch.float32,
+    "f32-f16-gelu": torch.float32,
+    "f32-f16-constants": torch.float32,
 }
 # Inputs of a row that are rounded together: those of ggml's Q8_0 and Q8_K, which its K-quants are multiplied with.
 _ROUNDED: dict[Arithmetic, tuple[int, ...]] = {"int8-activations": (32,), "int8-activations-256": (256, 32)}
 
 
-def install(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
+def install(model: Any, arithmetic: Arithmetic) -> None:
     """Make the linears and experts of `model` compute so from now on, whatever weights they are given."""
+    if arithmetic == "f32-f16-gelu":
+        for module in model.modules():
+            function = getattr(module, "act_fn", None)
+            if isinstance(function, torch.nn.Module):
+                module.act_fn = _HalfTable(function)
+    if arithmetic == "f32-f16-constants":
+        _round_constants(model)
     if arithmetic in _ROUNDED:
         linear = _rounded_linear(_ROUNDED[arithmetic])
-    elif arithmetic == "f32-reordered":
+    elif arithmetic in ("f32-reordered", "f32-f16-constants"):
         linear = _in_halves
     else:
         return
@@ -95,6 +106,34 @@ def _through(module: torch.nn.Linear, linear: experts.Linear, x: torch.Tensor) -
 def _rounded_linear(sizes: tuple[int, ...]) -> experts.Linear:
     """What a linear without bias computes of inputs that are rounded to 8 bits."""
     return lambda x, weight: functional.linear(round_to_int8(x, sizes), weight)
+
+
+def _round_constants(model: Any) -> None:
+    """Factors that a program in f16 has as f16 numbers, however it is evaluated: of per-layer inputs, of a soft cap."""
+    text, cap = model.get_decoder(), model.config.final_logit_softcapping
+    if hasattr(text, "per_layer_input_scale"):
+        text.per_layer_input_scale = _half(text.per_layer_input_scale)
+    if cap is not None:
+        model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: logits * (_half(1 / cap) * cap))
+
+
+def _half(value: float) -> float:
+    return torch.tensor(value).half().item()
+
+
+class _HalfTable(torch.nn.Module):
+    """An activation function as ggml looks it up: by f16 numbers, of f16 numbers, and beyond ±10 the line it nears.
+
+    `ggml_vec_gelu_f32` in ggml's vec.h, compiled with GGML_GELU_FP16, as it is.
+    """
+
+    def __init__(self, function: torch.nn.Module) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = self._function(x.half().float()).half().float()
+        return torch.where(x.abs() < 10, table, functional.relu(x))
 
 
 def _in_halves(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gemexport.formats.grids.recipe import RECIPES, Recipe
+from gemexport.judge.bounds import tie
 from gemexport.judge.verdict import bounds
 from gemexport.registry import TARGETS
 from gemexport.report.schema import verdict
@@ -55,7 +56,7 @@ def logits(arithmetic: Any = "f32", equal: int = 32, tokens: int = 2000, **chang
 
 
 def broken(validation: Validation, recipe: Recipe = RECIPES["default"], **floors: Divergence) -> list[str]:
-    held = bounds(validation, floors, recipe)
+    held = bounds(validation, {"f32-reordered": figures(1e-9), **floors}, recipe)
     assert (verdict(held)[0] == "pass") == all(bound.held for bound in held)
     return [bound.metric for bound in held if not bound.held]
 
@@ -138,6 +139,27 @@ def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
     assert broken(validation, bf16=figures(0.001)) == ["conversion.kld_mean in int8-activations"]
 
 
+def test_f32_is_held_to_what_pytorch_shows_when_it_plays_it() -> None:
+    metric = "conversion.kld_mean in f32"
+    for played, kld, status in (
+        (1e-9, 4.9e-9, []),
+        (1e-9, 5.1e-9, [metric]),
+        (1e-13, 0.9e-10, []),  # the least limit
+        (1e-13, 1.1e-10, [metric]),
+        (1.0, 0.9e-3, []),  # the most
+        (1.0, 1.1e-3, [metric]),
+    ):
+        assert broken(found(tensor(), logits=logits(kld=kld)), **{"f32-reordered": figures(played)}) == status
+    llama = found(tensor(), logits=logits(kld=3e-5), played="f32-f16-gelu")
+    assert broken(llama, **{"f32-f16-gelu": figures(1e-5)}) == []
+    assert broken(llama) == [metric], "what another arithmetic is off by says nothing"
+
+
+def test_ties_are_as_wide_as_the_bound() -> None:
+    assert tie(1e-11) == tie(None) == 1e-3
+    assert tie(1e-5) == pytest.approx(2 * (2 * 5e-5) ** 0.5)
+
+
 def test_k_quants_are_held_to_the_noise_of_wider_blocks() -> None:
     validation = found(tensor(), logits=logits("int8-activations-256", kld=0.013, top1=0.9))
     noises = {"bf16": figures(0.001), "int8-activations": figures(0.005)}
@@ -150,8 +172,7 @@ def test_noises_are_measured_for_who_needs_them() -> None:
     assert "int8-activations-256" not in target.noises_of("Q4_0")
     assert "int8-activations-256" in target.noises_of("Q6_K")
     assert "int8-activations-256" in target.noises_of("somebody-elses"), "its types are not known yet"
-    assert TARGETS["mlx"].noises_of("4bit") == ()
-    assert TARGETS["onnx"].noises_of("int4") == ()
+    assert TARGETS["mlx"].noises_of("4bit") == TARGETS["onnx"].noises_of("int4") == ("f32-reordered",)
     foreign = TARGETS["onnx"].noises_of("somebody-elses")
     assert {"bf16", "int8-activations"} <= set(foreign), "its activations may be f16, or rounded by accuracy_level 4"
 

@@ -11,7 +11,7 @@ import transformers
 
 from gemexport.formats.tensor import ArrayTensor, Tensor
 from gemexport.validators.reference import reference
-from gemexport.validators.reference.arithmetic import round_to_int8
+from gemexport.validators.reference.arithmetic import install, round_to_int8
 from gemexport.validators.runtimes.pytorch import whole
 
 TOKENS = [2, 17, 5, 99, 100, 3, 64, 42, 7, 11, 12, 13, 90, 91, 92, 93, 94, 95, 33, 34]
@@ -143,3 +143,25 @@ def test_missing_and_unknown_tensors_are_named() -> None:
         reference(raw, without, 2)
     with pytest.raises(ValueError, match=r"unexpected_keys.*model\.extra\.weight"):
         reference(raw, {**tensors, "model.extra.weight": tensors["model.norm.weight"]}, 2)
+
+
+def test_gelu_is_looked_up_as_ggml_does_it() -> None:
+    """By the f16 number next to x, to an f16 number; beyond ±10 it is 0 or x itself."""
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Module()})
+    model["mlp"].act_fn = torch.nn.GELU(approximate="tanh")
+    install(model, "f32-f16-gelu")
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.half)
+    x = every[every.isfinite()].float()
+    table = torch.nn.functional.gelu(x, approximate="tanh").half().float()
+    expected = torch.where(x >= 10, x, torch.where(x <= -10, torch.zeros(()), table))
+    torch.testing.assert_close(model["mlp"].act_fn(x), expected, rtol=0, atol=0)
+    between = torch.tensor([1.00001, 12.34567, -9.99999])
+    assert model["mlp"].act_fn(between)[:2].tolist() == [model["mlp"].act_fn(torch.ones(1)).item(), between[1].item()]
+
+
+def test_constants_in_f16_are_as_far_off_as_the_soft_cap() -> None:
+    raw, tensors = {**GEMMA4, "model_type": "gemma4_text"}, _tensors(_model("gemma4_text", GEMMA4))
+    exact = reference(raw, tensors, 2).logits(TOKENS)
+    rounded = reference(raw, tensors, 2, dtype="f32-f16-constants").logits(TOKENS)
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 2.0**-10, "an f16 number is off by 2^-11 of itself"

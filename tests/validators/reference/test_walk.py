@@ -50,15 +50,20 @@ def test_all_sequences_at_once_are_the_whole_model(
         np.testing.assert_array_equal(found, model.logits(sequence))
 
 
-@pytest.mark.parametrize("arithmetic", ["bf16", "int8-activations", "f32-reordered"])
-def test_noises_go_the_same_way(checkpoint: Checkpoint, arithmetic: Arithmetic, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["tiny_gemma3", "tiny_gemma4"])
+@pytest.mark.parametrize(
+    "arithmetic", ["bf16", "int8-activations", "f32-reordered", "f32-f16-gelu", "f32-f16-constants"]
+)
+def test_noises_go_the_same_way(
+    arithmetic: Arithmetic, model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(request.getfixturevalue(model))
     computed: Computed = "bf16" if arithmetic == "bf16" else "f32"
-    decoder = Decoder(checkpoint.text_config, checkpoint.tensors, arithmetic)
-    model = PyTorch(decoder.whole(), computed, 1)
+    held = PyTorch(Decoder(checkpoint.text_config, checkpoint.tensors, arithmetic).whole(), computed, 1)
     for found, sequence in zip(
         _written(checkpoint, tmp_path, 1, dtype=arithmetic), _sequences(checkpoint), strict=True
     ):
-        np.testing.assert_array_equal(found, model.logits(sequence))
+        np.testing.assert_array_equal(found, held.logits(sequence))
 
 
 def test_static_activations_go_the_same_way(tiny_gemma4: Path, tmp_path: Path) -> None:
