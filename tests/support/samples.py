@@ -10,7 +10,19 @@ from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gguf.blocks import E2M1
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import attach, find_grids
-from gemexport.formats.tensor import ArrayTensor, Codes, DType, Floats, Grid, Kind, evaluate, matrix_of, round_to
+from gemexport.formats.tensor import (
+    ArrayTensor,
+    Codes,
+    DType,
+    Floats,
+    Grid,
+    Kind,
+    Tensor,
+    evaluate,
+    expand,
+    matrix_of,
+    round_to,
+)
 
 
 def with_grids(model: Path | Checkpoint, folder: Path, recipe: str = "default") -> Checkpoint:
@@ -55,3 +67,12 @@ def random_tensor(
     rows = [None if part is None else part.reshape(matrix_of(part.shape)) for part in (codes, scales, shifts)]
     values = evaluate(grid, *rows).astype(np.float32).reshape(shape)
     return ArrayTensor(name, round_to(values, dtype), dtype, codes, scales, grid, shifts)
+
+
+def regridded(like: Tensor, block: int, bits: int, scale_dtype: DType = "bf16") -> ArrayTensor:
+    """A bf16 tensor of the same name and shape on another grid."""
+    (out, width), stream = like.shape, np.random.default_rng(block + bits)
+    codes = random_codes((out, width), bits, "symmetric", stream)
+    scales = round_to(stream.uniform(0.001, 0.1, (out, width // block)).astype(np.float32), scale_dtype)
+    values = round_to(codes * expand(scales, block), "bf16")
+    return ArrayTensor(like.name, values, "bf16", codes, scales, Grid(bits, block, scale_dtype, lossless=True))

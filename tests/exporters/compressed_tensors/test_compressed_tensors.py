@@ -9,28 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import with_grids
+from samples import regridded, with_grids
 
 from gemexport import demo
 from gemexport.exporters import compressed_tensors as exporter
 from gemexport.formats import compressed_tensors
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.tensor import ArrayTensor, Grid, Tensor, expand, round_to
+from gemexport.formats.tensor import ArrayTensor, Grid, Tensor, expand
 from gemexport.validators.checks.weights import compare
 
 EMBEDDINGS = "model.embed_tokens.weight"
 PER_LAYER = "model.embed_tokens_per_layer.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-def _lattice(like: Tensor, block: int, bits: int) -> ArrayTensor:
-    """A tensor of the same name and shape on another grid."""
-    (out, width), stream = like.shape, np.random.default_rng(block + bits)
-    codes = stream.integers(-(1 << (bits - 1)), 1 << (bits - 1), (out, width)).astype(np.int8)
-    scales = round_to(stream.uniform(0.001, 0.1, (out, width // block)).astype(np.float32), "bf16")
-    values = round_to(codes * expand(scales, block), "bf16")
-    return ArrayTensor(like.name, values, "bf16", codes, scales, Grid(bits, block, "bf16", lossless=True))
 
 
 def _with(checkpoint: Checkpoint, *tensors: ArrayTensor) -> Checkpoint:
@@ -80,7 +71,7 @@ def test_unpacked_embeddings_are_noted(gemma4: Checkpoint, tmp_path: Path) -> No
 @pytest.mark.parametrize("pack_embeddings", [False, True])
 def test_config_is_what_the_library_writes(gemma3: Checkpoint, tmp_path: Path, pack_embeddings: bool) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    checkpoint = _with(gemma3, _lattice(gemma3.tensors[GATE], 16, 4), _lattice(gemma3.tensors[UP], 64, 8))
+    checkpoint = _with(gemma3, regridded(gemma3.tensors[GATE], 16, 4), regridded(gemma3.tensors[UP], 64, 8))
     written = _config(exporter.export(checkpoint, tmp_path / "out", pack_embeddings=pack_embeddings).path)
     ours = written["quantization_config"]
     assert ours.pop("dequantize") is pack_embeddings
@@ -91,7 +82,7 @@ def test_config_is_what_the_library_writes(gemma3: Checkpoint, tmp_path: Path, p
 
 
 def test_mixed_schemes_are_said_by_module(gemma3: Checkpoint, tmp_path: Path) -> None:
-    narrow, row = _lattice(gemma3.tensors[GATE], 16, 4), _lattice(gemma3.tensors[UP], 64, 8)
+    narrow, row = regridded(gemma3.tensors[GATE], 16, 4), regridded(gemma3.tensors[UP], 64, 8)
     checkpoint = _with(gemma3, narrow, row)
     export = exporter.export(checkpoint, tmp_path / "out")
     groups = _config(export.path)["quantization_config"]["config_groups"]
@@ -167,7 +158,7 @@ def test_several_schemes_with_wide_scales_make_a_model_in_f32(gemma3: Checkpoint
 
 
 def test_wider_blocks_join_the_common_one(gemma3: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = _with(gemma3, _lattice(gemma3.tensors[GATE], 64, 4))
+    checkpoint = _with(gemma3, regridded(gemma3.tensors[GATE], 64, 4))
     export = exporter.export(checkpoint, tmp_path / "out")
     assert len(_config(export.path)["quantization_config"]["config_groups"]) == 1
     found = compare(checkpoint.tensors, compressed_tensors.tensors(export.path))
@@ -176,7 +167,7 @@ def test_wider_blocks_join_the_common_one(gemma3: Checkpoint, tmp_path: Path) ->
 
 def test_scales_of_rows_are_channels(gemma3: Checkpoint, tmp_path: Path) -> None:
     grids = [tensor for tensor in gemma3.tensors.values() if tensor.grid is not None]
-    checkpoint = _with(gemma3, *(_lattice(tensor, tensor.shape[1], 4) for tensor in grids))
+    checkpoint = _with(gemma3, *(regridded(tensor, tensor.shape[1], 4) for tensor in grids))
     export = exporter.export(checkpoint, tmp_path / "out")
     groups = _config(export.path)["quantization_config"]["config_groups"]
     assert [group["weights"]["strategy"] for group in groups.values()] == ["channel"]

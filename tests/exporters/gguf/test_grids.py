@@ -11,17 +11,16 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import with_grids
+from samples import random_tensor, with_grids
 
 from gemexport import demo
 from gemexport.exporters import gguf as exporter
 from gemexport.exporters.fitting import Container
 from gemexport.formats import gguf
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.gguf.blocks import E2M1
 from gemexport.formats.gguf.container import read
 from gemexport.formats.gguf.parts import read_parts
-from gemexport.formats.tensor import ArrayTensor, Grid, Kind, evaluate, expand, round_to
+from gemexport.formats.tensor import ArrayTensor, Kind, evaluate, expand
 from gemexport.validators.checks.weights import compare
 
 NAME, STORED = "model.embed_tokens.weight", "token_embd.weight"
@@ -34,24 +33,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(demo.make(model, family="gemma3", size="tiny", rule=None))
 
 
-def random_tensor(kind: Kind, bits: int, block: int, width: int, seed: int) -> ArrayTensor:
-    """A tensor on a grid of a kind, with scales of 6 bits: f16 holds them, and their product with a zero point."""
-    stream = np.random.default_rng(seed)
-    shape, blocks = (ROWS, width), (ROWS, width // block)
-    levels = E2M1 if kind == "codebook" else ()
-    low = -(1 << bits - 1) if kind == "symmetric" else 0
-    codes = stream.integers(low, low + (1 << bits), shape).astype(np.int8 if low else np.uint8)
-    scales = (stream.integers(33, 64, blocks) * 2.0**-12).astype(np.float32)
-    if kind == "codebook":
-        scales = (2.0 ** stream.integers(-20, 4, blocks)).astype(np.float32)
-    shifts = None
-    if kind == "zero-point":
-        shifts = stream.integers(0, 1 << bits, blocks).astype(np.float32)
-    elif kind == "affine":
-        shifts = round_to(stream.standard_normal(blocks).astype(np.float32), "f16")
-    grid = Grid(bits, block, "bf16" if kind == "codebook" else "f16", lossless=True, kind=kind, levels=levels)
-    values = evaluate(grid, codes, scales, shifts).astype(np.float32)
-    return ArrayTensor(NAME, values, "f32", codes, scales, grid, shifts)
+def tensor_of(kind: Kind, bits: int, block: int, width: int, seed: int) -> ArrayTensor:
+    return random_tensor((ROWS, width), name=NAME, kind=kind, bits=bits, block=block, seed=seed)
 
 
 def export(checkpoint: Checkpoint, folder: Path, tensor: ArrayTensor) -> tuple[Path, list[str]]:
@@ -73,7 +56,7 @@ layouts = st.sampled_from([(16, 96), (32, 96), (32, 80), (64, 192), (96, 96), (2
 def test_a_grid_comes_back_as_it_was_or_is_refused_by_name(
     plain: Checkpoint, kind: tuple[Kind, int], layout: tuple[int, int], seed: int
 ) -> None:
-    tensor = random_tensor(*kind, *layout, seed)
+    tensor = tensor_of(*kind, *layout, seed)
     assert tensor.grid is not None
     answer = exporter.container(tensor.grid, layout[1], "Q4_0")
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +93,7 @@ def test_a_grid_comes_back_as_it_was_or_is_refused_by_name(
     ],
 )
 def test_the_smallest_type_that_holds_the_codes(kind: Kind, bits: int, layout: tuple[int, int], name: str) -> None:
-    grid = random_tensor(kind, bits, *layout, seed=0).grid
+    grid = tensor_of(kind, bits, *layout, seed=0).grid
     assert grid is not None
     answer = exporter.container(grid, layout[1], "Q4_0")
     assert isinstance(answer, Container)
@@ -120,7 +103,7 @@ def test_the_smallest_type_that_holds_the_codes(kind: Kind, bits: int, layout: t
 @pytest.mark.parametrize("kind", ["symmetric", "affine", "zero-point"])
 def test_scales_that_f16_lacks_are_rounded_and_the_codes_stay(kind: Kind, plain: Checkpoint, tmp_path: Path) -> None:
     """As GPTQ's f32 scales are: the validator sees the same codes on rounded scales and biases."""
-    base = random_tensor(kind, 4, 32, 96, seed=1)
+    base = tensor_of(kind, 4, 32, 96, seed=1)
     rows = base.rows(0, ROWS)
     scales = rows.scales * np.float32(1 + 2.0**-20)
     grid = replace(base.grid, scale_dtype="f32")
@@ -135,7 +118,7 @@ def test_scales_that_f16_lacks_are_rounded_and_the_codes_stay(kind: Kind, plain:
 
 
 def test_fp4_on_other_scales_than_powers_of_two_is_written_plain(plain: Checkpoint, tmp_path: Path) -> None:
-    base = random_tensor("codebook", 4, 32, 96, seed=2)
+    base = tensor_of("codebook", 4, 32, 96, seed=2)
     rows = base.rows(0, ROWS)
     scales = rows.scales.copy()
     scales[400, 1] *= 1.5

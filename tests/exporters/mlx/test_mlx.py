@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import with_grids
+from samples import regridded, with_grids
 
 from gemexport import demo
 from gemexport.exporters import mlx as exporter
@@ -18,21 +18,11 @@ from gemexport.formats import mlx
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gemma.model import architecture
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.tensor import ArrayTensor, DType, Grid, Tensor, expand, round_to
+from gemexport.formats.tensor import ArrayTensor
 from gemexport.validators.checks.weights import compare
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-def _lattice(like: Tensor, block: int, bits: int, scale_dtype: DType = "bf16") -> ArrayTensor:
-    """A tensor of the same name and shape on another grid."""
-    (out, width), stream = like.shape, np.random.default_rng(block + bits)
-    codes = stream.integers(-(1 << (bits - 1)), 1 << (bits - 1), (out, width)).astype(np.int8)
-    scales = stream.uniform(0.001, 0.1, (out, width // block)).astype(np.float32)
-    scales = round_to(scales, scale_dtype)
-    values = round_to(codes * expand(scales, block), "bf16")
-    return ArrayTensor(like.name, values, "bf16", codes, scales, Grid(bits, block, scale_dtype, lossless=True))
 
 
 def _with(checkpoint: Checkpoint, *tensors: ArrayTensor) -> Checkpoint:
@@ -93,7 +83,7 @@ def test_newer_spelling_and_wrapped_decoders_give_the_same_config(tiny_gemma4: P
 def test_blocks_become_the_widest_group_that_holds_them(
     gemma3: Checkpoint, tmp_path: Path, block: int, group: int | None
 ) -> None:
-    tensor = _lattice(gemma3.tensors[GATE], block, 4)
+    tensor = regridded(gemma3.tensors[GATE], block, 4)
     export = exporter.export(_with(gemma3, tensor), tmp_path / "4bit")
     stored = mlx.tensors(export.path)[GATE]
     found = compare({GATE: tensor}, {GATE: stored}).tensors[0]
@@ -114,7 +104,7 @@ def test_group_is_regrouped_within_a_row() -> None:
 
 
 def test_mixed_bits_are_said_by_module(gemma3: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = _with(gemma3, _lattice(gemma3.tensors[GATE], 32, 2), _lattice(gemma3.tensors[UP], 64, 8))
+    checkpoint = _with(gemma3, regridded(gemma3.tensors[GATE], 32, 2), regridded(gemma3.tensors[UP], 64, 8))
     export = exporter.export(checkpoint, tmp_path / "4bit")
     assert _config(export.path)["quantization"] == {
         "bits": 4,
@@ -128,7 +118,7 @@ def test_mixed_bits_are_said_by_module(gemma3: Checkpoint, tmp_path: Path) -> No
 
 
 def test_asked_scales_are_rounded_and_noted(gemma3: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = _with(gemma3, _lattice(gemma3.tensors[GATE], 32, 4, "f32"))
+    checkpoint = _with(gemma3, regridded(gemma3.tensors[GATE], 32, 4, "f32"))
     export = exporter.export(checkpoint, tmp_path / "bf16", scales="bf16")
     assert len(export.notes) == 1
     assert GATE in export.notes[0]
@@ -137,7 +127,7 @@ def test_asked_scales_are_rounded_and_noted(gemma3: Checkpoint, tmp_path: Path) 
 
 def test_default_scales_hold_every_number(gemma3: Checkpoint, tmp_path: Path) -> None:
     for dtype in ("f16", "f32"):
-        tensor = _lattice(gemma3.tensors[GATE], 32, 4, dtype)
+        tensor = regridded(gemma3.tensors[GATE], 32, 4, dtype)
         export = exporter.export(_with(gemma3, tensor), tmp_path / dtype)
         assert export.notes == []
         stored = mlx.tensors(export.path)[GATE]
