@@ -34,19 +34,19 @@ class Pieces(TensorBase):
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], pieces: Iterable[Piece]) -> None:
-        self.name, self.shape, self._pieces = name, shape, tuple(pieces)
-        self._ends = list(accumulate(piece.stop - piece.start for piece in self._pieces))
-        dtypes = {piece.tensor.dtype for piece in self._pieces}
+        self.name, self.shape, self.pieces = name, shape, tuple(pieces)
+        self._ends = list(accumulate(piece.stop - piece.start for piece in self.pieces))
+        dtypes = {piece.tensor.dtype for piece in self.pieces}
         self.dtype: DType = dtypes.pop() if len(dtypes) == 1 else "f32"
-        widths = {piece.tensor.shape[-1] for piece in self._pieces}
+        widths = {piece.tensor.shape[-1] for piece in self.pieces}
         if widths != {shape[-1]} or self._ends[-1] != row_count(shape):
             raise ValueError(f"{name}: {self._ends[-1]} rows of {widths} do not make {shape}")
-        self.requantized = any(piece.tensor.requantized for piece in self._pieces)
+        self.requantized = any(piece.tensor.requantized for piece in self.pieces)
 
     @cached_property
     def grid(self) -> Grid | None:
         """The grid that the pieces have in common; None where they have none."""
-        grids = {piece.tensor.grid for piece in self._pieces}
+        grids = {piece.tensor.grid for piece in self.pieces}
         first = next(iter(grids))
         if len(grids) == 1 or first is None or None in grids:
             return first if len(grids) == 1 else None
@@ -74,7 +74,7 @@ class Pieces(TensorBase):
         """The pieces that rows `start` to `stop` lie in, and which rows of each one's tensor they are."""
         index = bisect_right(self._ends, start)
         while start < stop:
-            piece, end = self._pieces[index], min(stop, self._ends[index])
+            piece, end = self.pieces[index], min(stop, self._ends[index])
             offset = piece.stop - self._ends[index]
             yield piece, start + offset, end + offset
             start, index = end, index + 1

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from gemexport import demo
 from gemexport.demo import mobile as demo_mobile
 from gemexport.engine import steps as nodes
-from gemexport.faults import weights
+from gemexport.faults import experts, weights
 from gemexport.faults.folders import TOKENIZER
 from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.grids.recipe import RECIPES
@@ -74,6 +75,7 @@ class Bench:
     whole: bool = False  # run the artefact even if weights and metadata have shown the fault
     floors: dict[str, Divergence] = field(default_factory=dict)
     _mobile: Bench | None = None
+    _mixture: Bench | None = None
 
     def __post_init__(self) -> None:
         self.place = Place(self.model, self.work, self.tokens)
@@ -147,12 +149,21 @@ class Bench:
             self._mobile = Bench(model, self.work / "mobile", self.tokens, self.whole)
         return self._mobile
 
+    def mixture(self) -> Bench:
+        """The same of a model with experts."""
+        if self._mixture is None:
+            model = self.work / "mixture-model"
+            if not model.exists():
+                demo.make(model, size="tiny", experts=True)
+            self._mixture = Bench(model, self.work / "mixture", self.tokens, self.whole)
+        return self._mixture
+
     def cell(self, name: str, target: str, variant: str) -> Cell:
         """Put one fault into one artefact and judge it."""
         fault = applicable(name, target, variant, self)
         if isinstance(fault, str):
             return Cell(name, target, variant, None, fault)
-        bench = self.mobile() if name in ACTIVATIONS else self
+        bench = self.mobile() if name in ACTIVATIONS else self.mixture() if name in experts.FAULTS else self
         path, named = bench.broken(target, variant, fault)
         status, reason = bench.judge(target, variant, path, name in TOKENIZER)
         return Cell(name, target, variant, status in ("fail", "error"), reason, named)
@@ -166,7 +177,7 @@ class Bench:
 
 def catalogue() -> list[str]:
     """The names of all faults, those of the weights first."""
-    return [*weights.FAULTS, *import_module("gemexport.faults.folders").FAULTS, *ACTIVATIONS]
+    return [*weights.FAULTS, *experts.FAULTS, *import_module("gemexport.faults.folders").FAULTS, *ACTIVATIONS]
 
 
 def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | str:
@@ -186,8 +197,8 @@ def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | st
             return "it leaves static scales out"
         own: Fault | str = import_module(f"gemexport.faults.{MODULES[target]}").ACTIVATIONS[name]
         return own
-    if name in weights.FAULTS:
-        return weights.FAULTS[name]
+    if name in weights.FAULTS or name in experts.FAULTS:
+        return {**weights.FAULTS, **experts.FAULTS}[name]
     if (name, variant) == ("KV cache written one position late", "int4") and target == "onnx":
         return NO_CACHE_OF_ITS_OWN
     found: Fault | str = import_module(f"gemexport.faults.{MODULES[target]}").FAULTS[name]

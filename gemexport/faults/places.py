@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gemexport.faults.stored import Q40, Numbers, Packed, Place, Plain, Twice
+from gemexport.faults.stored import Q40, Below, Numbers, Packed, Place, Plain, Twice
+from gemexport.formats.pieces import Pieces
+from gemexport.formats.tensor import row_count
 
 
 def gguf(path: Path, name: str) -> Place:
@@ -17,8 +19,7 @@ def gguf(path: Path, name: str) -> Place:
     from gemexport.formats.gguf.parts import read_parts
 
     tensor = stored_tensors(read_parts(path))[name]
-    rows = 1 if len(tensor.shape) < 2 else tensor.shape[0]
-    data = tensor.blocks(0, rows)
+    data = tensor.blocks(0, row_count(tensor.shape))
     if tensor.type.name == "Q4_0":
         return Q40(data)
     return Plain(data.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.type.name]))
@@ -34,8 +35,13 @@ def folder(path: Path, name: str) -> Place:
     if f"{stem}.weight_packed" in arrays:
         return Packed(arrays[f"{stem}.weight_packed"], [arrays[f"{stem}.weight_scale"]])
     if f"{stem}.scales" in arrays:
-        return Packed(arrays[name], [arrays[f"{stem}.{part}"] for part in ("scales", "biases")])
+        packed, *beside = (_matrix(arrays[key]) for key in (name, f"{stem}.scales", f"{stem}.biases"))
+        return Packed(packed, beside)
     return Plain(arrays[name])
+
+
+def _matrix(array: Any) -> Any:
+    return array.reshape(-1, array.shape[-1])
 
 
 def onnx(path: Path, name: str) -> Place:
@@ -48,6 +54,8 @@ def onnx(path: Path, name: str) -> Place:
 def _onnx(tensor: Any, copied: Any) -> Place:
     if isinstance(tensor, copied):
         return Twice([_onnx(tensor.first, copied), _onnx(tensor.second, copied)])
+    if isinstance(tensor, Pieces):
+        return Below([_onnx(piece.tensor, copied) for piece in tensor.pieces])
     if hasattr(tensor, "packed"):
         return Packed(tensor.packed, [tensor.scales], tensor.transposed)
     array = tensor.array
@@ -65,9 +73,9 @@ def coreml(path: Path, name: str) -> Place:
         data, scale = array.data, array.scale
         assert isinstance(data, Stored)
         assert isinstance(scale, Stored)
-        packed = _blob(data).data.reshape(array.shape[0], -1)
+        packed = _blob(data).data.reshape(row_count(array.shape), -1)
         scales = _blob(scale).data.view("<f4" if scale.kind == "fp32" else "<f2")
-        return Packed(packed, [scales.reshape(scale.shape)])
+        return Packed(packed, [scales.reshape(len(packed), -1)])
     assert isinstance(array, Stored)
     if isinstance(array._source, np.ndarray):
         return Immediate(path, stored_name(name))

@@ -118,6 +118,25 @@ class Plain:
         self._array[:] = numbers.codes.T if self._transposed else numbers.codes
 
 
+class Below:
+    """Rows of a tensor in several places, one below the other."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+
+    def read(self) -> Numbers:
+        found = [place.read() for place in self._places]
+        scales = [np.concatenate(arrays) for arrays in zip(*(each.scales for each in found), strict=True)]
+        return Numbers(np.concatenate([each.codes for each in found]), scales)
+
+    def write(self, numbers: Numbers) -> None:
+        start = 0
+        for place in self._places:
+            stop = start + len(place.read().codes)
+            place.write(Numbers(numbers.codes[start:stop], [array[start:stop] for array in numbers.scales]))
+            start = stop
+
+
 class Twice:
     """One tensor that an artefact holds in two places."""
 

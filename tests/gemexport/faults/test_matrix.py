@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gemexport.faults import experts
 from gemexport.faults.matrix import COLUMNS, Bench, Cell, applicable, catalogue, markdown
 
 FEW = (
@@ -46,6 +47,15 @@ def test_a_fault_is_caught_and_named(target: str, variant: str, fault: str, benc
     cell = bench.cell(fault, target, variant)
     assert cell.caught is not None
     assert complaint(cell) is None
+
+
+@pytest.mark.parametrize(("target", "variant"), COLUMNS)
+def test_faults_of_experts_are_caught_and_named(target: str, variant: str, bench: Bench) -> None:
+    for fault in experts.FAULTS:
+        cell = bench.cell(fault, target, variant)
+        assert cell.caught is not None
+        assert complaint(cell) is None
+        assert cell.by == "weights"
 
 
 @pytest.mark.slow
