@@ -43,6 +43,7 @@ _ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
 _UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 ADAPTER = "adapter_config.json"
+_SNAPSHOT = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]+$")  # of huggingface_hub's cache
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
 READERS: dict[str, str] = {
@@ -154,7 +155,9 @@ def is_gguf(path: Path) -> bool:
 
 def checkpoint_name(path: Path) -> str:
     """What a checkpoint is called: its folder, or its file without the ending and the number of a part."""
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # links stay: the Hub's cache has hashes behind them
+    if (match := _SNAPSHOT.search(path.as_posix())) and path.is_dir():
+        return match["name"]
     return path.name if path.is_dir() else re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE)
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SECONDS = 3
+SECONDS = 2.0
 MEMORY = 512 << 20
 OUTPUT = 16 << 20
 WALL = 300.0  # for a process that waits instead of computing
@@ -26,7 +26,7 @@ class ExceededError(Exception):
     """What was asked takes more time or memory than it may; the text says which: "takes more than 3 s"."""
 
 
-def call(module: str, argument: Any, *, seconds: int = SECONDS, memory: int = MEMORY) -> Any:
+def call(module: str, argument: Any, *, seconds: float = SECONDS, memory: int = MEMORY) -> Any:
     """What `answer(argument)` of a module returns; both are JSON.
 
     Raises ExceededError for more than `seconds` of computing, more than `memory` bytes on top of the interpreter's, or
@@ -40,8 +40,8 @@ def call(module: str, argument: Any, *, seconds: int = SECONDS, memory: int = ME
         raise ExceededError(f"takes more than {WALL:.0f} s") from error
     if done.returncode in (_NO_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):  # what libraries do without memory, or stack
         raise ExceededError(f"takes more than {memory >> 20} MB")
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise ExceededError(f"takes more than {seconds} s")
+    if done.returncode in (-signal.SIGPROF, -signal.SIGXCPU, -signal.SIGKILL):
+        raise ExceededError(f"takes more than {seconds:g} s")
     if done.returncode:
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise RuntimeError(f"{module} ended with status {done.returncode}: {words[-1] if words else ''}")
@@ -50,10 +50,11 @@ def call(module: str, argument: Any, *, seconds: int = SECONDS, memory: int = ME
     return json.loads(done.stdout)
 
 
-def _limit(seconds: int, memory: int) -> None:
+def _limit(seconds: float, memory: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    spent = int(used.ru_utime + used.ru_stime) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds + 1))
+    last = int(used.ru_utime + used.ru_stime + seconds) + 2
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process
+    resource.setrlimit(resource.RLIMIT_CPU, (last, last + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statistics = Path("/proc/self/statm")
     if statistics.exists():  # macOS does not keep to a limit of memory
@@ -64,7 +65,7 @@ def _limit(seconds: int, memory: int) -> None:
 def main() -> None:
     """Read, answer, write."""
     argument, module = json.load(sys.stdin), import_module(sys.argv[1])
-    _limit(int(sys.argv[2]), int(sys.argv[3]))
+    _limit(float(sys.argv[2]), int(sys.argv[3]))
     try:
         text = json.dumps(module.answer(argument))
     except MemoryError:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.checkpoint import checkpoint_name, open_checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.safetensors import INDEX_NAME, Entry, ShardedWriter, read_folder
 
@@ -107,3 +107,17 @@ def test_json_that_is_nested_too_deep_is_named(name: str, model: Path) -> None:
     (model / name).write_text("[" * 100_000)
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         open_checkpoint(model)
+
+
+def test_a_model_in_the_hubs_cache_is_called_as_its_repository(tmp_path: Path) -> None:
+    blob = tmp_path / "models--org--gemma-3--qat" / "blobs" / ("0" * 64)
+    snapshot = tmp_path / "models--google--gemma-3-270m" / "snapshots" / ("ab" * 20)
+    for folder in (blob.parent, snapshot):
+        folder.mkdir(parents=True)
+    blob.touch()
+    (snapshot / "model-Q4_0.gguf").symlink_to(blob)
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert checkpoint_name(snapshot) == "gemma-3-270m"
+    assert checkpoint_name(snapshot / "model-Q4_0.gguf") == "model-Q4_0"
+    assert checkpoint_name(tmp_path / "mine") == "mine"
+    assert checkpoint_name(snapshot / ".." / ".." / ".." / "mine") == "mine"
