@@ -268,8 +268,13 @@ def _run(as_json: bool, **asked: Any) -> None:
         from gemexport.run import run
 
         made = request(**asked)
-        with watching(as_json) as events:
-            report = run(made, events, workers)
+        try:
+            with watching(as_json) as events:
+                report = run(made, events, workers)
+        except BaseException as error:  # a Ctrl-C too
+            for note in getattr(error, "__notes__", ()):
+                print(note, file=sys.stderr)
+            raise
     if as_json:
         _print_json(report.to_json())
     else:

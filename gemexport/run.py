@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from gemexport.engine.scheduler import Scheduler
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import abandon
 from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, model_report
 from gemexport.registry import Target
@@ -35,7 +36,8 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     """Run a request: write its artefacts, the reports and `SHA256SUMS`.
 
     `workers` may have a process that is ready already; all of them have ended when this returns.
-    Raises InputError when the request or the checkpoint is at fault; what was created until then is removed again.
+    Raises InputError when the request or the checkpoint is at fault; of what was created until then, the artefacts that
+    are whole stay, named in notes of the exception, whatever it is, and the rest is removed again.
     Raises StepError when a step fails on which all others rest, and leaves its log.
     """
     started = time.monotonic()
@@ -43,27 +45,25 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     for codec in filter(None, asked.ple_codec):
         check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
-    with ExitStack() as held:
-        with _undone_on_error(asked.out):
-            work = held.enter_context(claim(asked.out, checkpoint, asked.fresh))
-            nodes = graph(asked, checkpoint, work, wanted)
-            check_room(work, nodes, asked.jobs)
-            scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), workers or Workers())
-            with ThreadPoolExecutor(1) as beside:
-                renderer = beside.submit(_renderer)
-                outcomes = scheduler.run(nodes)
-            source, notes = checkpoint, []
-            for name in ("compress", "grids") if asked.compression is not None else ("grids",):
-                value_of(name, outcomes)
-            if asked.compression is not None:
-                checkpoint = asked.place(work, source.name).checkpoint()
-                notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
-            artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
-            errors = [outcome.error for outcome in outcomes.values() if outcome.error]
-            if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
-                raise errors[0]
-        for scratch in ("reference", "logits"):
-            shutil.rmtree(work / scratch, ignore_errors=True)
+    paths = [step.path for step in wanted]
+    with _undone(asked.out, paths), claim(asked.out, checkpoint, asked.fresh) as work, _kept(paths, work):
+        nodes = graph(asked, checkpoint, work, wanted)
+        check_room(work, nodes, asked.jobs)
+        scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), workers or Workers())
+        with ThreadPoolExecutor(1) as beside:
+            renderer = beside.submit(_renderer)
+            outcomes = scheduler.run(nodes)
+        source, notes = checkpoint, []
+        for name in ("compress", "grids") if asked.compression is not None else ("grids",):
+            value_of(name, outcomes)
+        if asked.compression is not None:
+            checkpoint = asked.place(work, source.name).checkpoint()
+            notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
+        artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
+        errors = [outcome.error for outcome in outcomes.values() if outcome.error]
+        if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
+            raise errors[0]
+        _sweep(work)
         report = Report(
             model=model_report(asked, source, checkpoint, outcomes["grids"], notes),
             recipe=asked.recipe.name,
@@ -77,6 +77,12 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         )
         renderer.result().write_reports(report, asked.out)
     return report
+
+
+def _sweep(work: Path) -> None:
+    """Remove what no later run wants."""
+    for scratch in ("reference", "logits"):
+        shutil.rmtree(work / scratch, ignore_errors=True)
 
 
 def _renderer() -> ModuleType:
@@ -142,8 +148,11 @@ def _with_kept_log(name: str, outcome: Outcome) -> Outcome:
 
 
 @contextmanager
-def _undone_on_error(out: Path) -> Iterator[None]:
-    """Remove the output folder again when the block fails, if it was made in it; not for a step, whose log is there."""
+def _undone(out: Path, artifacts: Sequence[Path]) -> Iterator[None]:
+    """Remove the output folder again when the block fails, if it was made in it and no artefact is there.
+
+    Not for a step that failed, whose log is there.
+    """
     existed = out.exists()
     first_made = next((parent for parent in [*reversed(out.parents), out] if not parent.exists()), None)
     try:
@@ -151,9 +160,33 @@ def _undone_on_error(out: Path) -> Iterator[None]:
     except StepError:
         raise
     except BaseException:
-        if not existed and first_made is not None:
+        if not existed and first_made is not None and not any(path.exists() for path in artifacts):
             shutil.rmtree(first_made, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _kept(artifacts: Sequence[Path], work: Path) -> Iterator[None]:
+    """When the block fails, leave nothing half written; notes of the exception name the artefacts that are whole."""
+    before = {path: _written(path) for path in artifacts}
+    try:
+        yield
+    except BaseException as error:
+        for path in artifacts:
+            abandon(path)
+        _sweep(work)
+        for path in artifacts:
+            if _written(path) not in (None, before[path]):
+                error.add_note(f"whole, and kept: {path}")
+        raise
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """What tells the file or folder at `path` from one that replaces it; None where there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[ArtifactReport]]:

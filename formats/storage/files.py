@@ -56,6 +56,15 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+def abandon(path: Path) -> None:
+    """Remove what a process that is gone left of an `atomic` for `path`; what it was about to replace is back."""
+    old = path.with_name(f"{path.name}.old{PARTIAL}")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for left in (old, path.with_name(f"{path.name}{PARTIAL}")):
+        _remove_quietly(left)
+
+
 def locked(path: Path, *, wait: bool = True) -> FileLock:
     """A lock to enter: the file `path`, in a folder that there is, to oneself; another process that wants it waits.
 

@@ -10,8 +10,12 @@ import pytest
 
 import gemexport
 from gemexport import Advance, cli, validate
+from gemexport.engine.dag import graph
+from gemexport.engine.output import Owner, identity
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.storage.errors import InputError
 from gemexport.shared.memory import anonymous_bytes, descendants
-from gemexport.shared.node import Call, Node, StepError
+from gemexport.shared.node import Call, Node, Outcome, StepError
 
 
 def test_the_log_that_a_message_points_to_is_kept(
@@ -87,3 +91,55 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(
     assert not list(tmp_path.iterdir())
     assert not list(descendants(os.getpid()))
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_ctrl_c_keeps_the_artefacts_that_are_whole_and_names_them(
+    existed: bool,
+    tiny_gemma3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Hours of work went with the one artefact that was not finished."""
+    out = tmp_path / "deep" / "out"
+    whole, other = out / "gguf" / "tiny-gemma3-Q8_0.gguf", out / "gguf" / "tiny-gemma3-Q4_0.gguf"
+    if existed:
+        other.parent.mkdir(parents=True)
+        (out / ".gemexport").mkdir()
+        owner = Owner(name="tiny-gemma3", identity=identity(open_checkpoint(tiny_gemma3)))
+        (out / ".gemexport" / "model.json").write_text(owner.model_dump_json())
+        other.write_text("of an earlier run")
+
+    def interrupt(node: Node, outcome: Outcome) -> None:
+        if node.name == "export gguf:Q8_0":
+            other.with_name(f"{other.name}.partial").write_text("as far as a process came")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemexport.report.console._line", interrupt)
+    monkeypatch.setattr(
+        "gemexport.run.graph", lambda *given: [node for node in graph(*given) if "Q4_0" not in node.name]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gguf", str(tiny_gemma3), "-o", str(out), "--variant", "Q4_0,Q8_0", "--no-validate"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"whole, and kept: {whole}\ngemexport: interrupted\n"
+    assert sorted(out.glob("gguf/*")) == [*([other] if existed else []), whole]
+    assert (whole.read_bytes()[:4], not existed or other.read_text()) == (b"GGUF", not existed or "of an earlier run")
+
+
+def test_a_disk_that_has_no_room_for_the_report_keeps_the_artefacts(
+    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: str) -> None:
+        raise InputError(path, "the disk is full", "free some space")
+
+    monkeypatch.setattr("gemexport.report.render.write_text", full)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gguf", str(tiny_gemma3), "-o", str(out), "--no-validate"])
+    assert ended.value.code == 2
+    named, said = capsys.readouterr().err.splitlines()[-2:]
+    assert named == f"whole, and kept: {out / 'gguf' / 'tiny-gemma3-Q4_0.gguf'}"
+    assert said == f"gemexport: {out / 'report.json'}: the disk is full; free some space"
+    assert [path.name for path in out.glob("gguf/*")] == ["tiny-gemma3-Q4_0.gguf"]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from gemexport.formats.storage.files import locked
+from gemexport.formats.storage.files import abandon, locked
 
 HOLDS = """
 import sys
 from pathlib import Path
-from gemexport.formats.storage.files import locked
+from gemexport.formats.storage.files import abandon, locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -34,3 +34,18 @@ def test_a_lock_is_one_processs_at_a_time(tmp_path: Path) -> None:
         with locked(path):  # waits for the other's end
             pass
     assert other.returncode == 0
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_a_killed_process_left_is_abandoned(renamed: bool, tmp_path: Path) -> None:
+    """It may have ended between the two renames that replace a folder."""
+    path = tmp_path / "4bit"
+    before = tmp_path / ("4bit.old.partial" if renamed else "4bit")
+    for folder, text in ((before, "whole"), (tmp_path / "4bit.partial", "half")):
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+    abandon(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path / "weights").read_text() == "whole"
+    abandon(path)
+    assert (path / "weights").read_text() == "whole"
