@@ -15,7 +15,7 @@ import typer
 
 from gemexport._version import __version__
 from gemexport.formats.storage.errors import InputError
-from gemexport.registry import TARGETS, Setting, Target, recognise, split, split_formats, split_variants
+from gemexport.registry import TARGETS, Setting, Target, check_able, recognise, split, split_formats, split_variants
 from gemexport.shared.node import StepError
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def demo(
     """Make a small Gemma 4 on the spot and run it through the whole DAG."""
     from gemexport.demo import make
 
+    check_able(TARGETS.values(), judged=True)
     model = out / "model"
     if not (model / "config.json").is_file():
         make(model)

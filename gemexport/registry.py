@@ -5,8 +5,11 @@ The command line is made from it, so it imports nothing that takes long.
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -119,7 +122,33 @@ class Target:
 
     def install_hint(self) -> str:
         """The command that installs what is missing."""
-        return f"pip install 'gemexport[{self.extra},reference]'"
+        return install(self.extra, "reference")
+
+
+REFERENCE = ("torch", "transformers")  # import names of what every validator compares with
+
+
+def check_able(targets: Iterable[Target], judged: bool) -> None:
+    """InputError where not one of the targets could be written here, or where nothing could judge what is `judged`."""
+    if all(target.missing() for target in targets):
+        raise InputError("gemexport", "nothing is installed that could write any of these formats", install("all"))
+    missing = [package for package in REFERENCE if not _installed(package)]
+    if judged and missing:
+        problem = f"judging needs {' and '.join(missing)}, not installed here"
+        raise InputError("gemexport", problem, f"{install('reference')}, or export with --no-validate")
+
+
+def install(*extras: str) -> str:
+    """The command that installs these extras for the interpreter that runs, of the clone where it came from one."""
+    from importlib.metadata import distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    origin = json.loads(distribution("gemexport").read_text("direct_url.json") or "{}")  # PEP 610
+    url = str(origin.get("url", ""))
+    source = url2pathname(urlsplit(url).path) if url.startswith("file:") and "dir_info" in origin else "gemexport"
+    wanted = f"{source}[{','.join(extras)}]"
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(wanted)}"
 
 
 @cache

@@ -23,7 +23,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import abandon
 from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, model_report
-from gemexport.registry import Target
+from gemexport.registry import Target, check_able
 from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
@@ -113,6 +113,7 @@ def validate(
             artifact, f"is {target.title}, which the NPU's compiler does not take", "leave out --qnn-context"
         )
     checkpoint = asked.checkpoint()
+    check_able([target], judged=True)
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
     with work_beside(artifact) as work:
@@ -202,6 +203,7 @@ def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[Art
             raise InputError(step.target.name, problem, step.target.install_hint())
         left_out.append(
             ArtifactReport(format=step.target.name, variant=step.label, status="skipped",
-                           reason=f"{problem}; {step.target.install_hint()}")
+                           reason=f"{problem}; install gemexport[{step.target.extra},reference]")
         )  # fmt: skip
+    check_able([step.target for step in wanted], asked.validate)
     return possible, left_out

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,38 @@ def test_variants_of_all(tiny_gemma4: Path, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert all(step in shown for step in ("export gguf:Q8_0", "export gguf:F32", "export mlx:4bit"))
     assert "gguf:Q4_0" not in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "lacking", "problem", "extra"),
+    [
+        (("all", "MODEL"), "everything", "nothing is installed that could write any of these formats", "all"),
+        (("demo",), "everything", "nothing is installed that could write any of these formats", "all"),
+        (("gguf", "MODEL"), "everything", "gguf: needs gguf, xllamacpp, which is not installed", "llama,reference"),
+        (("all", "MODEL"), "torch", "judging needs torch, not installed here", "reference"),
+        (("demo",), "torch", "judging needs torch, not installed here", "reference"),
+        (("validate", "MODEL", "MODEL"), "torch", "judging needs torch, not installed here", "reference"),
+    ],
+)
+def test_what_is_not_installed(
+    command: tuple[str, ...],
+    lacking: str,
+    problem: str,
+    extra: str,
+    tiny_gemma4: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The line installs from the clone that this one came from, into the environment that runs it."""
+    monkeypatch.setattr("gemexport.registry._installed", lambda name: lacking not in ("everything", name))
+    monkeypatch.chdir(tmp_path)
+    line = complaint(capsys, *(str(tiny_gemma4) if word == "MODEL" else word for word in command))
+    assert problem in line
+    origin = distribution("gemexport").read_text("direct_url.json")
+    source = Path(__file__).parents[1] if origin and "dir_info" in origin else "gemexport"
+    assert f"{sys.executable} -m pip install '{source}[{extra}]'" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in ("all", "validate", "inspect", "plan", "demo", "gguf"))])
