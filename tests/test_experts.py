@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from samples import with_grids
 
+import gemexport
 from gemexport import demo
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.gemma.names import role_of
@@ -176,3 +177,13 @@ def test_what_the_docs_tell_transformers_is_enough(checkpoint: Checkpoint, tmp_p
     assert ran.stdout.startswith("The capital of France is")
     assert "newly initialized" not in ran.stderr
     assert "MISSING" not in ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "spelling"), [("max/7", "global_head_dim"), (None, "per_layer_config")])
+def test_every_default_artefact_passes(rule: str | None, spelling: str, tmp_path: Path) -> None:
+    model = demo.make(tmp_path / "model", size="tiny", experts=True, rule=rule, spelling=spelling, wrapped=True)
+    report = gemexport.export(model, tmp_path / "out", tokens=128)
+    expected = [(name, variant) for name, target in TARGETS.items() for variant in target.variants]
+    found = [(item.format, item.variant, item.status, item.reason) for item in report.artifacts]
+    assert found == [(*one, "pass", None) for one in expected]

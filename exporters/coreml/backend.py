@@ -23,7 +23,8 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import stored_name
 from gemexport.formats.coreml.activations import cache_name
 from gemexport.formats.gemma.architecture import Architecture, Layer
-from gemexport.formats.gemma.names import EMBEDDING, HEAD
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, role_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.tensor import Floats
 
 INPUT_IDS, LOGITS = "inputIds", "logits"
@@ -144,11 +145,13 @@ class MILBackend:
 
     def _product(self, x: Var, weight: str) -> Var:
         stored = self._weight(weight)
+        # Scores that float16 rounds choose other experts.
+        compute = "fp32" if role_of(weight) is Role.ROUTER else self._compute
         # Large and small by turns: only what a norm gave is known to fit float16 as it is.
-        wild = self._compute == "fp16" and x.dtype == types.fp32 and x.name not in self._normed
+        wild = compute == "fp16" and x.dtype == types.fp32 and x.name not in self._normed
         part = self.scale(x, HEADROOM) if wild else x
         name = stored_name(weight).removesuffix("_weight") + "_linear"
-        y = self._times(self._cast(part, self._compute), stored.weight, name)
+        y = self._times(self._cast(part, compute), stored.weight, name)
         y = self.scale(self._cast(y, "fp32"), 1 / HEADROOM) if wild else y
         if stored.biases is None:
             return y
