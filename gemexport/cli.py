@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemexport._version import __version__
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import InputError, shown
 from gemexport.registry import TARGETS, Setting, Target, check_able, recognise, split, split_formats, split_variants
 from gemexport.shared.node import StepError
 
@@ -274,7 +274,7 @@ def _run(as_json: bool, **asked: Any) -> None:
                 report = run(made, events, workers)
         except BaseException as error:  # a Ctrl-C too
             for note in getattr(error, "__notes__", ()):
-                print(note, file=sys.stderr)
+                print(shown(note), file=sys.stderr)
             raise
     if as_json:
         _print_json(report.to_json())
@@ -291,8 +291,8 @@ def _table(report: Report, out: Path) -> None:
     console = Console(highlight=False, markup=False)
     print_table(report, console, out)
     for note in report.model.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True)
-    console.print(f"\n{out / 'report.html'} has the details", style="dim", soft_wrap=True)
+        console.print(shown(f"note: {note}"), style="yellow", soft_wrap=True)
+    console.print(f"\n{shown(str(out / 'report.html'))} has the details", style="dim", soft_wrap=True)
 
 
 def _print_json(text: str) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from gemexport.engine.dag import graph
 from gemexport.engine.disk import artifact_bytes
+from gemexport.formats.storage.errors import shown
 from gemexport.report.render import size
 from gemexport.request import Request, steps
 from gemexport.shared.place import WORK
@@ -47,8 +48,8 @@ def print_plan(asked: Request, as_json: bool) -> None:
         table.add_row(node.name, ", ".join(node.needs), size(node.memory), size(written) if written else "")
     console.print(table)
     limits = f"{asked.jobs} at a time, within {size(asked.memory)}"
-    console.print(f"\n{limits}; artefacts go to {escape(str(asked.out))}", soft_wrap=True)
+    console.print(f"\n{limits}; artefacts go to {escape(shown(str(asked.out)))}", soft_wrap=True)
     for name, reason in refused.items():
-        console.print(f"{escape(name)} will be refused: {escape(reason)}", style="yellow", soft_wrap=True)
+        console.print(f"{escape(shown(name))} will be refused: {escape(shown(reason))}", style="yellow", soft_wrap=True)
     if without:
         console.print(f"not installed, and left out: {', '.join(without)}", style="yellow")

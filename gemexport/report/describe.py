@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.grids.lattice import likely_block
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import InputError, shown
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, recognise
@@ -38,12 +38,17 @@ def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None
         return
     for key, value in facts.items():
         if key != "grids":
-            console.print(f"[bold]{key:<14}[/bold]{escape(str(value))}", soft_wrap=True)
+            console.print(f"[bold]{key:<14}[/bold]{_plain(str(value))}", soft_wrap=True)
     table = Table("grid", "tensors", "weights", box=None, pad_edge=False, header_style="bold")
     for row in facts["grids"]:
-        table.add_row(row["grid"], str(row["tensors"]), quantity(row["weights"]))
+        table.add_row(_plain(row["grid"]), str(row["tensors"]), quantity(row["weights"]))
     console.print()
     console.print(table)
+
+
+def _plain(text: str) -> str:
+    """Text with nothing in it that rich or the terminal would act on."""
+    return escape(shown(text))
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:
@@ -136,9 +141,9 @@ def print_verdict(report: ArtifactReport) -> None:
     """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
     console = Console(highlight=False)
     style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
-    console.print(f"[{style}]{report.status}[/]  {report.format} {escape(str(report.path))}", soft_wrap=True)
+    console.print(f"[{style}]{report.status}[/]  {report.format} {_plain(str(report.path))}", soft_wrap=True)
     if report.reason:
-        console.print(escape(report.reason), style=style, soft_wrap=True)
+        console.print(_plain(report.reason), style=style, soft_wrap=True)
     if report.weights:
         exact = share(report.weights.exact_fraction)
         console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")
@@ -159,10 +164,10 @@ def print_verdict(report: ArtifactReport) -> None:
     if report.npu:
         _print_npu(report.npu, console)
     for note in report.notes:
-        console.print(f"  {escape(note)}", soft_wrap=True)
+        console.print(f"  {_plain(note)}", soft_wrap=True)
     for bound in report.bounds:
         mark, style = ("held", "") if bound.held else ("BROKEN", "red")
-        console.print(f"  {mark:<7} {escape(str(bound))}", soft_wrap=True, style=style)
+        console.print(f"  {mark:<7} {_plain(str(bound))}", soft_wrap=True, style=style)
 
 
 def _print_npu(npu: NpuReport, console: Console) -> None:
@@ -170,13 +175,13 @@ def _print_npu(npu: NpuReport, console: Console) -> None:
     console.print(f"npu         HTP v{npu.architecture}, {npu.compiler}, {npu.seconds:.0f} s", soft_wrap=True)
     if npu.context:
         console.print(
-            f"            {size(npu.context_bytes)} of context binaries in {escape(npu.context)}", soft_wrap=True
+            f"            {size(npu.context_bytes)} of context binaries in {_plain(npu.context)}", soft_wrap=True
         )
     for refusal in npu.refused:
         where = f"{refusal.graph} {refusal.node} ({refusal.operator})"
-        console.print(f"  refused {escape(f'{where}: {refusal.reason}')}", soft_wrap=True)
+        console.print(f"  refused {_plain(f'{where}: {refusal.reason}')}", soft_wrap=True)
     for error in npu.errors:
-        console.print(f"  {escape(error)}", soft_wrap=True)
+        console.print(f"  {_plain(error)}", soft_wrap=True)
     for compared in npu.comparisons:
         figures = compared.divergence
         console.print(

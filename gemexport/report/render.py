@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from gemexport.formats.storage.errors import shown
 from gemexport.report.charts import LAYER, Column, LayerErrors, OperatingPoints, layer_errors, operating_points
 from gemexport.report.checksums import write_sums
 from gemexport.report.junit import render_junit
@@ -69,20 +70,20 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
     headings = ("format", "size", "exact", "KLD conversion", "KLD loss", "verdict")
     rows = [_terminal_row(artifact) for artifact in report.artifacts]
     widths = [max(cell_len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
-    paths = [_under(out, artifact.path) for artifact in report.artifacts]
+    paths = [shown(_under(out, artifact.path)) for artifact in report.artifacts]
     used = sum(widths) + 2 * len(widths)
     beside = used + max((cell_len(path) for path in paths), default=0) <= console.width
     title = _line(headings, widths, "bold", "bold") + (Text("  path", "bold") if beside else "")
     console.print(title, soft_wrap=True)
     for artifact, row, path in zip(report.artifacts, rows, paths, strict=True):
         line = _line(row, widths, "", _STYLES[artifact.status])
-        below = [Text(f"  {artifact.run}", "dim")] if artifact.run else []
+        below = [Text(f"  {shown(artifact.run)}", "dim")] if artifact.run else []
         if path and beside:
             line += Text(f"  {path}")
         elif path:
             below.insert(0, Text(f"  {path}"))
         if artifact.reason:
-            below.append(Text(f"  {artifact.reason}", _STYLES[artifact.status]))
+            below.append(Text(f"  {shown(artifact.reason)}", _STYLES[artifact.status]))
         for text in (line, *below):
             text.rstrip()
             console.print(text, soft_wrap=True, highlight=False)
@@ -289,7 +290,7 @@ def describe(artifact: ArtifactReport) -> str:
 def describe_layer(column: Column) -> str:
     """A layer's errors in a line: `layer 7: 0.012 in mlp.down_proj, the largest of 7`."""
     rank = f"the largest of {column.count}" if column.count > 1 else "the only one"
-    return f"{column.name}: {number(column.error)} in {kind(column.worst.name)}, {rank}"
+    return shown(f"{column.name}: {number(column.error)} in {kind(column.worst.name)}, {rank}")
 
 
 def divergences(artifact: ArtifactReport) -> list[tuple[str, str, Divergence]]:
@@ -366,6 +367,11 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
+def _finalized(value: object) -> object:
+    """What a template shows: the text of strangers does nothing to a terminal or a browser."""
+    return shown(value, lines=True) if type(value) is str else value
+
+
 @cache
 def _environment(html: bool) -> Environment:
     environment = Environment(
@@ -375,10 +381,11 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_finalized,
     )
     figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
     pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors, draw_points, draw_layers)
-    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, excerpts)
+    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, shown, excerpts)
     environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}
     return environment

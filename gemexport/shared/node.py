@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Outcome:
         """Why there is no value, in one line that says where more is to be read."""
         if self.error is not None:
             return str(self.error)
-        return f"{self.failure}; see {self.log}" if self.log else str(self.failure)
+        return shown(f"{self.failure}; see {self.log}" if self.log else str(self.failure))
 
 
 @dataclass(frozen=True)

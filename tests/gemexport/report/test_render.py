@@ -469,3 +469,33 @@ def test_heat_map_puts_layers_in_columns_and_kinds_in_rows() -> None:
         ("embed_tokens", [(0, 0)]),
         ("mlp.up_proj", [(0, 0), (3, 4)]),
     ]
+
+
+def test_names_of_strangers_do_nothing_to_a_terminal_or_a_page() -> None:
+    """ESC and BEL, a line feed, a turn of the direction of text, and a byte that is no UTF-8."""
+    name, escaped = "a\x1b[2J\x07\u202eb\udcff", "a\\x1b[2J\\x07\\u202eb\\udcff"
+    plain = sample_report(layers=1)
+    first = plain.artifacts[0]
+    assert first.weights is not None
+    tensors = tuple(item.model_copy(update={"name": f"{name}.{item.name}"}) for item in first.weights.tensors)
+    stored = first.weights.model_copy(update={"tensors": tensors, "missing": (name,), "exact_fraction": 0.5})
+    changes = {
+        "path": f"gguf/{name}\nc.gguf",
+        "run": f"run {name}\nc",
+        "reason": name,
+        "notes": (name,),
+        "weights": stored,
+    }
+    model = plain.model.model_copy(update={"name": name, "notes": (name,), "left_out": (name,), "source": name})
+    report = plain.model_copy(update={"model": model, "artifacts": (first.model_copy(update=changes),)})
+    console = Console(file=io.StringIO(), width=200)
+    render.print_table(report, console, Path(f"out{name}"))
+    assert isinstance(console.file, io.StringIO)
+    table = console.file.getvalue()
+    assert f"out{escaped}/gguf/{escaped}\\nc.gguf" in table
+    assert f"run {escaped}\\nc\n" in table
+    markdown, page = render.render_markdown(report), render.render_html(report)
+    assert f"    run {escaped}\\nc\n" in markdown
+    assert f"<code>run {escaped}\\nc</code>" in page
+    for text in (table, markdown, page):
+        assert not set("\x1b\x07\u202e\udcff") & set(text.removesuffix("\n"))
