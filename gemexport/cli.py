@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
+from contextlib import suppress
 from inspect import Parameter, Signature
 from io import TextIOWrapper
 from pathlib import Path
@@ -313,6 +315,16 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(_TERMINATED)
 
 
+def _system_error(error: OSError) -> InputError:
+    """What the system refused, in a line: a name that is too long, or a full disk behind the output."""
+    reason = (error.strerror or type(error).__name__).lower()
+    if error.filename is not None:
+        return InputError(error.filename, f"cannot be used ({reason})", "choose another path")
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # else it is tried again on leaving
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return InputError("standard output or a file", f"cannot be written ({reason})", "see where the output goes")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an InputError becomes one line and exit status 2, a step that did not succeed one and 1."""
     # Until a step runs, the time goes into imports: they make many objects, and no garbage worth looking for.
@@ -321,7 +333,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, where that it cannot be written becomes a line
+    except OSError as error:
+        told = _system_error(error)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)  # as click does where it meets it: whoever reads has enough, and no line is for them
+        print(f"gemexport: {told}", file=sys.stderr)
+        sys.exit(2)
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)

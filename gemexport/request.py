@@ -129,6 +129,8 @@ def request(
     """
     said = {name: value for name, value in further.items() if value is not None}
     chosen = [target(name).name for name in formats or ()]
+    for path in (model, out or "."):
+        _check_name(path)
     try:
         return Request(
             model=Path(model),
@@ -143,6 +145,14 @@ def request(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(str(first["loc"][0]), first["msg"], "see help(gemexport.export)") from error
+
+
+def _check_name(path: str | Path) -> None:
+    """InputError for a path that is no UTF-8: reports and the formats' own files have no way to hold it."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(path, "has a name that is no UTF-8", "rename it, or choose another") from error
 
 
 def _folder(model: str | Path, adapter: str | Path | None) -> str:

@@ -347,6 +347,30 @@ def test_output_that_cannot_be_written(
     assert "choose another folder with -o" in line
 
 
+def test_names_that_are_too_long_or_no_utf8(
+    tiny_gemma4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "(file name too long)" in complaint(capsys, "all", tiny_gemma4, "-o", tmp_path / ("x" * 300))
+    assert "(file name too long)" in complaint(capsys, "all", tmp_path / ("x" * 300))
+    assert "\\udcff: has a name that is no UTF-8" in complaint(capsys, "all", tiny_gemma4, "-o", tmp_path / "\udcff")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_nobody_takes(tiny_gemma4: Path) -> None:
+    """A full device is a line; a pipe whose reader has gone is nothing to talk about."""
+    said = (
+        "gemexport: standard output or a file: cannot be written (no space left on device); see where the output goes\n"
+    )
+    reader, closed = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for place, expected in ((full, (2, said)), (closed, (1, ""))):
+        command = [sys.executable, "-m", "gemexport.cli", "inspect", str(tiny_gemma4), "--json"]
+        done = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(place)
+        assert (done.returncode, done.stderr) == expected
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 400 kB, where the system lets us mount one."""

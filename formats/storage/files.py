@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 PARTIAL = ".partial"
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def remove(path: Path) -> None:
@@ -85,7 +88,9 @@ def explained(error: OSError, path: Path) -> Exception:
     """An InputError for the system errors that a user can mend (full disk, permissions), else `error` itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(path, "the disk is full", "free some space, or choose another folder with -o")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+    if error.errno == errno.EFBIG:
+        return InputError(path, "is larger than a file may be here", "see `ulimit -f`, or choose another folder")
+    if error.errno in _REFUSED:
         reason = os.strerror(error.errno).lower()
         return InputError(path, f"cannot be written ({reason})", "choose another folder with -o")
     return error
