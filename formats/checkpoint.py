@@ -43,6 +43,7 @@ _ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
 _UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 ADAPTER = "adapter_config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 _SNAPSHOT = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]+$")  # of huggingface_hub's cache
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
@@ -138,6 +139,11 @@ def _open(path: Path, scratch: Path | None) -> Checkpoint:
         return _gguf(path, scratch)
     if path.exists():
         regular(path)
+    if not path.exists() and _HUB_ID.fullmatch(path.as_posix()) and not path.parent.exists():
+        remedy = (
+            f"if it is a model of the Hub, hf download {path.as_posix()} --local-dir {path.name}, and give {path.name}"
+        )
+        raise InputError(path, "there is no such file or folder", remedy)
     problem = "is a file of no format that is known" if path.exists() else "there is no such file or folder"
     raise InputError(path, problem, "give the folder of a checkpoint in Hugging Face layout, or a .gguf file")
 

@@ -144,6 +144,8 @@ def test_damaged_checkpoint(damage: str, model: Path, tmp_path: Path, capsys: py
     ("arguments", "problem"),
     [
         (["all", "nowhere"], "nowhere: there is no such file or folder"),
+        (["all", "google/gemma-3-270m-it"], "hf download google/gemma-3-270m-it --local-dir gemma-3-270m-it, and give"),
+        (["inspect", "google/gemma"], "google/gemma: there is no such file or folder; if it is a model of the Hub, hf"),
         (["all", "MODEL", "--only", "gguf,tflite"], "tflite: is not a format"),
         (["all", "MODEL", "--memory", "lots"], "--memory lots: is not a size"),
         (["all", "MODEL", "--recipe", "magic"], "magic: is neither a recipe nor a file"),

@@ -18,7 +18,7 @@ from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError, shown
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.tensor import Grid, Tensor
-from gemexport.registry import TARGETS, recognise
+from gemexport.registry import TARGETS, Target, recognise
 from gemexport.report.render import number, quantity, share, size
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import NpuReport
@@ -31,8 +31,10 @@ def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None
         facts = _checkpoint_facts(path, adapter)
     elif is_gguf(path):
         facts = _gguf_facts(path)
+    elif path.suffix == ".onnx" and path.is_file():
+        facts = _artifact_facts(path, TARGETS["onnx"])
     else:
-        facts = _checkpoint_facts(path) if _is_checkpoint(path) else _artifact_facts(path)
+        facts = _checkpoint_facts(path) if _is_checkpoint(path) or not path.exists() else _artifact_facts(path)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -96,9 +98,9 @@ def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]
     }
 
 
-def _artifact_facts(path: Path) -> dict[str, Any]:
+def _artifact_facts(path: Path, target: Target | None = None) -> dict[str, Any]:
     """An artefact's tensors and the grids that they are stored on."""
-    target = recognise(path)
+    target = target or recognise(path)
     if missing := [package for package in target.missing() if package != target.runtime]:
         raise InputError(path, f"is {target.title}, which needs {', '.join(missing)}", target.install_hint())
     tensors = target.reader().tensors(path)
