@@ -208,7 +208,7 @@ def validate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or an artefact.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an artefact or an output folder.")],
     adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:

@@ -16,17 +16,21 @@ from rich.table import Table
 from gemexport.formats.checkpoint import is_gguf, open_checkpoint
 from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError, shown
+from gemexport.formats.storage.files import PARTIAL
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, recognise
 from gemexport.report.render import number, quantity, share, size
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import NpuReport
+from gemexport.shared.place import WORK
 
 
 def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None:
-    """Print what a checkpoint, with an adapter merged in if one is given, or an artefact holds."""
-    console = Console(highlight=False)
+    """Print what a checkpoint (and an adapter merged into it), an artefact or a folder of artefacts holds."""
+    if adapter is None and (artifacts := _artifacts(path)):
+        _print_facts([_artifact_facts(file, target) for file, target in artifacts], as_json)
+        return
     if adapter is not None:
         facts = _checkpoint_facts(path, adapter)
     elif is_gguf(path):
@@ -35,9 +39,30 @@ def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None
         facts = _artifact_facts(path, TARGETS["onnx"])
     else:
         facts = _checkpoint_facts(path) if _is_checkpoint(path) or not path.exists() else _artifact_facts(path)
+    _print_facts(facts, as_json)
+
+
+def _artifacts(out: Path) -> list[tuple[Path, Target]]:
+    """The artefacts in an output folder of ours, in the registry's order; none in any other folder."""
+    if not (out / WORK).is_dir():
+        return []
+    places = [(target, target.path(Path(), "*", "*").as_posix()) for target in TARGETS.values()]
+    return [(found, target) for target, place in places for found in sorted(out.glob(place)) if found.suffix != PARTIAL]
+
+
+def _print_facts(facts: dict[str, Any] | list[dict[str, Any]], as_json: bool) -> None:
+    """Print the facts of one thing, or of several, below each other."""
     if as_json:
         print(json.dumps(facts, indent=2))
         return
+    for i, one in enumerate(facts if isinstance(facts, list) else [facts]):
+        if i:
+            print()
+        _print_one(one)
+
+
+def _print_one(facts: dict[str, Any]) -> None:
+    console = Console(highlight=False)
     for key, value in facts.items():
         if key != "grids":
             console.print(f"[bold]{key:<14}[/bold]{_plain(str(value))}", soft_wrap=True)
