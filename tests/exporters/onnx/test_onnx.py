@@ -213,7 +213,7 @@ def test_the_decoders_config_lies_beside_the_graphs(checkpoint: Checkpoint, tmp_
 
 
 def test_answers_end_and_tokens_are_chosen_as_generation_config_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Chat models may name the end of a turn in generation_config.json alone, which onnxruntime-genai does not read."""
+    """onnxruntime-genai reads genai_config.json alone: all ends go there, and the template's end of a turn."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoint.path, folder)
     settings = {"do_sample": True, "eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "cache_implementation": "x"}
@@ -222,7 +222,7 @@ def test_answers_end_and_tokens_are_chosen_as_generation_config_says(checkpoint:
         (folder / "generation_config.json").write_text(json.dumps(said))
         path = export(open_checkpoint(folder), tmp_path / str(len(found))).path
         found.append(json.loads((path / "genai_config.json").read_text("utf-8")))
-    assert [said["model"]["eos_token_id"] for said in found] == [[1, 106], list(checkpoint.architecture.eos_token_ids)]
+    assert [said["model"]["eos_token_id"] for said in found] == [[1, 106, 6], [1, 6]]
     kept = [{key: said["search"].get(key) for key in ("do_sample", "top_k", "top_p")} for said in found]
     assert kept == [{"do_sample": True, "top_k": 64, "top_p": 0.95}, {"do_sample": False, "top_k": None, "top_p": None}]
 

@@ -20,7 +20,7 @@ export = pytest.importorskip("gemexport.exporters.onnx").export
 adapter = pytest.importorskip("gemexport.validators.runtimes.openvino")
 onnxruntime = pytest.importorskip("gemexport.validators.runtimes.onnxruntime")
 divergence = pytest.importorskip("gemexport.validators.checks.divergence")
-reference = pytest.importorskip("gemexport.validators.reference").reference
+whole = pytest.importorskip("gemexport.validators.runtimes.pytorch").whole
 tensors = pytest.importorskip("gemexport.formats.onnx").tensors
 
 TOKENS = np.random.default_rng(0).integers(10, 500, 75).tolist()
@@ -39,7 +39,7 @@ def test_an_artefact_is_the_model(checkpoint: Checkpoint, tmp_path: Path, grids:
     path = export(source, tmp_path / "npu", variant="npu", context=128, prefill=16).path
     assert adapter.takes(path)
     runtime = adapter.load(path, threads=1, context=128)
-    model = reference(source.text_config, tensors(path), 1)
+    model = whole(source.text_config, tensors(path), 1)
     total = divergence.Divergence()
     total.add(model.logits(TOKENS), runtime.logits(TOKENS), TOKENS)
     assert total.kld_max < 1e-6
