@@ -22,7 +22,7 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 ADDED, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS, ADDED, templates.FILE, "tokenizer.model", stops.GENERATION)
 NOTES = "notes.json"  # in a folder of composed files
-VERSION = "1"  # of what is composed; another one makes it anew
+VERSION = "2"  # of what is composed; another one makes it anew
 # Of the checkpoint's folder: read elsewhere, or nothing that a program needs.
 _READ = ("config.json", templates.OLD_FILE)
 _PLAIN = (".md", ".txt", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".gitattributes", ".gitignore", ".log")
@@ -64,6 +64,10 @@ def compose(folder: Path, source: Mapping[str, Any], decoder: Decoder, read: Seq
     generation = read_optional_json(folder / stops.GENERATION)
     said = stops.check(folder / stops.GENERATION, generation)
     tokenizer, files, notes = dict(source), dict[str, str](), list[str]()
+    if not settings:
+        settings = _usual_settings(folder, source, decoder)
+        files[SETTINGS] = _dumped(settings)
+        notes.append(f"there is no {SETTINGS}, which programs read: one is made of the configs, as transformers has it")
     notes += _leftovers(tokenizer)
     notes += _composed_tokens(folder, tokenizer, settings)
     if tokenizer != source:
@@ -81,6 +85,21 @@ def compose(folder: Path, source: Mapping[str, Any], decoder: Decoder, read: Seq
     )
     notes += _stopped(ends, said, decoder, generation, files, {index: text for text, index in ids.items()})
     return Composed(files, (*notes, *_unread(folder, (*FILES, *_READ, *read))))
+
+
+def _usual_settings(folder: Path, source: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """What transformers takes for a Gemma's tokenizer_config.json where there is none."""
+    texts = {index: text for text, index in source["model"]["vocab"].items()}
+    texts |= {item["id"]: item["content"] for item in source.get("added_tokens") or ()}
+    ids = {"bos_token": decoder.bos, "eos_token": next(iter(decoder.eos), None), "pad_token": decoder.pad}
+    named = {name: texts.get(index) for name, index in ids.items()} | {"unk_token": source["model"].get("unk_token")}
+    listed = read_optional_json(folder / SPECIAL_TOKENS)
+    named |= {name: text_of(listed[name]) for name in _NAMED if name in listed}
+    return {
+        "add_bos_token": True,
+        "tokenizer_class": "GemmaTokenizer",
+        **{name: text for name, text in named.items() if text is not None},
+    }
 
 
 def _dumped(content: Mapping[str, Any]) -> str:

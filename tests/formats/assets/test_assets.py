@@ -55,6 +55,18 @@ def test_files_that_say_all_are_taken_as_they_are(tiny_gemma4: Path, tmp_path: P
     assert [file.name for file in kept.iterdir()] == ["notes.json"]
 
 
+def test_settings_that_are_not_there_are_those_of_transformers(model: Path) -> None:
+    """onnxruntime-genai reads no tokenizer without them, and llama.cpp has to be told of BOS."""
+    given = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    (model / "tokenizer_config.json").unlink()
+    found = unpacked(model)
+    made = json.loads((found.folder / "tokenizer_config.json").read_text("utf-8"))
+    assert only(found, "no tokenizer_config.json")
+    wanted = ("add_bos_token", "bos_token", "pad_token", "tokenizer_class", "unk_token")
+    assert {key: made[key] for key in wanted} == {key: given[key] for key in wanted}
+    assert made["eos_token"] == "<eos>"  # as config.json has it
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
