@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,19 +80,32 @@ def test_what_judging_leaves_on_the_way_lies_beside_the_artefact(
     assert "Traceback" in log.read_text()
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does(
-    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Batch systems and `timeout` send it: the message, a signal's status, no process and nothing half written stay."""
-    monkeypatch.setattr("gemexport.report.console._line", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["gguf", str(tiny_gemma3), "-o", str(tmp_path / "out"), "--no-validate"])
-    assert ended.value.code == 143
-    assert capsys.readouterr().err == "gemexport: interrupted\n"
+TERMINATED = """
+import os, signal, sys
+from gemexport import cli
+from gemexport.report import console
+from gemexport.shared.memory import descendants
+
+console._line = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print(len(list(descendants(os.getpid()))), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """Batch systems and `timeout` send it: the message, a signal's status, no process and nothing half written stay.
+
+    In a process of its own, which a signal that nobody handles would end.
+    """
+    command = [sys.executable, "-P", "-c", TERMINATED, "gguf", str(tiny_gemma3), "--no-validate"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (143, "gemexport: interrupted\n")
+    assert done.stdout == "0 True\n"
     assert not list(tmp_path.iterdir())
-    assert not list(descendants(os.getpid()))
-    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.parametrize("existed", [False, True])
