@@ -33,7 +33,7 @@ from gemexport.engine.processes import environment
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.search import GridTensor
 from gemexport.formats.storage.safetensors import Entry, MappedTensor, ShardedWriter, read_folder
-from gemexport.formats.tensor import Grid, matrix_of, row_slices
+from gemexport.formats.tensor import ArrayTensor, Grid, matrix_of, row_slices
 from gemexport.shared.memory import MemoryWatch, anonymous_bytes
 
 NAME, NORM, SCALES = "model.embed_tokens.weight", "model.norm.weight", "scales.f32"
@@ -87,8 +87,11 @@ def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
     """Peak and initial anonymous memory in bytes, and seconds, of a step in this process."""
     os.cpu_count = lambda: threads  # what the steps go by
     whole = open_checkpoint(folder / "model")
-    tensors = {NAME: large(folder), NORM: whole.tensors[NORM]}
-    action = step(name, replace(whole, tensors=tensors), folder)
+    rows, width = (tensor := large(folder)).shape
+    tensors = {NAME: tensor, NORM: ArrayTensor(NORM, np.ones(width, np.float32), "bf16")}
+    decoder = whole.architecture.model_copy(update={"vocab_size": rows, "hidden_size": width})
+    model = replace(whole.model, decoder=decoder)  # exporters ask it for the shapes that tensors have
+    action = step(name, replace(whole, tensors=tensors, model=model), folder)
     before, started = anonymous_bytes() or 0, time.perf_counter()
     with MemoryWatch(interval=0.005) as watch:
         action()
