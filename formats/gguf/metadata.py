@@ -97,7 +97,7 @@ class Metadata:
         if type(value) is int:
             value = np.full(layers, value) if abs(value) < LARGEST else value
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != layers:
-            raise self.wrong(key, f"a whole number, or {layers} of them")
+            raise self.wrong(key, f"a whole number, or {layers} of them as block_count says")
         if not ((value >= 1) & (value < LARGEST)).all():
             raise self.wrong(key, "whole numbers from 1 up")
         return [int(item) for item in value]
