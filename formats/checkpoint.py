@@ -112,6 +112,15 @@ class Checkpoint:
         """Bytes of the decoder's tensors as stored; of a model in files of its own, bytes of these."""
         return sum(file.stat().st_size for file in self.files) if self.files else self.plain_nbytes()
 
+    def facts(self) -> str:
+        """What is another once the model is: its files' names, sizes and times, and the adapter, a line each."""
+        lines = [] if self.adapter is None else [f"adapter {self.adapter}"]
+        for path in self.files or sorted(self.path.glob("*")):
+            if path.suffix in (".safetensors", ".json", ".gguf"):
+                status = path.stat()
+                lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+        return "".join(f"{line}\n" for line in lines)
+
     def plain_nbytes(self) -> int:
         """Bytes of the decoder's tensors in their dtypes, without codes: what an exporter's progress counts."""
         return sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in self.tensors.values())

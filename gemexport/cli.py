@@ -50,7 +50,11 @@ Memory = Annotated[
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens that logits are compared on.")]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
 Fresh = Annotated[
-    bool, typer.Option("--fresh/--resume", help="Start anew, or use the grids that an earlier run found.")
+    bool,
+    typer.Option(
+        "--fresh/--resume",
+        help="Start anew, also in another model's folder, or use the grids that an earlier run found.",
+    ),
 ]
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -25,6 +26,11 @@ from gemexport.report.schema import (
 from gemexport.request import Request, Step
 from gemexport.shared.measured import Divergence, GridReport, NpuReport, Validation
 from gemexport.shared.node import Outcome, succeeded
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest that is another once the model's files are: what a report's rows were measured of."""
+    return hashlib.sha256(checkpoint.facts().encode()).hexdigest()
 
 
 def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
@@ -109,6 +115,7 @@ def model_report(
         parameters=decoder.parameters(),
         bytes=source.nbytes(),
         source=str(asked.model),
+        fingerprint=fingerprint(source),
         left_out=source.left_out,
         compression=None if asked.compression is None else asked.compression.method,
         adapter=None if asked.adapter is None else str(asked.adapter),

@@ -22,13 +22,14 @@ from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import abandon
 from gemexport.judge.speed import machine
-from gemexport.outcomes import artifact_report, model_report
+from gemexport.outcomes import artifact_report, fingerprint, model_report
 from gemexport.registry import Target, check_able
+from gemexport.report.earlier import merged, withdrawn
 from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
-from gemexport.shared.place import Place
+from gemexport.shared.place import FLEETING, Place
 from gemexport.shared.scratch import keep_log
 
 
@@ -46,14 +47,21 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
     paths = [step.path for step in wanted]
-    with _undone(asked.out, paths), claim(asked.out, checkpoint, asked.fresh) as work, _kept(paths, work):
+    written = {step.path.relative_to(asked.out).as_posix(): (step.target.name, step.label) for step in wanted}
+    mark = fingerprint(checkpoint)
+    with (
+        _undone(asked.out, paths),
+        claim(asked.out, checkpoint, asked.fresh) as work,
+        withdrawn(asked.out, checkpoint.name, mark, written) as earlier,
+        _kept(paths, work),
+    ):
         nodes = graph(asked, checkpoint, work, wanted)
         check_room(work, nodes, asked.jobs)
         scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), workers or Workers())
         with ThreadPoolExecutor(1) as beside:
             renderer = beside.submit(_renderer)
             outcomes = scheduler.run(nodes)
-        source, notes = checkpoint, []
+        source, notes = checkpoint, [*earlier.notes]
         for name in ("compress", "grids") if asked.compression is not None else ("grids",):
             value_of(name, outcomes)
         if asked.compression is not None:
@@ -68,7 +76,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             model=model_report(asked, source, checkpoint, outcomes["grids"], notes),
             recipe=asked.recipe.name,
             versions=package_versions(),
-            artifacts=tuple(artifacts),
+            artifacts=merged(earlier.rows, artifacts),
             machine=machine(),
             jobs=asked.jobs,
             reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
@@ -81,8 +89,8 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
 
 def _sweep(work: Path) -> None:
     """Remove what no later run wants."""
-    for scratch in ("reference", "logits"):
-        shutil.rmtree(work / scratch, ignore_errors=True)
+    for name in FLEETING:
+        shutil.rmtree(work / name, ignore_errors=True)
 
 
 def _renderer() -> ModuleType:

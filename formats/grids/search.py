@@ -88,14 +88,7 @@ class GridTensor(TensorBase):
 
 def fingerprint(checkpoint: Checkpoint, settings: BaseModel) -> str:
     """A digest of what is found in a checkpoint with these settings: sizes and times of its files, config, adapter."""
-    digest = hashlib.sha256(settings.model_dump_json().encode())
-    if checkpoint.adapter is not None:
-        digest.update(f"adapter {checkpoint.adapter}\n".encode())
-    for path in checkpoint.files or sorted(checkpoint.path.glob("*")):
-        if path.suffix in (".safetensors", ".json", ".gguf"):
-            status = path.stat()
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256((settings.model_dump_json() + checkpoint.facts()).encode()).hexdigest()
 
 
 def find_grids(

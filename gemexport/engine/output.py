@@ -19,7 +19,7 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import PARTIAL, atomic, explained, locked, remove
 from gemexport.shared import scratch
-from gemexport.shared.place import GRIDS, RANGES, SOURCE, VECTORS, WORK
+from gemexport.shared.place import FLEETING, GRIDS, RANGES, SOURCE, VECTORS, WORK
 
 OWNER = "model.json"
 LOCK = "lock"  # held by the run that writes
@@ -51,20 +51,15 @@ def identity(checkpoint: Checkpoint) -> str:
 def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
     """Make `out` this model's, and this process's until the block ends; yields the folder for intermediate files in it.
 
-    Raises InputError, having written nothing, when the folder cannot be written, holds another model's artefacts, or
-    is another run's.
+    Raises InputError, having written nothing, when the folder cannot be written, holds another model's artefacts and is
+    not to be begun `fresh`, or is another run's.
     """
     owner = Owner(name=checkpoint.name, identity=identity(checkpoint))
     work = out / WORK
     marker = work / OWNER
     if marker.is_file():
-        try:
-            found = Owner.model_validate_json(marker.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(marker, "is damaged", f"remove {work}, or choose another folder with -o") from error
-        if found.identity != owner.identity:
-            problem = f"holds the artefacts of another model ({found.name})"
-            raise InputError(out, problem, "choose another folder with -o")
+        if not fresh:
+            _check_owner(out, marker, owner)
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(out, "is not empty and not an output folder of gemexport", "choose another folder with -o")
     elif out.exists() and not out.is_dir():
@@ -81,11 +76,22 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
             raise explained(error, work / LOCK) from error
         for name in (GRIDS, VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
             remove(work / name)
-        for left in [*(work / SOURCE).glob(f"*{PARTIAL}"), work / scratch.FOLDER]:  # by a run that was killed
+        partial_sources, fleeting = (work / SOURCE).glob(f"*{PARTIAL}"), [work / name for name in FLEETING]
+        for left in [*partial_sources, *fleeting, work / scratch.FOLDER]:  # by a run that was killed
             remove(left)
         with atomic(marker) as partial:
             partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
         yield work
+
+
+def _check_owner(out: Path, marker: Path, owner: Owner) -> None:
+    remedy = "choose another folder with -o, or have this one with --fresh"
+    try:
+        found = Owner.model_validate_json(marker.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(marker, "is damaged", remedy) from error
+    if found.identity != owner.identity:
+        raise InputError(out, f"holds the artefacts of another model ({found.name})", remedy)
 
 
 @contextmanager

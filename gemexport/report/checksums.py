@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gemexport.report.schema import ArtifactReport, FileReport, write_text
 
+SUMS = "SHA256SUMS"
+
 
 def describe_files(root: Path, path: Path) -> tuple[FileReport, ...]:
     """The files of the artefact at `path` (a file or a folder), sorted, their paths relative to `root`."""
@@ -38,7 +40,7 @@ def write_sums(out: Path, artifacts: Iterable[ArtifactReport]) -> Path:
     the same `SHA256SUMS`.
     """
     files = {file.path: file for artifact in artifacts for file in artifact.files}
-    return write_text(out / "SHA256SUMS", "".join(_sum_line(files[path]) for path in sorted(files)))
+    return write_text(out / SUMS, "".join(_sum_line(files[path]) for path in sorted(files)))
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from gemexport.formats.storage.errors import shown
 from gemexport.report.charts import LAYER, Column, LayerErrors, OperatingPoints, layer_errors, operating_points
 from gemexport.report.checksums import write_sums
 from gemexport.report.junit import render_junit
-from gemexport.report.schema import ArtifactReport, Report, write_text
+from gemexport.report.schema import JSON, ArtifactReport, Report, write_text
 from gemexport.shared.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
 
 NONE = "–"
@@ -39,7 +39,7 @@ _EXACT_CLASSES = (1.0, 0.9999, 0.99, 0.9, 0.5)
 
 def write_reports(report: Report, out: Path) -> None:
     """Write `report.json`, `.html`, `.md`, `.junit.xml` and `SHA256SUMS` into `out`. Raises InputError."""
-    write_text(out / "report.json", report.to_json())
+    write_text(out / JSON, report.to_json())
     write_text(out / "report.html", render_html(report))
     write_text(out / "report.md", render_markdown(report))
     write_text(out / "report.junit.xml", render_junit(report))

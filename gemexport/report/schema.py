@@ -31,6 +31,7 @@ from gemexport.shared.measured import (
 Status = Literal["pass", "fail", "error", "skipped"]
 
 SCHEMA = 1
+JSON = "report.json"
 _PACKAGES = (
     *(
         "gemexport",
@@ -81,6 +82,7 @@ class ModelReport(ReportModel):
     parameters: int
     bytes: int
     source: str
+    fingerprint: str | None = None  # of the files that it was read from
     left_out: tuple[str, ...] = ()
     adapter: str | None = None
     compression: str | None = None
@@ -109,6 +111,15 @@ class ValidationReport(ReportModel):
     seconds: float
     runtime_seconds: float
     steps: dict[str, float] = Field(default_factory=dict)
+
+
+class Origin(ReportModel):
+    """What measured a row of an earlier run: a report tells this of its own run."""
+
+    recipe: str | None = None
+    versions: dict[str, str]
+    machine: str | None = None
+    jobs: int | None = None
 
 
 class ArtifactReport(ReportModel):
@@ -140,6 +151,7 @@ class ArtifactReport(ReportModel):
     bounds: tuple[Bound, ...] = ()
     validation: ValidationReport | None = None
     seconds: float = 0.0
+    earlier: Origin | None = None  # the run that measured it, where it is not the one that wrote the report
 
     def to_json(self) -> str:
         """This artefact as JSON with a newline at its end."""
@@ -147,7 +159,7 @@ class ArtifactReport(ReportModel):
 
 
 class Report(ReportModel):
-    """A whole run: the model that went in and one entry for each artefact, in the order of the request."""
+    """A whole run: the model that went in and one entry for each artefact, those of earlier runs in the folder too."""
 
     schema_version: int = SCHEMA
     model: ModelReport
@@ -162,8 +174,8 @@ class Report(ReportModel):
 
     @property
     def ok(self) -> bool:
-        """Whether no artefact failed its validator or stopped with an error."""
-        return all(artifact.status in ("pass", "skipped") for artifact in self.artifacts)
+        """Whether no artefact of this run failed its validator or stopped with an error."""
+        return all(row.status in ("pass", "skipped") for row in self.artifacts if row.earlier is None)
 
     def to_json(self) -> str:
         """What `report.json` holds: fields in the order above, and a newline at the end."""
