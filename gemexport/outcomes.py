@@ -13,7 +13,7 @@ from gemexport.judge.diagnosis import rounded_as_run
 from gemexport.judge.npu import npu_bounds
 from gemexport.judge.verdict import bounds
 from gemexport.report.checksums import artifact_sha256, describe_files
-from gemexport.report.notes import left_notes, wording_notes
+from gemexport.report.notes import lattice_notes, wording_notes
 from gemexport.report.schema import (
     ArtifactReport,
     ExportStats,
@@ -108,7 +108,7 @@ def model_report(
     asked: Request, source: Checkpoint, checkpoint: Checkpoint, found: Outcome, further: list[str]
 ) -> ModelReport:
     """The report of the model `source`, and of the grids of what was made of it."""
-    decoder = checkpoint.architecture
+    decoder, index = checkpoint.architecture, found.value if isinstance(found.value, GridIndex) else None
     return ModelReport(
         name=source.name,
         architecture=checkpoint.model.family.name,
@@ -119,8 +119,8 @@ def model_report(
         left_out=source.left_out,
         compression=None if asked.compression is None else asked.compression.method,
         adapter=None if asked.adapter is None else str(asked.adapter),
-        notes=(*source.notes, *further, *(left_notes(found.value) if isinstance(found.value, GridIndex) else ())),
-        lattice=lattice_report(checkpoint, found.value, found.seconds) if isinstance(found.value, GridIndex) else None,
+        notes=(*source.notes, *further, *(lattice_notes(index, asked.recipe) if index else ())),
+        lattice=lattice_report(checkpoint, index, found.seconds) if index else None,
     )
 
 

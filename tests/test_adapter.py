@@ -51,7 +51,7 @@ def test_merged_weights_are_exported_and_the_report_says_what_left_the_lattice(
     assert report["adapter"] == str(adapter)
     assert {tensor["name"] for tensor in report["lattice"]["tensors"] if tensor["left"]} == changed
     assert "model.layers.*.self_attn.q_proj.weight (2)" in report["notes"][-1]
-    assert "the recipe quantized them anew" in report["notes"][-1]
+    assert "the recipe default quantized them anew" in report["notes"][-1]
     for file in ("report.html", "report.md"):
         assert "the merge left the lattice" in (out / file).read_text()
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -43,7 +45,8 @@ class Recipe(BaseModel):
     linear: Scheme | None = Scheme()
     embedding: Scheme | None = Scheme(bits=8)  # the head too, tied or not
     per_layer_embedding: Scheme | None = Scheme()
-    requantize_mixed: bool = False  # also in a checkpoint of which other tensors lie on a lattice
+    # Beside matrices on a lattice: linears, which fine-tuning takes off it, all that is off it (True), or nothing.
+    requantize_mixed: bool | Literal["linears"] = "linears"
     max_kld: float | None = None  # nats; budget of the mean loss
 
     def scheme(self, tensor: str) -> Scheme | None:
@@ -54,6 +57,30 @@ class Recipe(BaseModel):
         if role is not None and role.kind in (Kind.EMBEDDING, Kind.HEAD):
             return self.embedding
         return self.linear
+
+    def chosen(self, lattices: Mapping[str, bool | None], left: Container[str] = frozenset()) -> dict[str, Scheme]:
+        """The matrices that are to be quantized, by canonical name, each with its scheme.
+
+        `lattices` says of every matrix whether it lies on a lattice that was found in its values; None of one whose
+        file has codes. What quantization-aware training leaves off its lattice is embeddings, head and router; a linear
+        off it beside others on it was tuned afterwards. Who made a file with codes left the rest as it is on purpose.
+        `left` are those that an adapter took off what they lay on: these are quantized in any case.
+        """
+        beside = any(on is not False or name in left for name, on in lattices.items())
+        tuned, asked = any(lattices.values()), self.requantize_mixed
+        schemes = {}
+        for name, on in lattices.items():
+            mixed = tuned and is_linear(name) if asked == "linears" else asked
+            scheme = self.scheme(name)
+            if on is False and scheme is not None and (name in left or not beside or mixed):
+                schemes[name] = scheme
+        return schemes
+
+
+def is_linear(tensor: str) -> bool:
+    """Whether the tensor of this canonical name is a linear, or one of each expert; heads and routers are not meant."""
+    role = role_of(tensor)
+    return role is not None and role.kind in (Kind.LINEAR, Kind.EXPERT)
 
 
 RECIPES = {

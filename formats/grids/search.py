@@ -120,10 +120,13 @@ def find_grids(
                 found.append(record)
                 progress(int(np.prod(checkpoint.tensors[record.name].shape)))
             found = [_compared_with_base(record, checkpoint, threads) for record in found]
-            mixed = any(record.lossless or record.left for record in found)
+            chosen = recipe.chosen(
+                {record.name: None if record.native else record.lossless for record in found},
+                {record.name for record in found if record.left},
+            )
             found = [
-                _quantize(checkpoint.tensors[record.name], record, recipe, file, threads)
-                if not record.lossless and (record.left or not mixed or recipe.requantize_mixed)
+                _round(checkpoint.tensors[record.name], record, chosen[record.name], file, threads)
+                if record.name in chosen
                 else record
                 for record in found
             ]
@@ -217,12 +220,6 @@ def _keep(tensor: Tensor, file: BinaryIO, checkpoint: Checkpoint, threads: int |
 def held_everywhere(grid: Grid) -> bool:
     """Whether every format has a container for the grid, its scales perhaps rounded."""
     return grid.kind == "symmetric" and grid.bits in (2, 4, 8) and grid.block % FALLBACK.group_size == 0
-
-
-def _quantize(tensor: Tensor, record: GridRecord, recipe: Recipe, file: BinaryIO, threads: int | None) -> GridRecord:
-    """Round a plain tensor to the recipe's scheme; it stays as it is when there is none."""
-    scheme = recipe.scheme(tensor.name)
-    return record if scheme is None else _round(tensor, record, scheme, file, threads)
 
 
 def _round(tensor: Tensor, record: GridRecord, scheme: Scheme, file: BinaryIO, threads: int | None) -> GridRecord:

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 from gemexport.compress import Compression
-from gemexport.formats.grids.recipe import Recipe
-from gemexport.formats.grids.search import GridIndex
+from gemexport.formats.grids.recipe import Recipe, is_linear
+from gemexport.formats.grids.search import GridIndex, GridRecord
 from gemexport.shared.measured import ChatReport, TokenizerReport
 from gemexport.shared.node import Outcome
 
@@ -20,16 +20,33 @@ def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> st
     return f"{done} {scheme.group_size}); the loss is against the model before that"
 
 
-def left_notes(index: GridIndex) -> list[str]:
-    """A sentence about the matrices that an adapter took off their lattice, if any; layers are counted, not named."""
+def lattice_notes(index: GridIndex, recipe: Recipe) -> list[str]:
+    """Sentences about matrices off the lattice that others lie on: by an adapter, and by a fine-tune."""
     left = [record for record in index.tensors if record.left]
-    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in left)
-    if not left:
-        return []
-    named = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
-    plain = sum(record.bits is None for record in left)
-    becomes = "the recipe quantized them anew" if not plain else f"{plain} of them stay plain, as the recipe says"
-    return [f"the merge left the lattice: {len(left)} matrices that lay on one do no more; {becomes}: {named}"]
+    tuned: list[GridRecord] = []
+    if any(record.lossless and not record.native for record in index.tensors):
+        tuned = [item for item in index.tensors if not (item.lossless or item.left) and is_linear(item.name)]
+    notes = []
+    if left:
+        told = f"{len(left)} matrices that lay on one do no more"
+        notes.append(f"the merge left the lattice: {told}; {_becomes(left, recipe)}: {_kinds(left)}")
+    if tuned:
+        told = f"{len(tuned)} linears lie on no lattice where other matrices do, as fine-tuning leaves them"
+        notes.append(f"{told}; {_becomes(tuned, recipe)}: {_kinds(tuned)}")
+    return notes
+
+
+def _becomes(records: list[GridRecord], recipe: Recipe) -> str:
+    """What was done with matrices off their lattice."""
+    plain = sum(record.bits is None for record in records)
+    some = f"the recipe {recipe.name} quantized {'them' if not plain else len(records) - plain} anew"
+    return some if not plain else f"{plain} of them stay plain" if plain == len(records) else f"{some}, {plain} stay"
+
+
+def _kinds(records: list[GridRecord]) -> str:
+    """Names of tensors; layers are counted, not named."""
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in records)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
 
 
 def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> tuple[str, ...]:

@@ -65,3 +65,22 @@ def test_recipes_from_files(tmp_path: Path) -> None:
     path.write_text("[linear]\nbits = 5\n")
     with pytest.raises(InputError, match=r"mine\.toml: linear\.bits"):
         load_recipe(str(path))
+
+
+def test_linears_off_the_lattice_of_others_are_a_fine_tunes() -> None:
+    embedding, linear, router = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "router.proj.weight"
+    router, other = f"model.layers.0.{router}", "model.layers.1.mlp.up_proj.weight"
+    default, every = RECIPES["default"], RECIPES["default"].model_copy(update={"requantize_mixed": True})
+    none = default.model_copy(update={"requantize_mixed": False})
+
+    def chosen(recipe: Recipe, *lattices: bool | None, left: tuple[str, ...] = ()) -> list[str]:
+        return list(recipe.chosen(dict(zip((embedding, linear, router, other), lattices, strict=True)), left))
+
+    assert chosen(default, False, False, False, False) == [embedding, linear, router, other]
+    assert chosen(default, True, False, False, False) == [linear, other]
+    assert chosen(default, False, False, False, True) == [linear]
+    assert chosen(default, False, None, False, False) == []  # its maker's choice
+    assert chosen(default, None, False, False, False, left=(linear,)) == [linear]
+    assert chosen(every, False, False, False, True) == [embedding, linear, router]
+    assert chosen(none, False, False, False, True) == []
+    assert chosen(RECIPES["lossless"], True, False, False, False) == []
