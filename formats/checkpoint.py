@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,7 @@ from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, LAYERS, module_of
 from gemexport.formats.gemma.roles import Role
+from gemexport.formats.stamps import ADAPTER, NOTHING, Stamps
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import write_whole
 from gemexport.formats.storage.reading import (
@@ -42,7 +43,6 @@ _IN_LAYER = re.compile(rf"(?:{re.escape(LAYERS)}|blk)\.\d+\.")
 _ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
 _UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
-ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 _SNAPSHOT = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]+$")  # of huggingface_hub's cache
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
@@ -92,6 +92,7 @@ class Checkpoint:
     activations: Activations | None = None  # static scales of activations and caches, where it came with any
     adapter: str | None = None  # digest of the LoRA that is merged in
     bases: Mapping[str, Tensor] = field(default_factory=dict)  # what it was added to, by the names of these tensors
+    stamps: Stamps = NOTHING  # of its files and the adapter's, from before they were opened
 
     @property
     def architecture(self) -> Architecture:
@@ -133,11 +134,11 @@ def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: s
     file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that is
     gone when the process ends. Raises InputError for what is missing, truncated, contradictory or not known.
     """
-    base = _open(Path(path), scratch)
-    if adapter is None:
-        return base
-    adapted: Checkpoint = import_module("gemexport.formats.lora").adapted(base, Path(adapter))
-    return adapted
+    stamps = Stamps.of(Path(path), *(() if adapter is None else (Path(adapter),)))
+    found = _open(Path(path), scratch)
+    if adapter is not None:
+        found = import_module("gemexport.formats.lora").adapted(found, Path(adapter))
+    return replace(found, stamps=stamps)
 
 
 def _open(path: Path, scratch: Path | None) -> Checkpoint:

@@ -25,13 +25,14 @@ from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, module_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.modules import settings
+from gemexport.formats.stamps import ADAPTER
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.patterns import MAX_PATTERNS, Pattern
 from gemexport.formats.storage.reading import opened, read_json
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_file
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, slices
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 # The factors of a linear, and of an embedding, whose rows are the columns of its A.
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?$")
 # Weights of the base that peft saves beside them: of the layer under a factor, and of embeddings when asked for them.

@@ -97,10 +97,10 @@ class Request:
     compression: Compression | None = None  # what llm-compressor is to do before all else
     calibration: Annotated[Path, AfterValidator(_there)] | None = None  # text to measure on; None: the built-in prompts
 
-    def place(self, work: Path, name: str) -> Place:
-        """Where the steps of a run of the model `name` find each other's results."""
-        compressed = work / FOLDER / name if self.compression else None
-        return Place(self.model, work, self.tokens, self.adapter, compressed)
+    def place(self, work: Path, checkpoint: Checkpoint) -> Place:
+        """Where the steps of a run of the model, which was opened as `checkpoint`, find each other's results."""
+        compressed = work / FOLDER / checkpoint.name if self.compression else None
+        return Place(self.model, work, self.tokens, self.adapter, compressed, stamps=checkpoint.stamps)
 
     def checkpoint(self) -> Checkpoint:
         """The model, with its adapter merged in; its tokenizer is known to be one."""

@@ -14,13 +14,14 @@ from types import ModuleType
 
 from gemexport.engine.dag import graph, judgement, logits_memory
 from gemexport.engine.disk import check_room
-from gemexport.engine.output import claim, work_beside
+from gemexport.engine.output import claim, forget, work_beside
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.vector_codec import check
+from gemexport.formats.stamps import ChangedError
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.files import abandon
+from gemexport.formats.storage.files import abandon, remove
 from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, fingerprint, model_report
 from gemexport.registry import Target, check_able
@@ -39,6 +40,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     `workers` may have a process that is ready already; all of them have ended when this returns.
     Raises InputError when the request or the checkpoint is at fault; of what was created until then, the artefacts that
     are whole stay, named in notes of the exception, whatever it is, and the rest is removed again.
+    Raises ChangedError, an InputError, when the checkpoint does not stay as it is: then no artefact of this run stays.
     Raises StepError when a step fails on which all others rest, and leaves its log.
     """
     started = time.monotonic()
@@ -57,7 +59,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     ):
         nodes = graph(asked, checkpoint, work, wanted)
         check_room(work, nodes, asked.jobs)
-        scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), workers or Workers())
+        scheduler = Scheduler(
+            asked.jobs, asked.memory, work, events or Events(), workers or Workers(), checkpoint.stamps
+        )
         with ThreadPoolExecutor(1) as beside:
             renderer = beside.submit(_renderer)
             outcomes = scheduler.run(nodes)
@@ -65,7 +69,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         for name in ("compress", "grids") if asked.compression is not None else ("grids",):
             value_of(name, outcomes)
         if asked.compression is not None:
-            checkpoint = asked.place(work, source.name).checkpoint()
+            checkpoint = asked.place(work, source).checkpoint()
             notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
         artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
@@ -83,6 +87,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             seconds=time.monotonic() - started,
             peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
         )
+        source.stamps.check()
         renderer.result().write_reports(report, asked.out)
     return report
 
@@ -125,13 +130,14 @@ def validate(
     artifact = artifact.absolute()
     asked = replace(asked, out=artifact.parent)
     with work_beside(artifact) as work:
-        place = asked.place(work, checkpoint.name)
+        place = asked.place(work, checkpoint)
         step = Step(target, artifact.stem, artifact)
         nodes = judgement(asked, checkpoint, work, step)
         if qnn_context is not None:
             nodes.append(compiling(asked, checkpoint, place, artifact, qnn_context, qnn_arch))
         check_room(work, nodes, asked.jobs)
-        outcomes = Scheduler(asked.jobs, asked.memory, work, events or Events()).run(nodes)
+        scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), source=checkpoint.stamps)
+        outcomes = scheduler.run(nodes)
         outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
     for name, outcome in outcomes.items():
         if outcome.error or name == "grids":
@@ -176,7 +182,10 @@ def _undone(out: Path, artifacts: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def _kept(artifacts: Sequence[Path], work: Path) -> Iterator[None]:
-    """When the block fails, leave nothing half written; notes of the exception name the artefacts that are whole."""
+    """When the block fails, leave nothing half written; notes of the exception name the artefacts that are whole.
+
+    Of a checkpoint that changed on the way nothing is kept: nobody can tell which of the two an artefact is made of.
+    """
     before = {path: _written(path) for path in artifacts}
     try:
         yield
@@ -184,9 +193,14 @@ def _kept(artifacts: Sequence[Path], work: Path) -> Iterator[None]:
         for path in artifacts:
             abandon(path)
         _sweep(work)
-        for path in artifacts:
-            if _written(path) not in (None, before[path]):
-                error.add_note(f"whole, and kept: {path}")
+        whole = [path for path in artifacts if _written(path) not in (None, before[path])]
+        if isinstance(error, ChangedError):
+            for path in whole:
+                remove(path)
+            forget(work)
+            raise
+        for path in whole:
+            error.add_note(f"whole, and kept: {path}")
         raise
 
 

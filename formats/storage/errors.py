@@ -43,4 +43,4 @@ class InputError(Exception):
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Exceptions cross process borders pickled, and the default would call us with the message alone.
-        return InputError, (self.path, self.problem, self.remedy)
+        return type(self), (self.path, self.problem, self.remedy)

@@ -24,7 +24,7 @@ RUNTIME_BYTES = 900 << 20
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
     """The DAG of a request."""
-    place = asked.place(work, checkpoint.name)
+    place = asked.place(work, checkpoint)
     weights, recipe, nodes = checkpoint.architecture.parameters(), asked.recipe, []
     before: tuple[str, ...] = ()
     if asked.compression is not None:
@@ -112,7 +112,7 @@ def _per_layer_weights(checkpoint: Checkpoint) -> int:
 
 def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) -> list[Node]:
     """The DAG that judges an artefact that lies there already."""
-    place = asked.place(work, checkpoint.name)
+    place = asked.place(work, checkpoint)
     return [*graph(asked, checkpoint, work, []), *validators(asked, checkpoint, place, [(step, "grids")])]
 
 

@@ -74,8 +74,8 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
             ) from error
         except OSError as error:
             raise explained(error, work / LOCK) from error
-        for name in (GRIDS, VECTORS, RANGES, SOURCE, "compressed") if fresh else ():
-            remove(work / name)
+        if fresh:
+            forget(work)
         partial_sources, fleeting = (work / SOURCE).glob(f"*{PARTIAL}"), [work / name for name in FLEETING]
         for left in [*partial_sources, *fleeting, work / scratch.FOLDER]:  # by a run that was killed
             remove(left)
@@ -92,6 +92,12 @@ def _check_owner(out: Path, marker: Path, owner: Owner) -> None:
         raise InputError(marker, "is damaged", remedy) from error
     if found.identity != owner.identity:
         raise InputError(out, f"holds the artefacts of another model ({found.name})", remedy)
+
+
+def forget(work: Path) -> None:
+    """Remove what an earlier run found out about the checkpoint."""
+    for name in (GRIDS, VECTORS, RANGES, SOURCE, "compressed"):
+        remove(work / name)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gemexport.engine.processes import Worker, Workers, threads_each
 from gemexport.engine.worker import Task
+from gemexport.formats.stamps import NOTHING, ChangedError, Stamps
 from gemexport.shared import scratch
 from gemexport.shared.node import Events, Node, Outcome, succeeded
 
@@ -40,11 +41,13 @@ class Scheduler:
     work: Path
     events: Events = field(default_factory=Events)
     workers: Workers = field(default_factory=Workers)  # perhaps with one that is ready
+    source: Stamps = NOTHING  # what the nodes read, which must stay as it is
 
     def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
         """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`.
 
         ValueError, before anything runs, for nodes that wait for each other, or for one that there is not.
+        ChangedError when the source is another one than it was, before a node starts or after it ended, however it did.
         """
         order, named = in_order(nodes), {node.name: node for node in nodes}
         (self.work / LOGS).mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,7 @@ class Scheduler:
                         started = self._start(node)
                         running[started.worker.connection.fileno()] = started
                     ended = self._wait(running)
+                self._check_source(ended)
                 for node, outcome in ended:
                     ready.discard(node.name)
                     outcomes[node.name] = outcome
@@ -85,7 +89,16 @@ class Scheduler:
                 count, used = count + 1, used + node.memory
         return chosen
 
+    def _check_source(self, ended: list[tuple[Node, Outcome]]) -> None:
+        """Raise ChangedError where nodes read something else than they should have."""
+        for _, outcome in ended:
+            if isinstance(outcome.error, ChangedError):
+                raise outcome.error
+        if ended:
+            self.source.check()
+
     def _start(self, node: Node) -> _Running:
+        self.source.check()
         log = self.work / LOGS / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
         threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)

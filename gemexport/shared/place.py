@@ -13,6 +13,7 @@ from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.grids.search import attach
 from gemexport.formats.grids.vector_codec import Codec
+from gemexport.formats.stamps import NOTHING, Stamps
 from gemexport.formats.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Place:
     adapter: Path | None = None  # the folder of a LoRA that is merged into the model
     compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+    stamps: Stamps = NOTHING  # what the files of model and adapter have had since the run opened them
 
     @property
     def vectors(self) -> Path:
@@ -64,8 +66,13 @@ class Place:
         )
 
     def plain(self) -> Checkpoint:
-        """The checkpoint before it was compressed: what the loss is measured against."""
-        return open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
+        """The checkpoint before it was compressed: what the loss is measured against.
+
+        Raises ChangedError where its files are others by now.
+        """
+        found = open_checkpoint(self.model, self.work / SOURCE, adapter=self.adapter)
+        self.stamps.check()
+        return found
 
     def open(self) -> Checkpoint:
         """The checkpoint with its grids."""

@@ -87,7 +87,7 @@ def every_node(model: Path, folder: Path) -> list[Node]:
     asked = replace(asked, compression=Compression("rtn", Path("python")))  # whether it is installed or not
     checkpoint = open_checkpoint(model)  # nothing has compressed it
     step = Step(TARGETS["gguf"], "Q4_0", folder / "model.gguf")
-    place = asked.place(folder, checkpoint.name)
+    place = asked.place(folder, checkpoint)
     return [
         *graph(asked, checkpoint, folder, steps(asked, checkpoint)),
         *judgement(asked, checkpoint, folder, step),
