@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,3 +22,4 @@ class Export:
     run: str  # the command line that users run it with
     notes: list[str] = field(default_factory=list)  # what the format could not hold, one sentence each
     files: list[Path] = field(default_factory=list)  # everything that was written, for checksums
+    widths: Mapping[str, int] = field(default_factory=dict)  # weights by what they are stored in, once read back

@@ -26,6 +26,7 @@ from gemexport.report.schema import (
 from gemexport.request import Request, Step
 from gemexport.shared.measured import Divergence, GridReport, NpuReport, Validation
 from gemexport.shared.node import Outcome, succeeded
+from gemexport.shared.widths import reported_widths, width_note
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -54,6 +55,8 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
             "notes": (*exported.value.notes, *_codec_notes(asked, step)),
             "export": ExportStats(seconds=exported.seconds, peak_rss_bytes=exported.peak_bytes),
         }
+    if stored := _widths(exported.value, judged.value):
+        base |= {"widths": stored, "notes": (*base.get("notes", ()), *width_note(step.variant, stored))}
     seconds = exported.seconds + judged.seconds
     if failed is not None:
         return ArtifactReport(**base, status="error", reason=failed.reason, seconds=seconds)
@@ -87,6 +90,13 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
         validation=_validation(found, judged.seconds),
         seconds=seconds,
     )
+
+
+def _widths(exported: Any, judged: Any) -> dict[str, int]:
+    """Weights of an artefact by what they are stored in, as its export or its validator read them back."""
+    if isinstance(exported, Export):
+        return dict(exported.widths)
+    return reported_widths(judged.weights.tensors) if isinstance(judged, Validation) else {}
 
 
 def _codec_notes(asked: Request, step: Step) -> list[str]:

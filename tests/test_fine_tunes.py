@@ -98,6 +98,23 @@ def test_every_linear_is_quantized_and_the_embedding_is_exact(
         np.testing.assert_array_equal(kept, source.tensors[EMBEDDING].numpy())
         assert abs(item["bytes"] / sizes["base"][item["format"]] - 1) < 0.01
         assert item["bytes"] <= sizes["plain"][item["format"]]
+    assert "% in 4 bits)" not in (tmp_path / "out" / "report.md").read_text().partition("compressed-tensors")[0]
+
+
+def test_a_file_that_is_called_4_bit_and_is_not_says_so(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, recipe = fine_tune(base, tmp_path / "tuned", noisy), tmp_path / "mine.toml"
+    recipe.write_text("requantize_mixed = false\n")
+    report = exported(tuned, tmp_path / "out", "--only", "gguf", "--recipe", str(recipe))
+    item = report["artifacts"][0]
+    share = item["widths"]["4 bit"] / sum(item["widths"].values())
+    assert share < 0.5
+    said = f"({100 * share:.0f} % in 4 bits)"
+    assert f"gguf Q4_0 {said}" in capsys.readouterr().out
+    for file in ("report.md", "report.html"):
+        assert said in (tmp_path / "out" / file).read_text()
+    assert item["notes"][-1].startswith(f"it is called 4-bit and holds {100 * share:.1f} % of its weights in that")
 
 
 def test_a_recipe_decides_otherwise(base: Path, tmp_path: Path) -> None:

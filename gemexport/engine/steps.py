@@ -15,6 +15,7 @@ from gemexport.formats.storage.files import atomic, remove
 from gemexport.registry import TARGETS
 from gemexport.shared.measured import Divergence
 from gemexport.shared.place import FLOORS, PLAYED_TOKENS, Place, Progress, model_activations, opened
+from gemexport.shared.widths import widths
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.additive_fit import Record
@@ -49,7 +50,8 @@ def export(place: Place, target: str, variant: str, path: Path, options: dict[st
     """Write one artefact; progress in bytes of the source."""
     exporter, (checkpoint, notes) = TARGETS[target].exporter(), opened(place)
     result: Export = exporter.export(checkpoint, path, variant=variant, progress=progress, **options)
-    return replace(result, notes=[*notes, *checkpoint.unpack().notes, *result.notes])
+    written = widths(TARGETS[target].reader().tensors(path).values())
+    return replace(result, notes=[*notes, *checkpoint.unpack().notes, *result.notes], widths=written)
 
 
 def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:

@@ -27,6 +27,7 @@ from gemexport.report.checksums import write_sums
 from gemexport.report.junit import render_junit
 from gemexport.report.schema import JSON, ArtifactReport, Report, write_text
 from gemexport.shared.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
+from gemexport.shared.widths import called, short
 
 NONE = "–"
 EXCERPT = 400  # letters of a conversation that are shown
@@ -92,7 +93,7 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
 def _terminal_row(artifact: ArtifactReport) -> tuple[str, ...]:
     logits = artifact.logits
     return (
-        f"{artifact.format} {artifact.variant}",
+        f"{artifact.format} {artifact.variant}{narrower(artifact)}",
         size(artifact.bytes),
         share(artifact.weights.exact_fraction if artifact.weights else None),
         number(logits.conversion.kld_mean if logits and logits.conversion else None),
@@ -336,6 +337,12 @@ def differs(artifact: ArtifactReport) -> list[str]:
     return [sentence for sentence in found if sentence not in (artifact.reason or "")]
 
 
+def narrower(artifact: ArtifactReport) -> str:
+    """What follows the name of an artefact that has fewer weights of its name's bits than the name promises."""
+    held = short(artifact.variant, artifact.widths)
+    return "" if held is None else f" ({100 * held:.0f} % in {called(artifact.variant)} bits)"
+
+
 def visible(text: str) -> str:
     """Text with what cannot be seen written out: `\\x1b[0m`, `a\\u200bb`; spaces stay."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -385,7 +392,7 @@ def _environment(html: bool) -> Environment:
     )
     figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
     pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors, draw_points, draw_layers)
-    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, visible, shown, excerpts)
+    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, narrower, visible, shown, excerpts)
     environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}
     return environment

@@ -139,6 +139,7 @@ class ArtifactReport(ReportModel):
     reason: str | None = None
     run: str | None = None
     notes: tuple[str, ...] = ()
+    widths: dict[str, int] = Field(default_factory=dict)
     export: ExportStats | None = None
     weights: WeightsReport | None = None
     facts: tuple[FactReport, ...] = ()
