@@ -129,7 +129,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
-        noisy = logits if noises else 0
+        noisy = len(noises) * logits  # all of them go through a layer together
         memory = reference_memory(checkpoint, asked.tokens)
         nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:

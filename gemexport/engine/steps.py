@@ -60,22 +60,25 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
     Progress in positions, for f32 and each of `noises` once a layer and once for the head.
     """
     from gemexport.validators.checks import divergence
+    from gemexport.validators.reference.store import compute_together
 
     checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
     sequences = place.sequences(checkpoint)
-    place.source().compute(sequences, progress)
-    floors = {}
+    wanted, played = [(place.source(), sequences)], {}
     for arithmetic in noises:
         # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
         rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
         exact = place.store("source", checkpoint, tensors, rounded)
-        exact.compute(sequences)
         noisy = place.store("source", checkpoint, tensors, rounded, arithmetic)
         # What is left of f32 differs little from token to token, but where integers are made of it.
         few = arithmetic.startswith("f32") and not checkpoint.activations
         judged = [sequences[0][:PLAYED_TOKENS]] if few else sequences
-        noisy.compute(judged, progress)
+        wanted += [(exact, sequences), (noisy, judged)]
+        played[arithmetic] = exact, noisy, judged
+    compute_together(wanted, progress)
+    floors = {}
+    for arithmetic, (exact, noisy, judged) in played.items():
         total = divergence.Divergence()
         for whole, sequence in zip(sequences, judged, strict=False):
             total.add(exact.logits(whole)[: len(sequence)], noisy.logits(sequence), sequence)

@@ -23,9 +23,9 @@ from gemexport.formats.tensor import Floats, Tensor
 from gemexport.validators.reference.arithmetic import Arithmetic
 from gemexport.validators.reference.columns import Columns
 from gemexport.validators.reference.decoder import Decoder
-from gemexport.validators.reference.walk import Walk
+from gemexport.validators.reference.walk import Walk, head_slices
 
-__all__ = ["Arithmetic", "Reference", "reference"]
+__all__ = ["Arithmetic", "Reference", "reference", "write_together"]
 
 
 def reference(
@@ -61,13 +61,13 @@ class Reference:
     def __init__(self, decoder: Decoder, arithmetic: Arithmetic, threads: int) -> None:
         self.name = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
         self.arithmetic: Arithmetic = arithmetic
-        self._decoder, self._threads = decoder, threads
+        self.decoder, self._threads = decoder, threads
 
     @contextmanager
     def walk(self, sequences: Sequence[Sequence[int]], beside: Path | None = None) -> Iterator[Walk]:
         """These sequences on their way through the layers; what waits lies in a folder in `beside` meanwhile."""
         with tempfile.TemporaryDirectory(prefix="walk-", dir=beside) as folder:
-            yield Walk(self._decoder, sequences, Path(folder), self.arithmetic, self._threads)
+            yield Walk(self.decoder, sequences, Path(folder), self.arithmetic, self._threads)
 
     def write_logits(
         self,
@@ -75,22 +75,8 @@ class Reference:
         paths: Sequence[Path],
         progress: Callable[[int], None] = lambda positions: None,
     ) -> None:
-        """Leave the teacher-forced logits of each sequence in a file of NumPy's, `[n, vocab]` in f32.
-
-        Row i is what follows tokens[: i + 1]. Progress in positions, once for each layer and once for the head.
-        """
-        total, vocab = sum(map(len, sequences)), self._decoder.head.shape[0]
-        with ExitStack() as held:
-            walk = held.enter_context(self.walk(sequences, paths[0].parent))
-            for _ in walk.layers():
-                progress(total)
-            files = [
-                held.enter_context(Columns(held.enter_context(atomic(path)), (len(sequence), vocab)))
-                for sequence, path in zip(sequences, paths, strict=True)
-            ]
-            for number, start, _, found in walk.logits():
-                files[number].write(start, found.numpy())
-            progress(total)
+        """Leave the teacher-forced logits of each sequence in a file of NumPy's, as `write_together`."""
+        write_together([(self, sequences, paths)], progress)
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """The same of one sequence, in memory."""
@@ -106,3 +92,43 @@ class Reference:
             yield from (found.float().numpy() for found in walk.embedded())
             for visit in walk.layers():
                 yield from (found.float().numpy() for found in visit.outputs())
+
+
+Wanted = tuple[Reference, Sequence[Sequence[int]], Sequence[Path]]  # sequences, and a file for each
+
+
+def write_together(wanted: Sequence[Wanted], progress: Callable[[int], None] = lambda positions: None) -> None:
+    """Leave the teacher-forced logits of sequences in files of NumPy's, `[n, vocab]` in f32, from several references.
+
+    Row i is what follows tokens[: i + 1]. The references hold the same tensors, and compute otherwise: each layer, and
+    each slice of the head, is read once for all of them. Progress in positions, once for each layer and once for the
+    head.
+    """
+    with ExitStack() as held:
+        walks = [held.enter_context(each.walk(sequences, paths[0].parent)) for each, sequences, paths in wanted]
+        counts = [sum(map(len, sequences)) for _, sequences, _ in wanted]
+        # One in bf16 could not give its weights to one in f32.
+        wide = max((each.decoder for each, *_ in wanted), key=lambda decoder: decoder.dtype.itemsize)
+        for index, module in enumerate(wide.text.layers):
+            weights = wide.weights(module)
+            for walk, count in zip(walks, counts, strict=True):
+                with walk.layer(index, weights):
+                    pass
+                progress(count)
+            del weights
+        files = [
+            [
+                held.enter_context(Columns(held.enter_context(atomic(path)), (len(tokens), wide.head.shape[0])))
+                for tokens, path in zip(sequences, paths, strict=True)
+            ]
+            for _, sequences, paths in wanted
+        ]
+        for walk in walks:
+            held.enter_context(walk.head())
+        for start, stop in head_slices(wide.head.shape):
+            weight = wide.read(wide.head, start, stop)
+            for walk, own in zip(walks, files, strict=True):
+                for number, found in walk.slice(weight):
+                    own[number].write(start, found.numpy())
+        for count in counts:
+            progress(count)

@@ -86,12 +86,16 @@ class Decoder:
             module.embed_scale = torch.tensor(module.scalar_embed_scale)
         return self.model
 
+    def weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What `filled` gives a module of `model`, by the names in it."""
+        return {name: self.read(self.tensors[f"{self._names[module]}.{name}"]) for name in module.state_dict()}
+
     @contextmanager
-    def filled(self, module: torch.nn.Module) -> Iterator[None]:
-        """Give a module of `model` its weights as long as the block lasts."""
-        weights = {name: self.read(self.tensors[f"{self._names[module]}.{name}"]) for name in module.state_dict()}
-        module.load_state_dict(weights, assign=True)
-        del weights
+    def filled(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+        """Give a module of `model` its weights as long as the block lasts; those that were read already, if given."""
+        given = self.weights(module) if weights is None else weights
+        module.load_state_dict({name: value.to(self.dtype) for name, value in given.items()}, assign=True)
+        del given
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,12 @@ class ReferenceStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
-    def _reference(self) -> Reference:
+    def reference(self) -> Reference:
         return self._make()
 
     def holds(self, sequences: Iterable[Sequence[int]]) -> bool:
         """Whether the logits of all these are there."""
-        return all(self._path(tokens).is_file() for tokens in sequences)
+        return all(self.path(tokens).is_file() for tokens in sequences)
 
     def compute(
         self, sequences: Sequence[Sequence[int]], progress: Callable[[int], None] = lambda positions: None
@@ -43,26 +44,51 @@ class ReferenceStore:
 
         Progress in positions, once for each layer and once for the head, of what is computed here.
         """
-        if self.holds(sequences):
-            return
-        # Whoever comes second waits here, and then finds the files.
-        with locked(self.folder / "lock"):
-            missing = {self._path(tokens): tokens for tokens in sequences if not self._path(tokens).is_file()}
-            if missing:
-                self._reference.write_logits([*missing.values()], [*missing], progress)
+        compute_together([(self, sequences)], progress)
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Teacher-forced logits `[len(tokens), vocab]`, mapped."""
         self.compute([tokens])
-        mapped: Floats = np.load(self._path(tokens), mmap_mode="r")
+        mapped: Floats = np.load(self.path(tokens), mmap_mode="r")
         return mapped
 
     def hidden(self, tokens: Sequence[int]) -> Iterator[Floats]:
         """What goes into the first layer and then what each gives, `[n, hidden]`, as it is asked for."""
-        return self._reference.hidden(tokens, self.folder)
+        return self.reference.hidden(tokens, self.folder)
 
-    def _path(self, tokens: Sequence[int]) -> Path:
+    def path(self, tokens: Sequence[int]) -> Path:
+        """The file of a sequence's logits."""
         return self.folder / f"{_digest(tokens)}.npy"
+
+
+def compute_together(
+    wanted: Sequence[tuple[ReferenceStore, Sequence[Sequence[int]]]],
+    progress: Callable[[int], None] = lambda positions: None,
+) -> None:
+    """`compute` for several stores whose references hold the same tensors, which are read once for all of them."""
+    from gemexport.validators.reference import write_together
+
+    if all(store.holds(sequences) for store, sequences in wanted):
+        return
+    with ExitStack() as held:
+        # Whoever comes second waits here, and then finds the files.
+        for folder in sorted({store.folder for store, _ in wanted}):
+            held.enter_context(locked(folder / "lock"))
+        missing: dict[Path, tuple[ReferenceStore, Sequence[int]]] = {}
+        for store, sequences in wanted:
+            paths = {store.path(tokens): (store, tokens) for tokens in sequences}
+            missing |= {path: each for path, each in paths.items() if not path.is_file()}
+        by_store: dict[Path, list[Path]] = {}
+        for path, (store, _) in missing.items():
+            by_store.setdefault(store.folder, []).append(path)
+        if by_store:
+            write_together(
+                [
+                    (missing[paths[0]][0].reference, [missing[path][1] for path in paths], paths)
+                    for paths in by_store.values()
+                ],
+                progress,
+            )
 
 
 def _digest(tokens: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ per-layer inputs, and the keys and values that later layers share wait on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,11 +68,20 @@ class Walk:
 
     def layers(self) -> Iterator[Visit]:
         """Each layer in order, filled while it is the one; who asks for no outputs of it gets them computed anyhow."""
-        for index, module in enumerate(self._layers):
-            with self._decoder.filled(module):
-                visit = Visit(self, index, module, self._decoder.name(module))
+        for index in range(len(self._layers)):
+            with self.layer(index) as visit:
                 yield visit
-                visit.finish()
+
+    @contextmanager
+    def layer(self, index: int, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[Visit]:
+        """The layer of this index, the one after the last, filled as long as the block lasts; with these weights, if
+        they were read already.
+        """
+        module = self._layers[index]
+        with self._decoder.filled(module, weights):
+            visit = Visit(self, index, module, self._decoder.name(module))
+            yield visit
+            visit.finish()
 
     def embedded(self) -> Iterator[torch.Tensor]:
         """What goes into the first layer, `[n, hidden]` of each sequence, until the first layer is done with."""
@@ -81,27 +90,45 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         """Slices of the vocabulary: (sequence, first token id, last and one, logits `[n, ids]` in f32)."""
-        decoder, model, last = self._decoder, self._decoder.model, len(self._layers)
-        vocab, width = decoder.head.shape
-        rows = max(HEAD_ROWS, HEAD_BYTES // (4 * width) // HEAD_ROWS * HEAD_ROWS)
+        with self.head():
+            for start, stop in head_slices(self._decoder.head.shape):
+                weight = self._decoder.read(self._decoder.head, start, stop)
+                for number, found in self.slice(weight):
+                    yield number, start, stop, found
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """What comes after the layers, ready for slices of the head's rows as long as the block lasts."""
+        decoder, model = self._decoder, self._decoder.model
         with decoder.filled(decoder.text.norm):
             model.model = _Last(decoder.text.norm)
-            for start in range(0, vocab, rows):
-                stop = min(start + rows, vocab)
-                model.lm_head.weight = torch.nn.Parameter(decoder.read(decoder.head, start, stop), requires_grad=False)
-                for number in range(len(self.sequences)):
-                    with self.computing():
-                        (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
-                        found = model(inputs_embeds=hidden, use_cache=False).logits[0].float()
-                    yield number, start, stop, found
+            yield
             model.lm_head.to_empty(device="meta")
             model.model = decoder.text
+
+    def slice(self, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """With these rows of the head `[ids, hidden]`: each sequence, and its logits `[n, ids]` in f32."""
+        model, last = self._decoder.model, len(self._layers)
+        model.lm_head.weight = torch.nn.Parameter(weight.to(self._decoder.dtype), requires_grad=False)
+        for number in range(len(self.sequences)):
+            with self.computing():
+                (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
+                found = model(inputs_embeds=hidden, use_cache=False).logits[0].float()
+            yield number, found
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Compute as the reference does, for as long as the block lasts."""
         with computing(self._arithmetic, self._threads):
             yield
+
+
+def head_slices(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cover a head `[vocab, hidden]`."""
+    vocab, width = shape
+    rows = max(HEAD_ROWS, HEAD_BYTES // (4 * width) // HEAD_ROWS * HEAD_ROWS)
+    for start in range(0, vocab, rows):
+        yield start, min(start + rows, vocab)
 
 
 class Visit:

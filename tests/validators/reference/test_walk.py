@@ -12,8 +12,8 @@ import torch
 from gemexport import demo
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor
-from gemexport.validators.reference import Arithmetic, reference, walk
+from gemexport.formats.tensor import ArrayTensor, Floats, Rows, Tensor, row_count
+from gemexport.validators.reference import Arithmetic, reference, walk, write_together
 from gemexport.validators.reference.decoder import Decoder
 from gemexport.validators.runtimes.protocol import Arithmetic as Computed
 from gemexport.validators.runtimes.pytorch import PyTorch, whole
@@ -160,3 +160,23 @@ def test_layers_are_read_once_and_one_after_the_other(tiny_gemma4: Path) -> None
             assert held == {"cpu"}
         devices = {value.device.type for value in way._decoder.model.state_dict().values()}
     assert devices == {"meta"}
+
+
+def test_several_arithmetics_together_read_once_and_give_what_each_gives_alone(
+    tiny_gemma4: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(tiny_gemma4)
+    counted = {name: _Counted(tensor) for name, tensor in checkpoint.tensors.items() if "embed_tokens" not in name}
+    kinds: tuple[Arithmetic, ...] = ("bf16", "f32", "f32-f16-gelu", "f32-f16-constants", "int8-activations")
+    sequences, wanted = _sequences(checkpoint), []
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        way = reference(checkpoint.text_config, {**checkpoint.tensors, **counted}, 1, dtype=kind)
+        wanted.append((way, sequences, [tmp_path / kind / f"{i}.npy" for i in range(len(sequences))]))
+    write_together(wanted)
+    layers = [tensor for name, tensor in counted.items() if ".layers." in name]
+    assert [tensor.rows_read for tensor in layers] == [row_count(tensor.shape) for tensor in layers]
+    (tmp_path / "alone").mkdir()
+    for kind, (_, _, paths) in zip(kinds, wanted, strict=True):
+        for path, alone in zip(paths, _written(checkpoint, tmp_path / "alone", 1, dtype=kind), strict=True):
+            np.testing.assert_array_equal(np.load(path), alone)
