@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.promise import Promise
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor
 
 
@@ -55,6 +56,20 @@ def fitting(
         else:
             containers[name] = answer
     return tensors, containers, [*notes, *left_out(checkpoint.activations, placed)]
+
+
+def promises(checkpoint: Checkpoint, container: Callable[[Grid, int], Answer]) -> dict[str, Promise]:
+    """What an artefact has to hold of each tensor: the codes that its format has a place for, as `fitting` says it.
+
+    A format that rounds anything besides, or makes codes of values, has a function `promises` of its own beside its
+    `container`.
+    """
+    tensors, containers, _ = fitting(checkpoint, container)
+    found = {}
+    for name, tensor in tensors.items():
+        held = containers.get(name)
+        found[name] = Promise(tensor, scales="f32" if held is None else held.scales)
+    return found
 
 
 def left_out(activations: Activations | None, placed: Activations | None = None) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -24,8 +24,7 @@ from gemexport.formats.assets.stops import GENERATION
 from gemexport.formats.assets.stops import check as check_generation
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.model import Model, describe, text_config
-from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD, LAYERS, module_of
-from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.stamps import ADAPTER, NOTHING, Stamps
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import write_whole
@@ -37,11 +36,8 @@ from gemexport.formats.storage.reading import (
 )
 from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, MappedTensor, read_folder, weight_files
 from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
+from gemexport.formats.unclaimed import check_unclaimed
 
-_IN_LAYER = re.compile(rf"(?:{re.escape(LAYERS)}|blk)\.\d+\.")
-# Keys and values of layers that read those of another one, buffers of older versions, scales of activations and caches.
-_ATTENTION = CANONICAL.stem(Role.K).partition(".")[0]
-_UNUSED = re.compile(rf"\.{_ATTENTION}\.[kv]_(?:proj|norm)\.|\.rotary_emb\.|(?:scale|zero_point)$")
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 _SNAPSHOT = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]+$")  # of huggingface_hub's cache
@@ -200,7 +196,7 @@ def _folder(folder: Path, scratch: Path | None) -> Checkpoint:
             regular(folder / name, reading.BYTES)
     check_generation(folder / GENERATION, read_optional_json(folder / GENERATION))
     found = _source(folder, config, model)
-    check_left_out(folder, found.left_out, _UNUSED)
+    check_unclaimed(folder, found.left_out, model.specs)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     return Checkpoint(
         name=checkpoint_name(folder),
@@ -268,17 +264,6 @@ def _source(folder: Path, config: dict[str, Any], model: Model) -> Source:
         raise InputError(folder / "config.json", problem, "give the bf16 checkpoint it was made from")
     found: Source = import_module(READERS[method]).source(folder, config)
     return found
-
-
-def check_left_out(path: Path, names: Iterable[str], known: re.Pattern[str]) -> None:
-    """Raise InputError for a tensor in a layer of the decoder that its description has no place for.
-
-    Not for those that `known` matches, which programs leave unused as well.
-    """
-    for name in names:
-        if _IN_LAYER.match(name) and not known.search(name):
-            problem = f"the decoder of the config has no place for the tensor {name}, and would be another without it"
-            raise InputError(path, problem, "use the config.json that came with the model")
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:

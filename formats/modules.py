@@ -24,6 +24,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.minifloat import is_nan_e4m3
 from gemexport.formats.storage.safetensors import MappedArray
 from gemexport.formats.tensor import Tensor
+from gemexport.formats.unclaimed import check_unclaimed
 
 NARROWEST = 16  # the narrowest block that any format has a container for
 
@@ -74,7 +75,8 @@ def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], T
     """The decoder's tensors in `folder`; `read` makes one of a quantized module, and gives None for a plain one.
 
     Raises InputError for a tensor that is missing or has not the shape that `config` says, for a linear with a bias,
-    which a Gemma does not have, for a head of its own that `config` does not know of, and whatever `read` raises.
+    which a Gemma does not have, for a tensor that no part of the decoder claims, for a head of its own that `config`
+    does not know of, and whatever `read` raises.
     """
     model = describe(config, folder / "config.json")
     stored = stored_arrays(folder, model)
@@ -103,8 +105,9 @@ def read_source(folder: Path, config: dict[str, Any], read: Callable[[Module], T
         parts = _parts(spec, modules)
         found = [stored_tensor(replace(spec, name=part.name, shape=part.shape)) for part in parts]
         tensors[name] = found[0] if parts[0].name == name else put(spec, zip(parts, found, strict=True))
-    left = (f"{stem}.{key}" for stem, arrays in modules.items() for key in arrays.keys() - used.get(stem, set()))
-    return Source(tensors, left_out=tuple(sorted(left)))
+    left = sorted(f"{stem}.{key}" for stem, arrays in modules.items() for key in arrays.keys() - used.get(stem, set()))
+    check_unclaimed(folder, left, model.specs)
+    return Source(tensors, left_out=tuple(left))
 
 
 def _parts(spec: TensorSpec, modules: Mapping[str, Mapping[str, MappedArray]]) -> tuple[Part, ...]:

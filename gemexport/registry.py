@@ -9,21 +9,23 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 
 if TYPE_CHECKING:
     from gemexport.formats.activations import Activations
+    from gemexport.formats.checkpoint import Checkpoint
     from gemexport.formats.gemma.model import Model
+    from gemexport.formats.promise import Promise
     from gemexport.formats.tensor import DType, Grid
 
 
@@ -95,6 +97,16 @@ class Target:
         container = self.exporter().container
         known = variant if variant in self.known_variants else self.variants[0]
         return lambda grid, width: not isinstance(container(grid, width, known), str)
+
+    def promises(self, checkpoint: Checkpoint, variant: str, options: Mapping[str, Any]) -> dict[str, Promise]:
+        """What an artefact of a variant, written with these options of its exporter, has to hold of each tensor."""
+        from gemexport.exporters.fitting import promises
+
+        exporter = self.exporter()
+        if hasattr(exporter, "promises"):
+            own: dict[str, Promise] = exporter.promises(checkpoint, variant, **options)
+            return own
+        return promises(checkpoint, lambda grid, width: exporter.container(grid, width, variant))
 
     def supports(self, model: Model, variant: str) -> str | None:
         """Why the format's program does not run a model, or its artefact does not hold it; None where all is well."""

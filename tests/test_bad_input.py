@@ -712,6 +712,10 @@ def test_one_tensor_under_two_names_and_in_codes(
         ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.router.proj.weight"),
         ("model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias"),
         ("model.layers.0.mlp.gate_proj.weight", "model.layers.6.mlp.gate_proj.weight"),
+        ("model.norm.weight", "model.layers.0.self_attn.k_proj.bias"),
+        ("model.norm.weight", "model.layers.0.self_attn.q_proj.scale"),
+        ("model.norm.weight", "model.per_layer_model_projection.weight"),
+        ("model.norm.weight", "lm_head.bias"),
     ],
 )
 def test_a_tensor_that_the_decoder_has_no_place_for(
@@ -721,8 +725,18 @@ def test_a_tensor_that_the_decoder_has_no_place_for(
     assert f"has no place for the tensor {other}" in complaint(capsys, "plan", model)
 
 
-def test_tensors_that_programs_leave_unused_as_well(tiny_gemma3: Path, tmp_path: Path) -> None:
-    other = "model.layers.0.self_attn.rotary_emb.inv_freq"
+@pytest.mark.parametrize(
+    "other",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.k_scale",
+        "model.layers.0.mlp.up_proj.input_scale",
+        "model.vision_tower.patches.weight",
+        "multi_modal_projector.weight",
+        "v_head.weight",
+    ],
+)
+def test_tensors_that_programs_leave_unused_as_well(other: str, tiny_gemma3: Path, tmp_path: Path) -> None:
     model = rename(tiny_gemma3, {"model.norm.weight": other}, tmp_path / "model")
     assert open_checkpoint(model).left_out == (other,)
 

@@ -36,6 +36,7 @@ from gemexport.formats.tensor import (
     round_to,
 )
 from gemexport.registry import TARGETS
+from gemexport.validators.checks.weights import compare
 
 VARIANTS = [(name, variant) for name, target in TARGETS.items() for variant in target.variants]
 _REFUSED = re.compile("without its grid|stays f32")  # also for what only the values decide, or the other modules
@@ -162,3 +163,5 @@ def judge(name: str, variant: str, checkpoint: Checkpoint, stored: dict[str, Ten
         assert refused, (name, variant, tensor.name, tensor.grid, answer)
         if isinstance(answer, str):
             assert answer in refused[0]
+    found = compare(checkpoint.tensors, stored, promises=TARGETS[name].promises(checkpoint, variant, {}))
+    assert [(item.name, item.grid, item.broken_at) for item in found.tensors if item.kept != item.compared] == []

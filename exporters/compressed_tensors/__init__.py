@@ -28,6 +28,7 @@ from gemexport.exporters.compressed_tensors.schemes import (
     scheme_of,
 )
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
+from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import (
     Rounding,
@@ -41,6 +42,7 @@ from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import EMBEDDING, EMBEDDINGS, FINAL_NORM, HEAD
+from gemexport.formats.promise import Promise
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slices
@@ -119,6 +121,23 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     strategy = f"group {scheme.group}" if scheme.group else "channel"
     zeros = "" if scheme.symmetric else " with zero points"
     return Container(f"{scheme.format} {scheme.bits} bit{zeros}, {strategy}", "f32")
+
+
+def promises(
+    checkpoint: Checkpoint, variant: str, *, pack_embeddings: bool | None = None, **_: Any
+) -> dict[str, Promise]:
+    """What a folder has to hold of each tensor, by canonical name.
+
+    Scales of codes that were fitted have the dtype of the model, to which loaders cast them; all others are kept.
+    """
+    if variant == "bf16":
+        return {name: Promise(Plain(tensor), plain="bf16") for name, tensor in checkpoint.tensors.items()}
+    model = _plan(experts.modules(checkpoint)[0], variant, pack_embeddings)[1].model
+    found = fitted(checkpoint, lambda grid, width: container(grid, width, variant))
+    return {
+        name: item if item.tensor.grid is None or item.tensor.grid.lossless else replace(item, scales=model)
+        for name, item in found.items()
+    }
 
 
 def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) -> tuple[Checkpoint, _Plan]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,7 @@ import numpy as np
 from gemexport.exporters.coreml.forms import code_type, held
 from gemexport.exporters.coreml.weights import Sources
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
+from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.graphs.decoder import logits
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.support import all_computed, require
@@ -26,12 +28,14 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
 from gemexport.formats.coreml.package import coremltools
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.promise import Promise, shifted_back
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.reading import copy
-from gemexport.formats.tensor import Grid
+from gemexport.formats.tensor import DType, Floats, Grid
 
 VARIANTS = ("int4", "f16", "f32")
+PLAIN: dict[str, DType] = {"f16": "f16", "f32": "f32"}  # variants of plain numbers
 CONTEXT = 4096
 Placing = Literal["all", "linears", "none"]  # of static activation scales
 # The names that Hugging Face's swift-transformers looks for.
@@ -110,6 +114,25 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     else:
         name = f"constexpr_lut_to_dense {codes} and constexpr_blockwise_shift_scale, {block}"
     return Container(f"{name}, biases beside it" if grid.kind == "affine" else name, "f32")
+
+
+def promises(checkpoint: Checkpoint, variant: str, **_: Any) -> dict[str, Promise]:
+    """What a package has to hold of each tensor, by canonical name: norms with the family's offset in float32."""
+    offset, plain = np.float32(checkpoint.architecture.norm_offset), PLAIN.get(variant, "f32")
+    found = {}
+    for name, item in fitted(checkpoint, lambda grid, width: container(grid, width, variant)).items():
+        role = checkpoint.model.specs[name].role
+        if role.has_rows:
+            found[name] = replace(item, plain=plain)
+        else:
+            back = partial(_read_back, offset=offset if role.is_norm else np.float32(0))
+            found[name] = Promise(shifted_back(item.tensor, back))
+    return found
+
+
+def _read_back(values: Floats, offset: np.float32) -> Floats:
+    """What value + offset in float32 reads back as."""
+    return (values + offset) - offset
 
 
 def _program(checkpoint: Checkpoint, sources: Sources, context: int) -> Any:

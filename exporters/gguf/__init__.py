@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -32,7 +32,7 @@ from gemexport.exporters.support import experts, require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.roles import Role
-from gemexport.formats.gguf import StoredTensor, file_names, norm_shift
+from gemexport.formats.gguf import ROPE_FREQUENCIES, StoredTensor, file_names, norm_shift
 from gemexport.formats.gguf.blocks import (
     BLOCK,
     E2M1,
@@ -48,8 +48,8 @@ from gemexport.formats.gguf.blocks import (
     power_of_two,
     quantize_q8_0,
 )
-from gemexport.formats.gguf.config import ROPE_FREQUENCIES
 from gemexport.formats.gguf.container import Writer
+from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.parallel import by_rows
@@ -105,12 +105,12 @@ def export(
     tokens, notes = tokenizer(checkpoint)
     values = metadata(model, checkpoint.name, variant) | tokens
     names = file_names(model.family, len(model.decoder.layers))
-    kquants = _kquants(checkpoint, variant, names, imatrix)
+    kquants = kquants_of(checkpoint, variant, names, imatrix)
     if kquants:
         values |= kquants.metadata()
         notes += kquants.notes()
     frequencies = rope_frequencies(model)
-    tensors, dropped = _fitting(checkpoint, variant)
+    tensors, dropped = fitted_tensors(checkpoint, variant)
     notes += dropped
     shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
     if frequencies is not None:
@@ -132,7 +132,7 @@ def export(
     return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
 
 
-def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:
+def kquants_of(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:
     """What a K-quant variant does with the matrices, None for the others; InputError for an imatrix without a use."""
     if variant in MIXES:
         return KQuants(checkpoint, variant, names, imatrix)
@@ -142,7 +142,7 @@ def _kquants(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], ima
     return None
 
 
-def _fitting(checkpoint: Checkpoint, variant: str) -> tuple[dict[str, Tensor], list[str]]:
+def fitted_tensors(checkpoint: Checkpoint, variant: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors as a variant holds them, and notes on those that it does not hold as they are.
 
     What is in GGUF's blocks needs no container, and may have none: the codes of a K-quant are no use without its nested
@@ -188,6 +188,13 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
         return f"{size} no multiple of {BLOCK}"
     kind = _type(grid, variant)
     return kind if isinstance(kind, str) else Container(kind.name, "bf16" if kind == Type.MXFP4 else "f16")
+
+
+def promises(checkpoint: Checkpoint, variant: str, **options: Any) -> dict[str, Promise]:
+    """What a file has to hold of each tensor, by canonical name; raises what `export` raises."""
+    from gemexport.exporters.gguf.promised import promised  # which is made of what is here
+
+    return promised(checkpoint, variant, **options)
 
 
 def _type(grid: Grid, variant: str) -> Type | str:

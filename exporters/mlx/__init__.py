@@ -13,6 +13,7 @@ from shlex import quote
 from typing import Any
 
 from gemexport.exporters.fitting import Answer, Container, fitting
+from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.mlx.config import problem, text_config
 from gemexport.exporters.mlx.modes import Mode, columns, default_scales, holds_scales, mode_of
 from gemexport.exporters.result import Export, ignore
@@ -22,6 +23,7 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import FINAL_NORM
 from gemexport.formats.gemma.stacks import apart, switched
+from gemexport.formats.promise import Promise
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -92,6 +94,24 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     if isinstance(mode, str):
         return mode
     return Container(f"{mode.name} {mode.bits} bit, group {mode.group}", "f32")
+
+
+def promises(checkpoint: Checkpoint, variant: str, *, scales: DType | None = None, **_: Any) -> dict[str, Promise]:
+    """What a folder has to hold of each tensor, by canonical name: numbers in the dtype that mlx-lm computes in."""
+    if variant in PLAIN:
+        return {name: Promise(Plain(tensor), plain=PLAIN[variant]) for name, tensor in checkpoint.tensors.items()}
+    stacks = replace(checkpoint, tensors=apart(checkpoint.tensors, checkpoint.model.specs, switched))
+    dtype = _plan(stacks, variant, scales)[1].dtype
+    found = fitted(checkpoint, lambda grid, width: container(grid, width, variant))
+    return {
+        name: Promise(item.tensor, scales="f32" if _has_byte_scales(item.tensor) else dtype, plain=dtype, biased=True)
+        for name, item in found.items()
+    }
+
+
+def _has_byte_scales(tensor: Tensor) -> bool:
+    """Whether a tensor's scales are bytes, whatever the others are."""
+    return tensor.grid is not None and tensor.grid.kind == "codebook"
 
 
 def _plan(checkpoint: Checkpoint, variant: str, scales: DType | None) -> tuple[Checkpoint, _Plan]:

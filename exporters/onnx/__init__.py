@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import onnx_ir as ir
 
 from gemexport.exporters.fitting import Answer, Container, fitting, left_out
+from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.graphs import decoder
 from gemexport.exporters.onnx import transformers_js
 from gemexport.exporters.onnx.additive import byte_notes
@@ -26,6 +27,7 @@ from gemexport.exporters.onnx.genai_config import genai_config
 from gemexport.exporters.onnx.graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx.htp import held_by_rows
 from gemexport.exporters.onnx.npu import NpuBackend, add_decoder, lookup
+from gemexport.exporters.onnx.promised import integer_promises
 from gemexport.exporters.onnx.quantized import PRECISIONS, measured, write_quantized
 from gemexport.exporters.onnx.runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
@@ -35,9 +37,10 @@ from gemexport.formats.activations import Activations, CacheActivations, LinearA
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.tensor import Grid
+from gemexport.formats.tensor import Grid, Plain
 
 VARIANTS = ("int4", "npu", "f32", *PRECISIONS)
 Placing = Literal["all", "linears", "none"]  # of static activation scales
@@ -174,6 +177,15 @@ def container(grid: Grid, width: int, variant: str) -> Answer:
     if block is None:
         return f"ONNX Runtime has no block for blocks of {grid.block} weights"
     return Container(f"MatMulNBits {bits} bit, block {block}{', zero points' if shifted else ''}", "f32")
+
+
+def promises(checkpoint: Checkpoint, variant: str, **_: Any) -> dict[str, Promise]:
+    """What the graphs have to hold of each tensor, by canonical name."""
+    if variant in PRECISIONS:
+        return integer_promises(checkpoint, PRECISIONS[variant].bits)
+    if variant == "f32":
+        return {name: Promise(Plain(tensor)) for name, tensor in checkpoint.tensors.items()}
+    return fitted(checkpoint, lambda grid, width: container(grid, width, variant))
 
 
 def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> None:

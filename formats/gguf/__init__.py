@@ -27,10 +27,12 @@ from gemexport.formats.gguf.layouts import LAYOUTS
 from gemexport.formats.gguf.parts import Parts, read_parts
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from_bf16, row_slices
+from gemexport.formats.unclaimed import check_unclaimed
 
 _ARCHITECTURES = {name: key for key, name in MODEL_ARCH_NAMES.items()}
 MAX_LAYERS = 512  # llama.cpp's own limit
 
+ROPE_FREQUENCIES = "rope_freqs.weight"  # factors of rotary embeddings, which the metadata speak of
 Q_NORM_FACTOR = "gemexport.q_norm_factor"
 """Metadata key (float32): what the query norms were multiplied by, where llama.cpp's attention scale is another."""
 
@@ -143,10 +145,23 @@ def write_f32(source: Path, target: Path) -> None:
 def tensors(path: Path) -> Mapping[str, Tensor]:
     """The decoder's tensors in the GGUF file at `path` and its other parts, mapped, by canonical name.
 
-    Raises InputError for a broken file, for one of another architecture, and for types that gguf cannot evaluate.
+    Raises InputError for a broken file, for one of another architecture, for types that gguf cannot evaluate, and for a
+    tensor of the decoder that no part claims.
     """
     parts = read_parts(path)
-    return {**stored_tensors(parts), **{name: tensor for name, (tensor, _) in joined_tensors(parts).items()}}
+    stored, joined = stored_tensors(parts), joined_tensors(parts)
+    left_out(parts, stored, joined)
+    return {**stored, **{name: tensor for name, (tensor, _) in joined.items()}}
+
+
+def left_out(
+    parts: Parts, stored: Mapping[str, StoredTensor], joined: Mapping[str, tuple[Tensor, tuple[str, ...]]]
+) -> tuple[str, ...]:
+    """The file's names of what is none of these tensors; InputError for one that no part of the decoder claims."""
+    used = {tensor.stored_name for tensor in stored.values()} | {name for _, names in joined.values() for name in names}
+    found = tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
+    check_unclaimed(parts.path, found, used)
+    return found
 
 
 def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:

@@ -16,14 +16,13 @@ from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.facts import Flat, Form, flat_facts
 from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.model import Model, describe
-from gemexport.formats.gguf import FLOATS, family_of, layers_of, q_norm_factor_of
+from gemexport.formats.gguf import FLOATS, ROPE_FREQUENCIES, family_of, layers_of, q_norm_factor_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.facts import read_facts
 from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import Parts
 from gemexport.formats.storage.errors import InputError
 
-ROPE_FREQUENCIES = "rope_freqs.weight"
 EMBEDDING, PER_LAYER_EMBEDDING, HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
 ROUTER = ".ffn_gate_inp.weight"  # after the name of its layer
 NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves pairs of a head unrotated

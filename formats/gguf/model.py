@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
-from gemexport.formats.checkpoint import Checkpoint, check_left_out, checkpoint_name, unpacking
+from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, unpacking
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gguf import family_of, joined_tensors, stored_tensors
-from gemexport.formats.gguf.config import ROPE_FREQUENCIES, config_json, model_of
+from gemexport.formats.gguf import family_of, joined_tensors, left_out, stored_tensors
+from gemexport.formats.gguf.config import config_json, model_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import Parts, read_parts
@@ -18,7 +17,6 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Tensor
 
 UNPACKED = "2"  # of what `write` makes; another one makes it anew
-_UNUSED = re.compile(r"\.attn_[kv](?:_norm)?\.")  # of layers that read the keys and values of another one
 
 
 def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
@@ -32,7 +30,7 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
     config = config_json(parts)
     model = model_of(facts, config)
     check(facts, model.decoder.vocab_size)
-    tensors, left_out = _tensors(parts, model)
+    tensors, others = _tensors(parts, model)
     return Checkpoint(
         name=checkpoint_name(path),
         path=path,
@@ -42,7 +40,7 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
         tensors=tensors,
         unpack=unpacking(lambda folder: write(facts, config, folder), lambda: _mark(parts), scratch),
         files=tuple(container.path for container in parts.containers),
-        left_out=left_out,
+        left_out=others,
     )
 
 
@@ -58,11 +56,8 @@ def _tensors(parts: Parts, model: Model) -> tuple[dict[str, Tensor], tuple[str, 
             problem = f"tensor {name} has the shape {list(tensor.shape)} where the metadata say {list(spec.shape)}"
             raise InputError(parts.path, problem, MENDED)
         tensors[name] = tensor
-    used = {whole[name].stored_name for name in tensors if name in whole}
-    used.update(name for _, names in joined.values() for name in names)
-    left_out = tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
-    check_left_out(parts.path, left_out, _UNUSED)
-    return tensors, left_out
+    claimed = {name: whole[name] for name in tensors if name in whole}
+    return tensors, left_out(parts, claimed, joined)
 
 
 def _mark(parts: Parts) -> str:

@@ -8,7 +8,7 @@ token wins by a clear margin, depends on the context, and changes when any part 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,6 +123,7 @@ def make(
     spelling: str = GLOBAL_HEAD_DIM,
     wrapped: bool = False,
     experts: bool = False,
+    plain: Collection[Role] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write a demo checkpoint (config, weights, tokenizer) as a Hugging Face folder; returns `folder`.
@@ -130,13 +131,14 @@ def make(
     `rule` is how the scales of the int4 grid follow from the weights (`gemexport.demo.qat.RULES`), or None for plain
     weights. The default leaves every block without a code of -8, which is what converters stumble over. `wrapped`
     writes the decoder as it lies in a multimodal checkpoint, beside a tensor of a vision tower. With `experts`
-    there are some beside every layer's MLP.
+    there are some beside every layer's MLP. Tensors of the roles `plain` are on no grid, whatever the rule.
     """
     config = config_json(family, SIZES[size] if isinstance(size, str) else size, spelling, experts)
     prefix = "model.language_model." if wrapped else "model."
     whole = configs.wrapped(config, named(family)) if wrapped else config
     extra = [Entry(TOWER, DTYPE_NAMES[dtype], (64, 48))] if wrapped else []
-    return write(folder, whole, seed, rule, dtype, prefix=prefix, extra=extra, max_shard_bytes=max_shard_bytes)
+    settings: dict[str, Any] = {"prefix": prefix, "extra": extra, "plain": plain, "max_shard_bytes": max_shard_bytes}
+    return write(folder, whole, seed, rule, dtype, **settings)
 
 
 def write(
@@ -148,12 +150,13 @@ def write(
     *,
     prefix: str = "model.",
     extra: Sequence[Entry] = (),
+    plain: Collection[Role] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write a random checkpoint of the model that `config` describes, of whatever family; returns `folder`.
 
     Tensors have the names of the family's own checkpoints; `prefix` stands for the "model." of canonical ones. Those
-    of `extra`, which the decoder does not have, are zeros.
+    of `extra`, which the decoder does not have, are zeros; those of the roles `plain` are on no grid.
     """
     model = describe(config, folder)
     names = {name: _in_files(model, spec, prefix) for name, spec in model.specs.items()}
@@ -167,7 +170,7 @@ def write(
                 # A stream for each name: a model with other layers still has the same weights in those it shares.
                 stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
                 values = random_values(spec, model.decoder, quiet, stream)
-                writer.write(names[name], _stored(values, spec.role, rule, dtype))
+                writer.write(names[name], _stored(values, spec.role, None if spec.role in plain else rule, dtype))
             for entry in extra:
                 writer.write(entry.name, np.zeros(entry.shape, NUMPY_DTYPES[entry.dtype]))
         _write_json(partial / "config.json", config)

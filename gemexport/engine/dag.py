@@ -15,7 +15,7 @@ from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.request import Request, Step
 from gemexport.shared.node import Call, Node
-from gemexport.shared.place import Place
+from gemexport.shared.place import Asked, Place
 
 # Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
 EXPORT_BYTES = 600 << 20
@@ -134,10 +134,11 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:
         needs = (before, *(("reference",) if affordable else ()))
-        call = Call(
-            "gemexport.judge.validation:validate",
-            {"place": place, "target": step.target.name, "path": step.path, "run_logits": affordable},
-        )
+        arguments = {
+            "place": replace(place, codec=step.codec), "target": step.target.name, "path": step.path,
+            "run_logits": affordable, "asked": _asked(asked, step) if before == step.export_node else None,
+        }  # fmt: skip
+        call = Call("gemexport.judge.validation:validate", arguments)
         total = weights * (1 + len(step.target.arithmetics))
         memory = room if affordable else EXPORT_BYTES
         # The reference's logits with the weights read back stay, those of all programs until they are compared.
@@ -145,6 +146,11 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         disk = (logits, programs * logits + step.target.copies * weights) if affordable else (0, 0)
         nodes.append(Node(step.validate_node, call, needs, memory=memory, total=total, writes=disk[0], scratch=disk[1]))
     return nodes
+
+
+def _asked(asked: Request, step: Step) -> Asked:
+    """What the exporter of an artefact is asked for."""
+    return Asked(step.variant, asked.options.get(step.target.name, {}))
 
 
 def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:

@@ -26,7 +26,7 @@ from gemexport.judge.wording import check_wording
 from gemexport.registry import TARGETS
 from gemexport.report.schema import verdict
 from gemexport.shared.measured import Divergence, Validation
-from gemexport.shared.place import Place
+from gemexport.shared.place import Asked, Place
 
 COLUMNS = (
     ("gguf", "Q4_0"), ("mlx", "4bit"), ("onnx", "int4"), ("onnx", "npu"), ("coreml", "int4"),
@@ -106,7 +106,7 @@ class Bench:
         """Status and reason, as `gemexport validate` gives them; `wording`: try the tokenizer before the runtime."""
         if not self.whole:
             try:
-                status, reason = self._verdict(target, variant, self._stored(target, path, wording))
+                status, reason = self._verdict(target, variant, self._stored(target, variant, path, wording))
             except InputError as error:
                 return "error", str(error)
             if status == "fail":
@@ -117,14 +117,14 @@ class Bench:
         """What a validation measures, none where the artefact cannot be read, then status and reason."""
         self._measure_floors()
         try:
-            found = validation.validate(self.place, target, path, True, lambda _: None)
+            found = validation.validate(self.place, target, path, True, lambda _: None, Asked(variant))
         except InputError as error:
             return None, "error", str(error)
         return found, *self._verdict(target, variant, found)
 
-    def _stored(self, target: str, path: Path, wording: bool) -> Validation:
+    def _stored(self, target: str, variant: str, path: Path, wording: bool) -> Validation:
         """What shows without running the artefact."""
-        report, _ = validation.check_weights(self.place, target, path, lambda _: None)
+        report, _ = validation.check_weights(self.place, target, path, lambda _: None, Asked(variant))
         facts = validation.check_facts(self.checkpoint, target, path)
         words = check_wording(self.work, self.checkpoint, path, None) if wording else (None, None)
         return Validation(report, *words, facts=facts)

@@ -16,15 +16,25 @@ from gemexport.shared.measured import (
     Validation,
     WeightsReport,
 )
-from gemexport.shared.place import Place, Progress
+from gemexport.shared.place import Asked, Place, Progress, opened
 from gemexport.validators.checks import weights
 
 
-def validate(place: Place, target: str, path: Path, run_logits: bool, progress: Progress) -> Validation:
-    """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences."""
+def validate(
+    place: Place,
+    target: str,
+    path: Path,
+    run_logits: bool,
+    progress: Progress,
+    asked: Asked | None = None,
+) -> Validation:
+    """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences.
+
+    `asked` is what the exporter was asked for; None where somebody else may have made the artefact.
+    """
     watch = Stopwatch()
     with watch.time("weights"):
-        report, digest = check_weights(place, target, path, progress)
+        report, digest = check_weights(place, target, path, progress, asked)
     checkpoint = place.open()
     facts = check_facts(checkpoint, target, path)
     if not run_logits or report.missing:
@@ -49,10 +59,17 @@ def _uncounted(_: int) -> None:
     """The progress of a program that may not be here, and is not counted on."""
 
 
-def check_weights(place: Place, target: str, path: Path, progress: Progress) -> tuple[WeightsReport, str]:
-    """The weights of an artefact against the source's, and the digest of the values read back; in weights."""
+def check_weights(
+    place: Place, target: str, path: Path, progress: Progress, asked: Asked | None = None
+) -> tuple[WeightsReport, str]:
+    """The weights of an artefact against the source's and what was promised, and a digest of the values read back."""
     stored = TARGETS[target].reader().tensors(path)
-    found = weights.compare(place.open().tensors, stored, progress)
+    checkpoint = place.open()
+    if asked is None:
+        promises = TARGETS[target].promises(checkpoint, TARGETS[target].variants[0], {})
+    else:
+        promises = TARGETS[target].promises(opened(place, checkpoint)[0], asked.variant, asked.options)
+    found = weights.compare(checkpoint.tensors, stored, progress, promises=promises, ours=asked is not None)
     tensors = tuple(TensorReport.model_validate(item, from_attributes=True) for item in found.tensors)
     compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)
     report = WeightsReport(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from gemexport.formats.gemma.names import role_of
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.tensor import DType, Grid
 from gemexport.judge.bounds import (
@@ -93,23 +94,57 @@ def _chat(report: ChatReport) -> Bound:
 
 
 def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound]:
-    """Nothing missing; what lies on the source's lattice, or has no grid at all, kept its values, the rest is near."""
+    """Nothing missing, and what was promised is there to the bit.
+
+    Where nothing was, what lies on the source's lattice, or has no grid at all, kept its values; the rest is near.
+    """
     report = found.weights
-    held = [item for item in report.tensors if _must_be_exact(item, holds) and not _narrowed(item, plain)]
-    moved = [item for item in report.tensors if _widened(item)]
     origin = "an artefact holds every tensor of the decoder"
     result = [Bound.at_most("weights.missing", len(report.missing), 0, origin, _listed(report.missing))]
     origin = "an artefact holds no tensor that the decoder does not have"
     result.append(Bound.at_most("weights.unexpected", len(report.unexpected), 0, origin, _listed(report.unexpected)))
+    promised = [item for item in report.tensors if item.kept is not None]
+    if promised:
+        result.append(_kept(promised))
+    return result + _near([item for item in report.tensors if item.kept is None], holds, plain)
+
+
+def _kept(promised: Sequence[TensorReport]) -> Bound:
+    """Codes and scales are those that the exporter was given, rounded as the format prescribes and no further."""
+    share = sum(item.kept or 0 for item in promised) / max(sum(item.compared for item in promised), 1)
+    origin = "what went into the exporter comes out: codes, scales and values to the bit, as the format rounds them"
+    broken = sorted((item for item in promised if item.kept != item.compared), key=_kept_share)
+    lattices = [item for item in broken if item.source_grid is not None and item.source_grid.lossless]
+    where = "; ".join([*diagnose(lattices), *filter(None, [_listed(map(_broken, broken))])]) or None
+    return Bound.at_least("weights.kept", share, 1.0, origin, where)
+
+
+def _kept_share(item: TensorReport) -> float:
+    return (item.kept or 0) / max(item.compared, 1)
+
+
+def _broken(item: TensorReport) -> str:
+    """A tensor that is not as it was promised, and the first place where it is not."""
+    if item.broken_at is None:
+        return item.name
+    row, column = item.broken_at
+    return f"{item.name} (from row {row}, column {column})"
+
+
+def _near(tensors: Sequence[TensorReport], holds: Holds, plain: DType | None) -> list[Bound]:
+    """The bounds of tensors of which nobody knows what they were to be."""
+    result = []
+    held = [item for item in tensors if _must_be_exact(item, holds) and not _narrowed(item, plain)]
+    moved = [item for item in tensors if _widened(item)]
     if held:
         share = sum(item.exact for item in held) / max(sum(item.compared for item in held), 1)
         origin = "no weight changes its value unless the format cannot hold it"
         changed = sorted((item for item in held if item.exact < item.compared), key=lambda item: item.exact_fraction)
         where = "; ".join([*diagnose(changed), *filter(None, [_listed(item.name for item in changed)])]) or None
         result.append(Bound.at_least("weights.exact_fraction", share, 1.0, origin, where))
-    result += _vectors([item for item in report.tensors if len(item.shape) < 2 or _narrowed(item, plain)])
-    result += [_as_fitted(item, item.fitted_rms) for item in report.tensors if item.fitted_rms is not None]
-    anew = [item for item in report.tensors if _quantized_anew(item, holds, plain)]
+    result += _vectors([item for item in tensors if _is_vector(item) or _narrowed(item, plain)])
+    result += [_as_fitted(item, item.fitted_rms) for item in tensors if item.fitted_rms is not None]
+    anew = [item for item in tensors if _quantized_anew(item, holds, plain)]
     if anew:
         worst, limit, name = _farthest((item.rms_relative_error or 0.0, REQUANTIZED_RMS, item.name) for item in anew)
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
@@ -119,6 +154,12 @@ def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound
         origin = "steps of the wider codes that the format has instead: half of one, and of blocks what clipping adds"
         result.append(Bound.at_most("weights.max_relative_error of requantized tensors", error, limit, origin, name))
     return result
+
+
+def _is_vector(item: TensorReport) -> bool:
+    """Whether a tensor is a vector of factors, for which no format has codes: by what it is for, whatever its shape."""
+    role = role_of(item.name)
+    return len(item.shape) < 2 if role is None else not role.has_rows
 
 
 def _farthest(found: Iterable[tuple[float, float, str]]) -> tuple[float, float, str]:
@@ -180,14 +221,14 @@ def _must_be_exact(item: TensorReport, holds: Holds) -> bool:
         return False
     if item.source_grid is not None and item.source_grid.lossless and holds(item.source_grid.grid(), item.shape[-1]):
         return not (item.scale_rounded and item.exact < item.compared)
-    return item.grid is None and len(item.shape) >= 2
+    return item.grid is None and not _is_vector(item)
 
 
 def _quantized_anew(item: TensorReport, holds: Holds, plain: DType | None) -> bool:
     """Whether codes were fitted to a tensor's values: as somebody asked, or since a plain one has no others."""
     if item.fitted_rms is not None or _widened(item):
         return False
-    return item.requantized or not (len(item.shape) < 2 or _narrowed(item, plain) or _must_be_exact(item, holds))
+    return item.requantized or not (_is_vector(item) or _narrowed(item, plain) or _must_be_exact(item, holds))
 
 
 def _widened(item: TensorReport) -> bool:

@@ -81,6 +81,8 @@ class TensorReport(ReportModel):
     requantized: bool = False
     codec: str | None = None
     fitted_rms: float | None = None
+    kept: int | None = None
+    broken_at: tuple[int, int] | None = None
 
 
 class WeightsReport(ReportModel):

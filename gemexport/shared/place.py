@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
@@ -123,9 +123,20 @@ def model_activations(checkpoint: Checkpoint) -> Activations | None:
     return checkpoint.activations.without_caches() if checkpoint.activations else None
 
 
-def opened(place: Place) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with its grids, and its per-layer embeddings in the codec that was asked for, and notes."""
-    checkpoint = place.open()
+@dataclass(frozen=True)
+class Asked:
+    """What the exporter of an artefact was asked for."""
+
+    variant: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def opened(place: Place, checkpoint: Checkpoint | None = None) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with its grids, and its per-layer embeddings in the codec that was asked for, and notes.
+
+    A `checkpoint` is one that `place.open` gave.
+    """
+    checkpoint = checkpoint or place.open()
     if place.codec is None:
         return checkpoint, []
     from gemexport.formats.grids.additive_fit import attach as attach_codec

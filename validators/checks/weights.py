@@ -2,6 +2,9 @@
 
 A weight is exact when the stored numbers, evaluated without rounding and then rounded to the source's dtype, are the
 source's value. Evaluated without rounding means in float64, which holds every product of a code and a float32 scale.
+
+A weight is kept when it is, evaluated so, the very number that was promised: the code and the scale that the exporter
+was given, rounded as the format prescribes (`formats/promise.py`).
 """
 
 from __future__ import annotations
@@ -11,18 +14,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.grids.lattice import edges, jit
+from gemexport.formats.promise import Promise
 from gemexport.formats.storage.parallel import by_rows
 from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to
+from gemexport.validators.checks.evaluated import PIECE, evaluate, numbers_of
+from gemexport.validators.checks.kept import Held, Kept, held_of
 
 _SOURCE: dict[DType, int] = {"bf16": 0, "f16": 1, "f32": 2}
-PIECE = 512  # weights that are evaluated and judged in one go
-_NONE: Floats = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class TensorComparison:
     exact_as_run: int | None = None  # weights after the runtime evaluated them; None: it rounds nothing on the way
     codec: str | None = None  # the vector codec that it is in
     fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
+    kept: int | None = None  # weights that are, to the bit, what was promised; None: nothing was
+    broken_at: tuple[int, int] | None = None  # row and column of the first that is not
 
     @property
     def exact_fraction(self) -> float:
@@ -62,27 +67,6 @@ class WeightsComparison:
     missing: tuple[str, ...]  # those that are there in another shape say so behind their name
     unexpected: tuple[str, ...]
     digest: str  # of the values read back: artefacts that hold the same numbers have the same
-
-
-@jit
-def _evaluate(
-    codes: Codes | Floats, scales: Floats, zeros: Floats, biases: Floats, start: int, found: NDArray[np.float64]
-) -> None:
-    """Fill `found` with what the codes from `start` on mean: (code - zero) * scale + bias, each by itself exact."""
-    block = codes.size // scales.size
-    first, zero, bias = 0, 0.0, 0.0
-    while first < found.size:
-        b = (start + first) // block
-        last = min((b + 1) * block - start, found.size)
-        if zeros.size > 0:
-            zero = np.float64(zeros[b])
-        if biases.size > 0:
-            bias = np.float64(biases[b])
-        scale = np.float64(scales[b])
-        given, out = codes[start + first : start + last], found[first:last]
-        for i in range(out.size):
-            out[i] = (np.float64(given[i]) - zero) * scale + bias
-        first = last
 
 
 @jit
@@ -154,7 +138,7 @@ def _compare(
     for start in range(0, source.size, PIECE):
         stop = min(start + PIECE, source.size)
         wanted, found = source[start:stop], buffer[: stop - start]
-        _evaluate(codes, scales, zeros, biases, start, found)
+        evaluate(codes, scales, zeros, biases, start, found)
         right, top = _all_round_to(wanted, found, dtype, values[start:stop])
         peak = max(peak, top)
         for i in range(wanted.size):
@@ -172,8 +156,15 @@ def compare(
     artifact: Mapping[str, Tensor],
     progress: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
+    promises: Mapping[str, Promise] | None = None,
+    *,
+    ours: bool = True,
 ) -> WeightsComparison:
-    """Compare every tensor of `source` with the one of the same name in `artifact`; `progress` is told weights."""
+    """Compare every tensor of `source` with the one of the same name in `artifact`; `progress` is told weights.
+
+    The artefact is held to `promises`, by name. Where it is not known to be `ours`, to those of tensors of which at
+    least half show that they were made by them: no other fit gives the same codes, block by block.
+    """
     digest = hashlib.sha256()  # which processors compute: twice as fast as BLAKE2 where it was measured
     compared, missing = [], []
     for name, tensor in source.items():
@@ -183,7 +174,8 @@ def compare(
         elif stored.shape != tensor.shape:
             missing.append(f"{name} (has the shape {list(stored.shape)}, not {list(tensor.shape)})")
         else:
-            compared.append(_tensor(tensor, stored, digest.update, threads))
+            promise = None if promises is None else promises.get(name)
+            compared.append(_tensor(tensor, stored, digest.update, threads, promise, ours))
             progress(compared[-1].compared)
     return WeightsComparison(
         tensors=tuple(compared),
@@ -198,14 +190,20 @@ def _count(tensor: Tensor) -> int:
 
 
 def _tensor(
-    source: Tensor, stored: Tensor, update: Callable[[memoryview], None], threads: int | None
+    source: Tensor,
+    stored: Tensor,
+    update: Callable[[memoryview], None],
+    threads: int | None,
+    promise: Promise | None,
+    ours: bool,
 ) -> TensorComparison:
     exact, worst, error, peak, energy = 0, 0.0, 0.0, 0.0, 0.0
     same_codes = source.grid is not None and stored.grid is not None
     kept: int | None = 0
     as_run: int | None = 0
-    for (counted, largest, squared, top, power), same, scales, running, values in by_rows(
-        lambda bounds: _slice(source, stored, bounds), source, threads
+    promised = Kept(source.shape)
+    for (counted, largest, squared, top, power), same, scales, running, values, held in by_rows(
+        lambda bounds: _slice(source, stored, bounds, promise, ours), source, threads
     ):
         update(values)
         exact, worst, error = exact + counted, float(np.maximum(worst, largest)), error + squared
@@ -213,6 +211,8 @@ def _tensor(
         same_codes = same_codes and same
         kept = None if kept is None or scales is None else kept + scales
         as_run = None if as_run is None or running is None else as_run + running
+        promised.add(held)
+    due = promise is not None and (ours or promised.recognised(promise, stored))
     return TensorComparison(
         name=source.name,
         shape=source.shape,
@@ -230,40 +230,28 @@ def _tensor(
         exact_as_run=as_run,
         codec=None if stored.grid is None else stored.grid.codec,
         fitted_rms=stored.fitted_rms,
+        kept=promised.kept if due else None,
+        broken_at=promised.broken_at if due else None,
     )
 
 
 def _slice(
-    source: Tensor, stored: Tensor, bounds: tuple[int, int]
-) -> tuple[tuple[int, float, float, float, float], bool, int | None, int | None, memoryview]:
+    source: Tensor, stored: Tensor, bounds: tuple[int, int], promise: Promise | None, ours: bool
+) -> tuple[tuple[int, float, float, float, float], bool, int | None, int | None, memoryview, Held | None]:
     """What `_compare` counts in a slice, whether codes and how many weights' scales are the same; how many weights are
-    exact as they run; and the values."""
+    exact as they run; the values; and what was kept of a promise."""
     wanted, found = source.rows(*bounds), stored.rows(*bounds)
-    expected = _flat(wanted.values)
+    expected = np.ascontiguousarray(wanted.values).reshape(-1)
     values = np.empty(expected.size, np.float32)
-    codes, scales, zeros, biases = map(_flat, _stored(stored.grid, found))
+    codes, scales, zeros, biases = numbers_of(stored.grid, found)
     numbers = _compare(expected, codes, scales, zeros, biases, _SOURCE[source.dtype], values)
     same, scales_kept = _same_codes(wanted, found, source, stored), _same_scales(wanted, found, stored)
-    return numbers, same, scales_kept, _exact_as_run(wanted.values, source.dtype, stored, bounds), values.data
-
-
-def _flat(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(array).reshape(-1)
-
-
-def _stored(grid: Grid | None, rows: Rows) -> tuple[NDArray[Any], Floats, Floats, Floats]:
-    """Rows as `_evaluate` takes them: codes, scales, zero points and biases; empty where there are none.
-
-    What has no grid is its own code on a scale of one, and so are sums of vectors, which are no product of two numbers.
-    """
-    if grid is None or grid.kind == "vectors" or rows.codes is None:
-        return rows.values, np.ones(1, np.float32), _NONE, _NONE
-    codes, scales = rows.grid()
-    if grid.kind == "codebook":
-        return np.asarray(grid.levels)[codes], scales, _NONE, _NONE
-    if rows.shifts is None:
-        return codes, scales, _NONE, _NONE
-    return (codes, scales, rows.shifts, _NONE) if grid.kind == "zero-point" else (codes, scales, _NONE, rows.shifts)
+    held = None
+    if promise is not None:
+        own = wanted if promise.tensor is source else promise.tensor.rows(*bounds)
+        held = held_of(promise, stored, own, found, ours)
+    as_run = _exact_as_run(wanted.values, source.dtype, stored, bounds)
+    return numbers, same, scales_kept, as_run, values.data, held
 
 
 def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bool:

@@ -118,8 +118,7 @@ def read_architecture(config: dict[str, object]) -> Architecture:
 def written(config: dict[str, object], source: Checkpoint, path: Path, **changes: Value | None) -> Path:
     """A GGUF file of a decoder with zeros for weights and the tokenizer of `source`; `changes` None takes a key out."""
     from gemexport.exporters.gguf.facts import rope_frequencies
-    from gemexport.formats.gguf import file_names
-    from gemexport.formats.gguf.config import ROPE_FREQUENCIES
+    from gemexport.formats.gguf import ROPE_FREQUENCIES, file_names
 
     model = describe(config, "config.json")
     tokens, _ = tokenizer(replace(source, model=model))

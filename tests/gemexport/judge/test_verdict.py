@@ -126,6 +126,35 @@ def test_codes_of_a_plain_matrix_are_near_its_values(source: GridReport | None) 
     assert broken(found(lost, near)) == ["weights.rms_relative_error"]
 
 
+def test_what_was_promised_is_there_to_the_bit_whatever_the_file_says_of_itself() -> None:
+    """Neither codes that were fitted anew nor an error that a fit is said to have measured excuse anything."""
+    for excuse in ({}, {"requantized": True}, {"fitted_rms": 1.0, "codec": "aqlm:2x8:8"}, {"scale_rounded": True}):
+        fitted: dict[str, Any] = {
+            "source_grid": ROUNDED,
+            "grid": ROUNDED,
+            "exact": 3,
+            "rms_relative_error": 0.1,
+            **excuse,
+        }
+        assert broken(found(tensor(), tensor(**fitted, kept=64))) == []
+        assert broken(found(tensor(), tensor(**fitted, kept=63, broken_at=(1, 3)))) == ["weights.kept"]
+    (bound,) = [
+        bound
+        for bound in bounds(found(tensor(kept=63, exact=63, broken_at=(1, 3))), {}, RECIPES["default"])
+        if not bound.held
+    ]
+    assert bound.where is not None
+    assert bound.where.endswith("w (from row 1, column 3)")
+
+
+def test_what_a_tensor_is_for_decides_how_it_is_judged() -> None:
+    """A norm of two axes is a norm, and a matrix of one row no vector."""
+    norm = {"name": "model.norm.weight", "grid": None, "source_grid": None}
+    assert broken(found(tensor(exact=3, max_relative_error=2.0**-20, **norm))) == []
+    matrix = {**norm, "name": "model.layers.0.mlp.up_proj.weight", "shape": (64,)}
+    assert broken(found(tensor(exact=3, max_relative_error=2.0**-20, **matrix))) == ["weights.exact_fraction"]
+
+
 def test_of_fewer_than_a_thousand_positions_all_but_one_agree() -> None:
     for tokens in range(2, 1000):
         one, two = ((tokens - missed) / tokens for missed in (1, 2))
