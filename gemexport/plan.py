@@ -19,6 +19,7 @@ from gemexport.shared.place import WORK
 def print_plan(asked: Request, as_json: bool) -> None:
     """Print the DAG of a request with sizes and memory estimates; nothing is run or written."""
     checkpoint = asked.checkpoint()
+    checkpoint.unpack()  # what a run would refuse, a plan does
     wanted = steps(asked, checkpoint)
     nodes = graph(asked, checkpoint, asked.out / WORK, wanted)
     expected = {step.export_node: artifact_bytes(checkpoint.tensors, step.variant) for step in wanted}

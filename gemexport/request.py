@@ -21,8 +21,6 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gemexport.compress import FOLDER, Compression, compression
-from gemexport.formats.assets import TOKENIZER
-from gemexport.formats.assets.reading import check_tokenizer
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES, Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
@@ -103,11 +101,8 @@ class Request:
         return Place(self.model, work, self.tokens, self.adapter, compressed, stamps=checkpoint.stamps)
 
     def checkpoint(self) -> Checkpoint:
-        """The model, with its adapter merged in; its tokenizer is known to be one."""
-        checkpoint = open_checkpoint(self.model, adapter=self.adapter)
-        if checkpoint.path.is_dir():  # of a model in one file it is made when it is wanted
-            check_tokenizer(checkpoint.path / TOKENIZER)
-        return checkpoint
+        """The model, with its adapter merged in; what lies beside its weights is judged when it is wanted."""
+        return open_checkpoint(self.model, adapter=self.adapter)
 
 
 def request(

@@ -63,8 +63,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             asked.jobs, asked.memory, work, events or Events(), workers or Workers(), checkpoint.stamps
         )
         with ThreadPoolExecutor(1) as beside:
+            settings = beside.submit(asked.place(work, checkpoint.name).plain().unpack)
             renderer = beside.submit(_renderer)
-            outcomes = scheduler.run(nodes)
+            outcomes = scheduler.run(nodes, settings)
         source, notes = checkpoint, [*earlier.notes]
         for name in ("compress", "grids") if asked.compression is not None else ("grids",):
             value_of(name, outcomes)
@@ -137,7 +138,8 @@ def validate(
             nodes.append(compiling(asked, checkpoint, place, artifact, qnn_context, qnn_arch))
         check_room(work, nodes, asked.jobs)
         scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), source=checkpoint.stamps)
-        outcomes = scheduler.run(nodes)
+        with ThreadPoolExecutor(1) as beside:
+            outcomes = scheduler.run(nodes, beside.submit(place.plain().unpack))
         outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
     for name, outcome in outcomes.items():
         if outcome.error or name == "grids":

@@ -68,11 +68,11 @@ def compose(folder: Path, source: Mapping[str, Any], decoder: Decoder, read: Seq
         settings = _usual_settings(folder, source, decoder)
         files[SETTINGS] = _dumped(settings)
         notes.append(f"there is no {SETTINGS}, which programs read: one is made of the configs, as transformers has it")
+    ids = {**source["model"]["vocab"], **{item["content"]: item["id"] for item in source.get("added_tokens") or ()}}
     notes += _leftovers(tokenizer)
-    notes += _composed_tokens(folder, tokenizer, settings)
+    notes += _composed_tokens(folder, tokenizer, settings, ids)
     if tokenizer != source:
         files[TOKENIZER] = _dumped(tokenizer)
-    ids = {**source["model"]["vocab"], **{item["content"]: item["id"] for item in tokenizer.get("added_tokens") or ()}}
     notes += _surplus(ids, decoder.rows)
     found = templates.find(folder, settings)
     notes += _placed(found, settings, files)
@@ -114,12 +114,13 @@ def _leftovers(tokenizer: dict[str, Any]) -> Iterator[str]:
             yield f"tokenizer.json has the state of a trainer ({key}), which {does}: it is taken out"
 
 
-def _composed_tokens(folder: Path, tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
-    """Add the tokens that only the files beside tokenizer.json name, as transformers does when it loads them."""
-    known = {
-        **tokenizer["model"]["vocab"],
-        **{item["content"]: item["id"] for item in tokenizer.get("added_tokens") or ()},
-    }
+def _composed_tokens(
+    folder: Path, tokenizer: dict[str, Any], settings: Mapping[str, Any], known: dict[str, int]
+) -> Iterator[str]:
+    """Add the tokens that only the files beside tokenizer.json name, as transformers does when it loads them.
+
+    They join the ids by text in `known`, too.
+    """
     wanted = {text: item for text, item in _beside(folder, settings) if text not in known}
     if not wanted:
         return
@@ -128,10 +129,9 @@ def _composed_tokens(folder: Path, tokenizer: dict[str, Any], settings: Mapping[
         if item["id"] != index:
             problem = f"has no token {text!r}, which another file gives the id {item['id']}; it would get {index}"
             raise InputError(path, problem, "save the tokenizer again")
-    tokenizer["added_tokens"] = [
-        *(tokenizer.get("added_tokens") or ()),
-        *sorted(wanted.values(), key=lambda item: item["id"]),
-    ]
+    added = sorted(wanted.values(), key=lambda item: item["id"])
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *added]
+    known |= {item["content"]: item["id"] for item in added}
     yield f"{len(wanted)} tokens that tokenizer.json lacks come from the files beside it: {_some(list(wanted))}"
 
 
@@ -155,8 +155,8 @@ def _beside(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, di
 
 
 def _surplus(ids: Mapping[str, int], rows: int) -> Iterator[str]:
-    beyond = sorted((index, text) for text, index in ids.items() if index >= rows)
-    if beyond:
+    if max(ids.values(), default=-1) >= rows:
+        beyond = sorted((index, text) for text, index in ids.items() if index >= rows)
         shown = _some([f"{text} ({index})" for index, text in beyond])
         yield f"{len(beyond)} tokens have no row in the embedding, so no text with one of them is computed: {shown}"
 

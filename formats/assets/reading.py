@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import from_json
 
 from gemexport.formats.assets.tables import check_types
@@ -30,27 +29,6 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class _TokenizerModel(BaseModel):
-    type: str
-
-
-class _Tokenizer(BaseModel):
-    """As much of a tokenizer.json as tells that it is one; the parser skips the rest without making objects of it."""
-
-    model: _TokenizerModel
-
-
-def check_tokenizer(path: Path) -> None:
-    """Raise InputError when a file is not the whole JSON of a tokenizer.
-
-    Apart from `open_checkpoint`, which every step of a run calls: reading 33 MB of JSON takes longer than all it does.
-    """
-    try:
-        _Tokenizer.model_validate_json(_tokenizer_bytes(path))
-    except (ValueError, OSError) as error:
-        raise _no_tokenizer(path) from error
-
-
 def read_tokenizer(path: Path) -> dict[str, Any]:
     """tokenizer.json as a dictionary; InputError when it is not one."""
     try:
@@ -58,7 +36,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
         with uncollected():
             tokenizer = from_json(_tokenizer_bytes(path), cache_strings="none")
     except (ValueError, OSError) as error:
-        raise _no_tokenizer(path) from error
+        raise InputError(path, "is not a tokenizer of the tokenizers library", "save the tokenizer again") from error
     check_types(path, tokenizer)
     return dict(tokenizer)
 
@@ -68,7 +46,3 @@ def _tokenizer_bytes(path: Path) -> bytes:
     data = read_bytes(path, BYTES)
     check_containers(path, data)
     return data
-
-
-def _no_tokenizer(path: Path) -> InputError:
-    return InputError(path, "is not a tokenizer of the tokenizers library", "save the tokenizer again")

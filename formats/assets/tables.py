@@ -116,9 +116,8 @@ def _contradictions(source: Mapping[str, Any]) -> Iterator[str]:
         if other != item["content"]:
             yield f"the id {item['id']} is of two tokens, {other!r} and {item['content']!r}"
     merges: list[Any] = source["model"].get("merges") or []
-    pairs = (
-        merges if _are_pairs(merges) else [merge if type(merge) is list else merge.split(" ", 1) for merge in merges]
-    )
+    split = str in set(map(type, merges))
+    pairs = [merge if type(merge) is list else merge.split(" ", 1) for merge in merges] if split else merges
     known = vocab.__contains__
     if not (all(map(known, chain.from_iterable(pairs))) and all(map(known, map("".join, pairs)))):
         first, second = next(pair for pair in pairs if not all(map(known, (*pair, "".join(pair)))))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 PARTIAL = ".partial"
+LOCK = "lock"  # file in a folder of folders that are made once
 _REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
@@ -99,21 +100,24 @@ def explained(error: OSError, path: Path) -> Exception:
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` with what `fill` writes, whole or not at all, and remove others beside it.
 
-    Another process may be making the same one. Raises InputError when the folder cannot be written.
+    Whoever wants the same one at that time waits, and has it. Raises InputError when the folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=PARTIAL, dir=folder.parent))
+        with locked(folder.parent / LOCK):
+            if not folder.is_dir():
+                _fill(folder, fill)
     except OSError as error:
         raise explained(error, folder) from error
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=PARTIAL, dir=folder.parent))
     try:
         fill(partial)
         os.replace(partial, folder)
-    except OSError as error:
-        if not folder.is_dir():  # else the other one was faster, and its files are the same
-            raise explained(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in folder.parent.iterdir():
-        if old != folder and not old.name.endswith(PARTIAL):
+        if old != folder and old.name != LOCK:
             shutil.rmtree(old, ignore_errors=True)

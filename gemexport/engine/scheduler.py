@@ -7,10 +7,12 @@ import pickle
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import Any
 
 from gemexport.engine.processes import Worker, Workers, threads_each
 from gemexport.engine.worker import Task
@@ -43,13 +45,15 @@ class Scheduler:
     workers: Workers = field(default_factory=Workers)  # perhaps with one that is ready
     source: Stamps = NOTHING  # what the nodes read, which must stay as it is
 
-    def run(self, nodes: Sequence[Node]) -> dict[str, Outcome]:
+    def run(self, nodes: Sequence[Node], beside: Future[Any] | None = None) -> dict[str, Outcome]:
         """Run all nodes; the outcome of each by its name, those left out with the reason as `failure`.
 
+        What fails in `beside`, a thread of ours on which they rest, ends them all and is raised.
         ValueError, before anything runs, for nodes that wait for each other, or for one that there is not.
         ChangedError when the source is another one than it was, before a node starts or after it ended, however it did.
         """
         order, named = in_order(nodes), {node.name: node for node in nodes}
+        ended_beside = None if beside is None else _signal(beside)
         (self.work / LOGS).mkdir(parents=True, exist_ok=True)
         ready: set[str] = set()
         running: dict[int, _Running] = {}
@@ -64,13 +68,18 @@ class Scheduler:
                         ready.remove(node.name)
                         started = self._start(node)
                         running[started.worker.connection.fileno()] = started
-                    ended = self._wait(running)
+                    ended = self._wait(running, ended_beside)
+                    if beside is not None and beside.done():
+                        beside.result()
+                        ended_beside = None
                 self._check_source(ended)
                 for node, outcome in ended:
                     ready.discard(node.name)
                     outcomes[node.name] = outcome
                     order.done(node.name)
                     self.events.ended(node, outcome)
+            if beside is not None:
+                beside.result()
         finally:
             for item in running.values():
                 item.worker.kill()
@@ -106,11 +115,14 @@ class Scheduler:
         self.events.started(node)
         return _Running(node, worker, log)
 
-    def _wait(self, running: dict[int, _Running]) -> list[tuple[Node, Outcome]]:
-        """Wait until a node has something to say, and pass it on; the nodes that have ended."""
+    def _wait(self, running: dict[int, _Running], beside: Connection | None) -> list[tuple[Node, Outcome]]:
+        """Wait until a node has something to say, and pass it on, or `beside` has ended; the nodes that have ended."""
         found = []
-        for ready in wait([item.worker.connection for item in running.values()]):
+        others = [] if beside is None else [beside]
+        for ready in wait([*others, *(item.worker.connection for item in running.values())]):
             assert isinstance(ready, Connection)
+            if ready is beside:
+                continue
             item = running[ready.fileno()]
             outcome = self._receive(item)
             if outcome is None:
@@ -133,6 +145,13 @@ class Scheduler:
             self.events.advanced(item.node, message)
             return None
         return replace(message, log=item.log) if message.failure else message
+
+
+def _signal(future: Future[Any]) -> Connection:
+    """A connection that can be waited for with others; it is ready once the future is done."""
+    receiver, sender = Pipe(duplex=False)
+    future.add_done_callback(lambda _: sender.close())
+    return receiver
 
 
 def in_order(nodes: Sequence[Node]) -> TopologicalSorter[str]:

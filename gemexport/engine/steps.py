@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +29,7 @@ def prepare() -> None:
 
 def grids(place: Place, recipe: Recipe, progress: Progress) -> GridIndex:
     """Find the grid of every tensor; progress in weights."""
-    checkpoint = place.checkpoint()
-    with ThreadPoolExecutor(1) as beside:
-        unpacked = beside.submit(checkpoint.unpack)  # before the exports, which would all do it at once
-        index = find_grids(checkpoint, place.grids, recipe, progress)
-        unpacked.result()
-    return index
+    return find_grids(place.checkpoint(), place.grids, recipe, progress)
 
 
 def fit_codec(place: Place, progress: Progress) -> Record:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gemexport.formats.checkpoint import Unpacked, open_checkpoint
+from gemexport.formats.storage.files import LOCK
 
 TURN = 6  # <end_of_turn> of the tiny Gemma 3
 
@@ -51,7 +52,7 @@ def test_files_that_say_all_are_taken_as_they_are(tiny_gemma4: Path, tmp_path: P
     assert found == Unpacked(tiny_gemma4, ())
     again = open_checkpoint(tiny_gemma4, tmp_path).unpack()
     assert again == found
-    (kept,) = tmp_path.iterdir()
+    (kept,) = (path for path in tmp_path.iterdir() if path.name != LOCK)
     assert [file.name for file in kept.iterdir()] == ["notes.json"]
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
 
 Progress = Callable[[int], None]
-HERE = f"{__name__}:"
 
 
 def work(value: int, progress: Progress, seconds: float = 0.0) -> int:
@@ -305,3 +305,33 @@ def test_peak_memory_is_measured(tmp_path: Path) -> None:
     if outcome.peak_bytes is None:
         pytest.skip("this system does not tell anonymous memory")
     assert 200 << 20 <= outcome.peak_bytes < 600 << 20
+
+
+def test_what_fails_beside_ends_the_run(tmp_path: Path) -> None:
+    started, beside = tmp_path / "pid", Future[None]()
+
+    def fails(node: Node) -> None:
+        beside.set_exception(InputError("tokenizer.json", "is broken", "save it again"))
+
+    scheduler = Scheduler(1, 1 << 30, tmp_path, Events(started=fails))
+    with pytest.raises(InputError, match="is broken"):
+        scheduler.run([Node("lingers", call("linger", path=started))], beside)
+    assert not started.exists() or not alive(int(started.read_text()))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_ends_no_sooner_than_what_is_beside_it(tmp_path: Path, fails: bool) -> None:
+    beside = Future[None]()
+
+    def last(node: Node, outcome: Outcome) -> None:
+        beside.set_exception(InputError("x", "is broken", "mend it")) if fails else beside.set_result(None)
+
+    def run() -> dict[str, Outcome]:
+        nodes = [Node("works", call("work", value=3))]
+        return Scheduler(1, 1 << 30, tmp_path, Events(ended=last)).run(nodes, beside)
+
+    if fails:
+        with pytest.raises(InputError, match="is broken"):
+            run()
+    else:
+        assert run()["works"].value == 3
