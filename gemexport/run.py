@@ -63,7 +63,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             asked.jobs, asked.memory, work, events or Events(), workers or Workers(), checkpoint.stamps
         )
         with ThreadPoolExecutor(1) as beside:
-            settings = beside.submit(asked.place(work, checkpoint.name).plain().unpack)
+            settings = beside.submit(asked.place(work, checkpoint).plain().unpack)
             renderer = beside.submit(_renderer)
             outcomes = scheduler.run(nodes, settings)
         source, notes = checkpoint, [*earlier.notes]
