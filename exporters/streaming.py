@@ -27,10 +27,18 @@ def decoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_settings(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """config.json, and the checkpoint's tokenizer, chat template and generation settings as they are."""
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", "utf-8")
+    (folder / "config.json").write_text(_spelt(config), "utf-8")
     for file in checkpoint.tokenizer_files():
         copy(file, folder / file.name)
+
+
+def settings_bytes(config: Mapping[str, Any], checkpoint: Checkpoint) -> int:
+    """Bytes of what `write_settings` writes."""
+    return len(_spelt(config).encode()) + sum(file.stat().st_size for file in checkpoint.tokenizer_files())
+
+
+def _spelt(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -17,7 +17,12 @@ from gemexport.formats.storage.errors import InputError
 def require(checkpoint: Checkpoint, reason: str | None, target: str) -> None:
     """Raise InputError for a model that a format does not support, for this reason."""
     if reason is not None:
-        raise InputError(checkpoint.path, reason, f"leave this format out (--skip {target})")
+        raise refusal(checkpoint, reason, target)
+
+
+def refusal(checkpoint: Checkpoint, reason: str, target: str) -> InputError:
+    """The error for a model that a format does not support."""
+    return InputError(checkpoint.path, reason, f"leave this format out (--skip {target})")
 
 
 def experts(model: Model) -> str | None:

@@ -220,3 +220,9 @@ def steps(asked: Request, checkpoint: Checkpoint) -> list[Step]:
         for variant in variants
         for codec in (asked.ple_codec if variant in target.codec_variants else (None,))
     ]
+
+
+def refusals(checkpoint: Checkpoint, wanted: Sequence[Step]) -> dict[Step, str]:
+    """The artefacts that no run will write of this model, each with the reason, before anything is searched."""
+    reasons = {step: step.target.supports(checkpoint.model, step.variant) for step in wanted}
+    return {step: reason for step, reason in reasons.items() if reason is not None}

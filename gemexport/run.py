@@ -17,6 +17,7 @@ from gemexport.engine.disk import check_room
 from gemexport.engine.output import claim, forget, work_beside
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
+from gemexport.exporters.support import refusal
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.vector_codec import check
 from gemexport.formats.stamps import ChangedError
@@ -28,7 +29,7 @@ from gemexport.registry import Target, check_able
 from gemexport.report.earlier import merged, withdrawn
 from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
-from gemexport.request import Request, Step, steps
+from gemexport.request import Request, Step, refusals, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
 from gemexport.shared.place import FLEETING, Place
 from gemexport.shared.scratch import keep_log
@@ -48,6 +49,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
     for codec in filter(None, asked.ple_codec):
         check(codec, checkpoint.architecture.per_layer, checkpoint.path)
     wanted, unavailable = _available(asked, steps(asked, checkpoint))
+    wanted, refused = _supported(checkpoint, wanted)
     paths = [step.path for step in wanted]
     written = {step.path.relative_to(asked.out).as_posix(): (step.target.name, step.label) for step in wanted}
     mark = fingerprint(checkpoint)
@@ -72,7 +74,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         if asked.compression is not None:
             checkpoint = asked.place(work, source).checkpoint()
             notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
-        artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + unavailable
+        artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + refused + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
         if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
             raise errors[0]
@@ -212,6 +214,19 @@ def _written(path: Path) -> tuple[int, int] | None:
         return None
     found = path.stat()
     return found.st_ino, found.st_mtime_ns
+
+
+def _supported(checkpoint: Checkpoint, wanted: list[Step]) -> tuple[list[Step], list[ArtifactReport]]:
+    """The steps whose formats hold the model, and reports for the others; InputError where no step is left."""
+    reasons = refusals(checkpoint, wanted)
+    errors = {step: refusal(checkpoint, reason, step.target.name) for step, reason in reasons.items()}
+    if errors and len(errors) == len(wanted):
+        raise next(iter(errors.values()))
+    reports = [
+        ArtifactReport(format=step.target.name, variant=step.label, status="error", reason=str(error))
+        for step, error in errors.items()
+    ]
+    return [step for step in wanted if step not in errors], reports
 
 
 def _available(asked: Request, wanted: list[Step]) -> tuple[list[Step], list[ArtifactReport]]:

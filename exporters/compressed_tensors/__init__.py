@@ -15,6 +15,7 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemexport.exporters.compressed_tensors import activations as rounding
 from gemexport.exporters.compressed_tensors import experts
@@ -31,9 +32,11 @@ from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.result import Export, ignore
 from gemexport.exporters.streaming import (
+    Column,
     Rounding,
     decoder_config,
     rounding_note,
+    settings_bytes,
     write_packed,
     write_plain,
     write_settings,
@@ -44,10 +47,11 @@ from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import EMBEDDING, EMBEDDINGS, FINAL_NORM, HEAD
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
+from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter, nbytes
 from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slices
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
+METADATA = {"format": "pt"}  # of the weights
 
 
 @dataclass
@@ -84,18 +88,29 @@ def export(
     Static activation scales, those of caches too, are written where transformers computes with them: not where it
     unpacks while it loads. A model whose scales its own dtype does not hold is then to be loaded in float32.
     """
-    if variant == "bf16":
-        plan = _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
-    else:
-        checkpoint, notes = experts.modules(checkpoint)
-        checkpoint, plan = _plan(checkpoint, variant, pack_embeddings)
-        plan.notes += notes
+    checkpoint, plan = _prepared(checkpoint, variant, pack_embeddings)
     with atomic(Path(path)) as folder:
         _write_weights(checkpoint, folder, plan, progress)
         write_settings(folder, _config(checkpoint, plan), checkpoint)
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
     notes = [*plan.notes, *rounding_note(plan.rounded, plan.model)]
     return Export(Path(path), variant, _run(Path(path), notes), notes, files)
+
+
+def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], pack_embeddings: bool | None = None) -> int:
+    """Bytes of what `export` writes; raises as it does."""
+    checkpoint, plan = _prepared(checkpoint, variant, pack_embeddings)
+    return nbytes(_layout(checkpoint, plan).entries, METADATA) + settings_bytes(_config(checkpoint, plan), checkpoint)
+
+
+def _prepared(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) -> tuple[Checkpoint, _Plan]:
+    """The tensors as a variant holds them, and how."""
+    if variant == "bf16":
+        return checkpoint, _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
+    checkpoint, notes = experts.modules(checkpoint)
+    checkpoint, plan = _plan(checkpoint, variant, pack_embeddings)
+    plan.notes += notes
+    return checkpoint, plan
 
 
 def _run(path: Path, notes: list[str]) -> str:
@@ -347,7 +362,17 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
+@dataclass(frozen=True)
+class _Layout:
+    """The arrays of the file, what stands beside each packed tensor's codes, its rounding, and activations' scales."""
+
+    entries: list[Entry]
+    beside: dict[str, tuple[Column, ...]]
+    roundings: dict[str, Rounding]
+    scales: list[tuple[Entry, NDArray[Any]]]
+
+
+def _layout(checkpoint: Checkpoint, plan: _Plan) -> _Layout:
     roundings = {
         name: Rounding(_scale_dtype(checkpoint.tensors[name], scheme, plan)) for name, scheme in plan.packed.items()
     }
@@ -363,15 +388,20 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: 
         entries += [entry for entry, _ in constants(tensor, plan.packed[name])]
     scales = list(rounding.arrays(plan.activations))
     entries += [entry for entry, _ in scales]
-    with ShardedWriter(folder, entries, {"format": "pt"}) as out:
+    return _Layout(entries, beside, roundings, scales)
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
+    layout = _layout(checkpoint, plan)
+    with ShardedWriter(folder, layout.entries, METADATA) as out:
         for name, tensor in checkpoint.tensors.items():
             if name not in plan.packed:
                 write_plain(out, tensor, plan.plain[name], plan.notes, progress)
                 continue
             entry, pack = codes(tensor, plan.packed[name])
-            write_packed(out, folder, tensor, (entry.name, pack), beside[name], progress)
+            write_packed(out, folder, tensor, (entry.name, pack), layout.beside[name], progress)
             for constant, values in constants(tensor, plan.packed[name]):
                 out.write(constant.name, values)
-            plan.rounded[name] = roundings[name].count
-        for entry, number in scales:
+            plan.rounded[name] = layout.roundings[name].count
+        for entry, number in layout.scales:
             out.write(entry.name, number)

@@ -58,8 +58,39 @@ def export(
     `activations` says which of the checkpoint's static scales are computed with: all, those of linears, or none.
     Raises InputError for an unknown variant, a context that the model lacks, or numbers that float16 cannot hold.
     """
+    checkpoint, context, notes = _prepared(checkpoint, variant, context, activations)
+    sources = Sources(variant, str(checkpoint.path), progress)
+    coremltools()
+    from gemexport.exporters.coreml.package import write_package
+
+    program = _program(checkpoint, sources, context)
+    with atomic(Path(path)) as folder:
+        folder.mkdir()
+        write_package(folder, program, _metadata(checkpoint, variant), sources.write)
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    run = f'python -P -m gemexport.validators.runtimes.coreml {quote(str(path))} "The capital of France is"'
+    return Export(Path(path), variant, run, notes + sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+
+
+def size(
+    checkpoint: Checkpoint, *, variant: str = VARIANTS[0], context: int | None = None, activations: Placing = "all"
+) -> int:
+    """Bytes of the package that `export` writes; raises as it does."""
+    checkpoint, context, _ = _prepared(checkpoint, variant, context, activations)
+    coremltools()
+    from gemexport.exporters.coreml.package import package_bytes
+
+    program = _program(checkpoint, Sources(variant, str(checkpoint.path), ignore), context)
+    return package_bytes(program, _metadata(checkpoint, variant))
+
+
+def _prepared(
+    checkpoint: Checkpoint, variant: str, context: int | None, activations: Placing
+) -> tuple[Checkpoint, int, list[str]]:
+    """The checkpoint as a variant holds it, how many tokens the cache holds, and notes."""
     if variant not in VARIANTS:
-        raise InputError(path, f"there is no Core ML variant {variant!r}", f"choose one of {', '.join(VARIANTS)}")
+        remedy = f"choose one of {', '.join(VARIANTS)}"
+        raise InputError(checkpoint.path, f"there is no Core ML variant {variant!r}", remedy)
     require(checkpoint, supports(checkpoint.model, variant), "coreml")
     longest = checkpoint.architecture.max_positions
     context = min(CONTEXT, longest) if context is None else context
@@ -72,18 +103,7 @@ def export(
     else:
         notes = left_out(checkpoint.activations, rounding)
     notes += all_computed(checkpoint.model)
-    checkpoint = replace(checkpoint, activations=rounding)
-    sources = Sources(variant, str(checkpoint.path), progress)
-    coremltools()
-    from gemexport.exporters.coreml.package import write_package
-
-    program = _program(checkpoint, sources, context)
-    with atomic(Path(path)) as folder:
-        folder.mkdir()
-        write_package(folder, program, _metadata(checkpoint, variant), sources.write)
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    run = f'python -P -m gemexport.validators.runtimes.coreml {quote(str(path))} "The capital of France is"'
-    return Export(Path(path), variant, run, notes + sources.notes(), files + _tokenizer(checkpoint, Path(path).parent))
+    return replace(checkpoint, activations=rounding), context, notes
 
 
 def placed(activations: Activations | None, wanted: Placing) -> Activations:

@@ -52,12 +52,7 @@ def write_package(folder: Path, program: Program, metadata: Mapping[str, str], f
 
     `metadata` goes into the model's user-defined fields.
     """
-    exporter = _Exporter(program)
-    proto = exporter.export()
-    model = CoreMLProtoExporter(
-        program, proto, "", "", None, "mlprogram", "milinternal", specification_version=SPECIFICATION
-    ).export(SPECIFICATION)
-    model.description.metadata.userDefined.update(metadata)
+    exporter, model = _translated(program, metadata)
     model_file = folder / "Data" / MODEL
     weights = folder / "Data" / WEIGHTS
     weights.mkdir(parents=True)
@@ -66,6 +61,23 @@ def write_package(folder: Path, program: Program, metadata: Mapping[str, str], f
     with BlobWriter(weights / "weight.bin", exporter.layout) as writer:
         fill(writer, exporter.constants)
     (folder / "Manifest.json").write_text(_manifest(), "utf-8")
+
+
+def package_bytes(program: Program, metadata: Mapping[str, str]) -> int:
+    """Bytes of what `write_package` writes."""
+    exporter, model = _translated(program, metadata)
+    return int(model.ByteSize()) + exporter.layout.nbytes + len(_manifest())
+
+
+def _translated(program: Program, metadata: Mapping[str, str]) -> tuple[_Exporter, Any]:
+    """The program as protobuf, and what laid out its weights."""
+    exporter = _Exporter(program)
+    proto = exporter.export()
+    model = CoreMLProtoExporter(
+        program, proto, "", "", None, "mlprogram", "milinternal", specification_version=SPECIFICATION
+    ).export(SPECIFICATION)
+    model.description.metadata.userDefined.update(metadata)
+    return exporter, model
 
 
 def _manifest() -> str:

@@ -8,7 +8,7 @@ The K-quants (`gguf_kquants`) are another thing: ggml's quantizer fits them to t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
@@ -48,7 +48,7 @@ from gemexport.formats.gguf.blocks import (
     power_of_two,
     quantize_q8_0,
 )
-from gemexport.formats.gguf.container import Writer
+from gemexport.formats.gguf.container import Value, Writer, nbytes
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -99,24 +99,11 @@ def export(
     """
     if variant not in VARIANTS:
         raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
-    path = Path(path)
-    model = checkpoint.model
-    require(checkpoint, supports(model, variant), "gguf")
-    tokens, notes = tokenizer(checkpoint)
-    values = metadata(model, checkpoint.name, variant) | tokens
-    names = file_names(model.family, len(model.decoder.layers))
-    kquants = kquants_of(checkpoint, variant, names, imatrix)
-    if kquants:
-        values |= kquants.metadata()
-        notes += kquants.notes()
-    frequencies = rope_frequencies(model)
-    tensors, dropped = fitted_tensors(checkpoint, variant)
-    notes += dropped
-    shapes = {names[name]: tensor.shape or (1,) for name, tensor in tensors.items()}
-    if frequencies is not None:
-        shapes[ROPE_FREQUENCIES] = frequencies.shape
-    with atomic(path) as partial, Writer(partial, values, shapes) as out:
-        for name, tensor in tensors.items():
+    path, model = Path(path), checkpoint.model
+    plan = _plan(checkpoint, variant, imatrix)
+    names, kquants, frequencies, notes = plan.names, plan.kquants, plan.frequencies, plan.notes
+    with atomic(path) as partial, Writer(partial, plan.metadata, plan.shapes) as out:
+        for name, tensor in plan.tensors.items():
             if kquants and names[name] in kquants:
                 _stream(out, names[name], *kquants.choose(names[name]), tensor)
             elif model.specs[name].role is Role.ROUTER:
@@ -130,6 +117,59 @@ def export(
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
     return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
+
+
+def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], imatrix: Path | None = None) -> int:
+    """Bytes of what `export` writes; raises as it does. Of each tensor only a row is read."""
+    plan = _plan(checkpoint, variant, imatrix)
+    kinds = {plan.names[name]: _kind(name, tensor, plan, variant) for name, tensor in plan.tensors.items()}
+    return nbytes(plan.metadata, plan.shapes, {**kinds, ROPE_FREQUENCIES: Type.F32})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A file before its data."""
+
+    model: Model
+    names: Mapping[str, str]  # in the file, by ours
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, Tensor]  # on grids that the variant holds
+    kquants: KQuants | None
+    frequencies: NDArray[np.float32] | None  # of RoPE, a tensor of its own
+    notes: list[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all the file's tensors, by its names."""
+        shapes = {self.names[name]: tensor.shape or (1,) for name, tensor in self.tensors.items()}
+        return shapes if self.frequencies is None else {**shapes, ROPE_FREQUENCIES: self.frequencies.shape}
+
+
+def _plan(checkpoint: Checkpoint, variant: str, imatrix: Path | None) -> _Plan:
+    model = checkpoint.model
+    require(checkpoint, supports(model, variant), "gguf")
+    tokens, notes = tokenizer(checkpoint)
+    values = metadata(model, checkpoint.name, variant) | tokens
+    names = file_names(model.family, len(model.decoder.layers))
+    kquants = kquants_of(checkpoint, variant, names, imatrix)
+    if kquants:
+        values |= kquants.metadata()
+        notes += kquants.notes()
+    tensors, dropped = fitted_tensors(checkpoint, variant)
+    return _Plan(model, names, values, tensors, kquants, rope_frequencies(model), notes + dropped)
+
+
+def _kind(name: str, tensor: Tensor, plan: _Plan, variant: str) -> Type:
+    """The type that a tensor is written in, as far as its first row tells: scales that it does not hold show later."""
+    role = plan.model.specs[name].role
+    if plan.kquants and plan.names[name] in plan.kquants:
+        return plan.kquants.choose(plan.names[name])[0]
+    if role is Role.ROUTER or not role.has_rows:
+        return Type.F32
+    if keeps_blocks(tensor, variant):
+        return tensor.type
+    kind, pack, _ = choose(tensor, variant)
+    return kind if pack(tensor.rows(0, 1)) is not None else choose(Plain(tensor), variant)[0]
 
 
 def kquants_of(checkpoint: Checkpoint, variant: str, names: Mapping[str, str], imatrix: Path | None) -> KQuants | None:

@@ -17,7 +17,15 @@ from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.mlx.config import problem, text_config
 from gemexport.exporters.mlx.modes import Mode, columns, default_scales, holds_scales, mode_of
 from gemexport.exporters.result import Export, ignore
-from gemexport.exporters.streaming import Column, Rounding, rounding_note, write_packed, write_plain, write_settings
+from gemexport.exporters.streaming import (
+    Column,
+    Rounding,
+    rounding_note,
+    settings_bytes,
+    write_packed,
+    write_plain,
+    write_settings,
+)
 from gemexport.exporters.support import require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
@@ -27,10 +35,11 @@ from gemexport.formats.promise import Promise
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter
+from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter, nbytes
 from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Plain, Tensor
 
 VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
+METADATA = {"format": "mlx"}  # of the weights
 PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
 
 
@@ -62,6 +71,24 @@ def export(
     """
     if scales is not None and scales not in ITEM_BYTES:
         raise InputError(path, f"scales in {scales} do not exist", f"use one of {', '.join(ITEM_BYTES)}")
+    checkpoint, plan, config = _prepared(checkpoint, variant, scales)
+    with atomic(Path(path)) as folder:
+        _write_weights(checkpoint, folder, plan, progress)
+        write_settings(folder, config, checkpoint)
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    run = f"mlx_lm.generate --model {quote(str(path))} --prompt 'The capital of France is'"
+    notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
+    return Export(Path(path), variant, run, notes, files)
+
+
+def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], scales: DType | None = None) -> int:
+    """Bytes of what `export` writes; raises as it does."""
+    checkpoint, plan, config = _prepared(checkpoint, variant, scales)
+    return nbytes(_layout(checkpoint, plan)[0], METADATA) + settings_bytes(config, checkpoint)
+
+
+def _prepared(checkpoint: Checkpoint, variant: str, scales: DType | None) -> tuple[Checkpoint, _Plan, dict[str, Any]]:
+    """The tensors as MLX holds them, how, and config.json."""
     require(checkpoint, supports(checkpoint.model, variant), "mlx")
     checkpoint = replace(checkpoint, tensors=apart(checkpoint.tensors, checkpoint.model.specs, switched))
     if variant in PLAIN:
@@ -71,13 +98,7 @@ def export(
     config = text_config(checkpoint)
     if plan.modes:
         config["quantization"] = _quantization(checkpoint, plan)
-    with atomic(Path(path)) as folder:
-        _write_weights(checkpoint, folder, plan, progress)
-        write_settings(folder, config, checkpoint)
-    files = sorted(file for file in Path(path).iterdir() if file.is_file())
-    run = f"mlx_lm.generate --model {quote(str(path))} --prompt 'The capital of France is'"
-    notes = [*plan.notes, *rounding_note(plan.rounded, plan.dtype)]
-    return Export(Path(path), variant, run, notes, files)
+    return checkpoint, plan, config
 
 
 def supports(model: Model, variant: str) -> str | None:
@@ -150,11 +171,19 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
+def _layout(
+    checkpoint: Checkpoint, plan: _Plan
+) -> tuple[list[Entry], dict[str, tuple[Column, ...]], dict[str, Rounding]]:
+    """The arrays of the file, and of each tensor that is packed what stands beside its codes, and its rounding."""
     rounding = {name: Rounding(plan.dtype) for name in plan.modes}
     beside = {name: tuple(columns(checkpoint.tensors[name], mode, rounding[name])) for name, mode in plan.modes.items()}
     entries = [entry for tensor in checkpoint.tensors.values() for entry in _entries(tensor, plan, beside)]
-    with ShardedWriter(folder, entries, {"format": "mlx"}) as out:
+    return entries, beside, rounding
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, plan: _Plan, progress: Callable[[int], None]) -> None:
+    entries, beside, rounding = _layout(checkpoint, plan)
+    with ShardedWriter(folder, entries, METADATA) as out:
         for name, tensor in checkpoint.tensors.items():
             if name not in plan.modes:
                 write_plain(out, tensor, plan.dtype, plan.notes, progress)

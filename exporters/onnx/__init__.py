@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, get_args
@@ -28,10 +28,10 @@ from gemexport.exporters.onnx.graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx.htp import held_by_rows
 from gemexport.exporters.onnx.npu import NpuBackend, add_decoder, lookup
 from gemexport.exporters.onnx.promised import integer_promises
-from gemexport.exporters.onnx.quantized import PRECISIONS, measured, write_quantized
+from gemexport.exporters.onnx.quantized import PRECISIONS, measured, quantized_bytes, write_quantized
 from gemexport.exporters.onnx.runtime import OnnxRuntimeBackend, block_of
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.exporters.streaming import decoder_config, read_settings, write_settings
+from gemexport.exporters.streaming import decoder_config, read_settings, settings_bytes, write_settings
 from gemexport.exporters.support import all_computed, experts, require
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
@@ -73,33 +73,27 @@ def export(
     folder cannot be written or the disk is full, and for a `range_method` or a `layout` that does not exist.
     """
     path = Path(path)
-    require(checkpoint, supports(checkpoint.model, variant), "onnx")
     if range_method not in get_args(Method):
         raise InputError(path, f"there is no range method {range_method}", f"use one of {', '.join(get_args(Method))}")
     if layout not in get_args(Layout):
         raise InputError(path, f"there is no layout {layout}", f"use one of {', '.join(get_args(Layout))}")
     if layout == "transformers.js":
         transformers_js.check(checkpoint, variant)
+    checkpoint, notes = _prepared(checkpoint, variant, activations)
     context = min(context, checkpoint.architecture.max_positions)
-    rounding = placed(checkpoint.activations, activations) if variant == "npu" else Activations()
-    if variant in ("f32", *PRECISIONS):
-        notes = left_out(checkpoint.activations)
-    else:
-        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
-        checkpoint = replace(checkpoint, tensors=tensors)
-    notes += byte_notes(checkpoint.tensors) if variant != "f32" else []
-    notes += all_computed(checkpoint.model) if variant == "npu" else []
-    checkpoint = replace(checkpoint, activations=rounding)
     with atomic(path) as partial:
         partial.mkdir()
         if variant in PRECISIONS:
             known = None if ranges is None else read_ranges(Path(ranges))
             settings = PRECISIONS[variant].model_copy(update={"method": range_method, "ranges": known})
             notes += write_quantized(checkpoint, partial, settings, calibration, context, prefill, progress)
-        elif variant == "npu":
-            _write_npu(checkpoint, partial, context, prefill, progress)
         else:
-            _write_runtime(checkpoint, partial, variant == "int4", progress)
+            plan = _plan(checkpoint, variant, context, prefill)
+            plan.weights.write(partial, progress)
+            for name, graph in plan.graphs.items():
+                graph.save(partial / name, PRODUCER)
+            for name, text in plan.texts.items():
+                (partial / name).write_text(text, "utf-8")
         shutil.copyfile(SCRIPT, partial / "generate.py")
         write_settings(partial, decoder_config(checkpoint), checkpoint)
         if layout == "transformers.js":
@@ -112,6 +106,43 @@ def export(
         notes=notes,
         files=sorted(file for file in path.rglob("*") if file.is_file()),
     )
+
+
+def size(
+    checkpoint: Checkpoint,
+    *,
+    variant: str = VARIANTS[0],
+    context: int = CONTEXT,
+    prefill: int = PREFILL,
+    ranges: str | Path | None = None,
+    range_method: Method = "minmax",
+    activations: Placing = "all",
+    layout: Layout = "flat",
+) -> int:
+    """Bytes of what `export` writes; raises as it does. Of `npu-a8` and `npu-a16` within a hundredth."""
+    checkpoint, _ = _prepared(checkpoint, variant, activations)
+    context = min(context, checkpoint.architecture.max_positions)
+    settings = SCRIPT.stat().st_size + settings_bytes(decoder_config(checkpoint), checkpoint)
+    if variant in PRECISIONS:
+        return settings + quantized_bytes(checkpoint, PRECISIONS[variant], context, prefill)
+    plan = _plan(checkpoint, variant, context, prefill)
+    graphs = sum(graph.nbytes(PRODUCER) for graph in plan.graphs.values())
+    texts = sum(len(text.encode()) for text in plan.texts.values())
+    return settings + sum(plan.weights.sizes.values()) + graphs + texts
+
+
+def _prepared(checkpoint: Checkpoint, variant: str, activations: Placing) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint as a variant holds it, and notes."""
+    require(checkpoint, supports(checkpoint.model, variant), "onnx")
+    rounding = placed(checkpoint.activations, activations) if variant == "npu" else Activations()
+    if variant in ("f32", *PRECISIONS):
+        notes = left_out(checkpoint.activations)
+    else:
+        tensors, _, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant), rounding)
+        checkpoint = replace(checkpoint, tensors=tensors)
+    notes += byte_notes(checkpoint.tensors) if variant != "f32" else []
+    notes += all_computed(checkpoint.model) if variant == "npu" else []
+    return replace(checkpoint, activations=rounding), notes
 
 
 def ranges(
@@ -188,7 +219,23 @@ def promises(checkpoint: Checkpoint, variant: str, **_: Any) -> dict[str, Promis
     return fitted(checkpoint, lambda grid, width: container(grid, width, variant))
 
 
-def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progress: Progress) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """A folder before its data: graphs by file name over the same weights, and what else is written."""
+
+    weights: Weights
+    graphs: dict[str, GraphBuilder]
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def _plan(checkpoint: Checkpoint, variant: str, context: int, prefill: int) -> _Plan:
+    """The graphs of a variant that computes in floating point."""
+    if variant == "npu":
+        return _npu(checkpoint, context, prefill)
+    return _runtime(checkpoint, variant == "int4")
+
+
+def _runtime(checkpoint: Checkpoint, quantized: bool) -> _Plan:
     """One graph with free sizes, and the configuration of onnxruntime-genai."""
     a = checkpoint.architecture
     weights = Weights(checkpoint.tensors)
@@ -196,21 +243,17 @@ def _write_runtime(checkpoint: Checkpoint, folder: Path, quantized: bool, progre
     backend = OnnxRuntimeBackend(a, graph, weights, quantized)
     logits = decoder.logits(a, backend)
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", a.vocab_size])
-    weights.write(folder, progress)
-    graph.save(folder / "model.onnx", PRODUCER)
     generation = read_settings(checkpoint.assets / "generation_config.json")
     text = json.dumps(genai_config(checkpoint.model, "model.onnx", generation), indent=2, sort_keys=True)
-    (folder / "genai_config.json").write_text(f"{text}\n", "utf-8")
+    return _Plan(weights, {"model.onnx": graph}, {"genai_config.json": f"{text}\n"})
 
 
-def _write_npu(checkpoint: Checkpoint, folder: Path, context: int, prefill: int, progress: Progress) -> None:
+def _npu(checkpoint: Checkpoint, context: int, prefill: int) -> _Plan:
     """The lookup, and the decoder for a prompt's chunk and for one token, over the same weights."""
     a = checkpoint.architecture
     weights = Weights(checkpoint.tensors)
-    graphs = {"embeddings": lookup(a, GraphBuilder(f"{checkpoint.name} embeddings"), weights)}
+    graphs = {"embeddings.onnx": lookup(a, GraphBuilder(f"{checkpoint.name} embeddings"), weights)}
     for name, length in (("prefill", prefill), ("decode", 1)):
         graph = GraphBuilder(f"{checkpoint.name} {name}")
-        graphs[name] = add_decoder(NpuBackend(a, graph, weights, length, context, checkpoint.activations))
-    weights.write(folder, progress)
-    for name, graph in graphs.items():
-        graph.save(folder / f"{name}.onnx", PRODUCER)
+        graphs[f"{name}.onnx"] = add_decoder(NpuBackend(a, graph, weights, length, context, checkpoint.activations))
+    return _Plan(weights, graphs)

@@ -249,7 +249,15 @@ class GraphBuilder:
         return self.initializer(name, place)
 
     def save(self, path: Path, producer: str) -> None:
-        """Write the graph, without its external data, for the oldest opset that has all of it."""
+        """Write the graph, without its external data."""
+        ir.save(self._model(producer), path)
+
+    def nbytes(self, producer: str) -> int:
+        """Bytes of what `save` writes."""
+        return int(ir.to_proto(self._model(producer)).ByteSize())
+
+    def _model(self, producer: str) -> ir.Model:
+        """The model, for the oldest opset that has all of it."""
         two_bit = any(value.dtype in TWO_BIT for value in self.initializers.values())
         opset, version = (TWO_BIT_OPSET, TWO_BIT_IR_VERSION) if two_bit else (OPSET, IR_VERSION)
         graph = ir.Graph(
@@ -260,4 +268,4 @@ class GraphBuilder:
             opset_imports={"": opset, **{node.domain: 1 for node in self.nodes if node.domain}},
             name=self.name,
         )
-        ir.save(ir.Model(graph, ir_version=version, producer_name=producer), path)
+        return ir.Model(graph, ir_version=version, producer_name=producer)

@@ -14,7 +14,7 @@ from gemexport.exporters.onnx.htp import HtpBackend, row_grid
 from gemexport.exporters.onnx.npu import add_decoder, lookup
 from gemexport.exporters.onnx.qdq import QdqGraph
 from gemexport.exporters.result import Progress
-from gemexport.formats.activations.ranges import ActivationRanges, Activations
+from gemexport.formats.activations.ranges import ActivationRange, ActivationRanges, Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.names import EMBEDDING, PER_LAYER_EMBEDDING
 from gemexport.formats.storage.errors import InputError
@@ -38,19 +38,15 @@ def write_quantized(
     progress: Progress,
 ) -> list[str]:
     """Write the lookup, the decoder for a prompt's chunk and for one token, and the ranges; returns the notes."""
-    a = checkpoint.architecture
     weights = Weights(checkpoint.tensors)
-    table = lookup(a, GraphBuilder(f"{checkpoint.name} embeddings"), weights)
+    table = lookup(checkpoint.architecture, GraphBuilder(f"{checkpoint.name} embeddings"), weights)
     table.save(folder / "embeddings.onnx", PRODUCER)
     if activations.ranges is None:
         if not any(sequences):
             remedy = "give token sequences to measure them on, or the ranges of an earlier export"
             raise InputError(checkpoint.path, "its activations have no static scales", remedy)
         activations = _measured(checkpoint, folder, activations, sequences, weights, context, prefill, progress)
-    graphs = {
-        name: add_decoder(HtpBackend(a, QdqGraph(f"{checkpoint.name} {name}", activations), weights, length, context))
-        for name, length in (("prefill", prefill), ("decode", 1))
-    }
+    graphs = _graphs(checkpoint, activations, weights, context, prefill)
     if not weights.written:
         weights.write(folder, progress)
     for name, graph in graphs.items():
@@ -59,6 +55,33 @@ def write_quantized(
     activations.ranges.save(folder / RANGES)
     source = f"{activations.ranges.tokens} tokens, {activations.method}"
     return [f"scales of activations come from their ranges on {source}", *_notes(checkpoint)]
+
+
+def _graphs(
+    checkpoint: Checkpoint, activations: Activations, weights: Weights, context: int, prefill: int
+) -> dict[str, GraphBuilder]:
+    """The decoder for a prompt's chunk and for one token, by name."""
+    graphs = {name: QdqGraph(f"{checkpoint.name} {name}", activations) for name in ("prefill", "decode")}
+    for graph, length in zip(graphs.values(), (prefill, 1), strict=True):
+        add_decoder(HtpBackend(checkpoint.architecture, graph, weights, length, context))
+    return {**graphs}
+
+
+def quantized_bytes(checkpoint: Checkpoint, activations: Activations, context: int, prefill: int) -> int:
+    """Bytes of what `write_quantized` writes, as good as: with made-up ranges where there are none yet."""
+    weights = Weights(checkpoint.tensors)
+    table = lookup(checkpoint.architecture, GraphBuilder(f"{checkpoint.name} embeddings"), weights)
+    measuring = QdqGraph(f"{checkpoint.name} measuring", activations.model_copy(update={"ranges": None}))
+    add_decoder(HtpBackend(checkpoint.architecture, measuring, weights, prefill, context))
+    keys = [*measuring.watched, *measuring.watched_scores]
+    # No two of them alike: equal scales and zero points are one constant.
+    parts = {key: (number + 1) / len(keys) for number, key in enumerate(keys)}
+    seen = {key: ActivationRange(minimum=-1, maximum=part, low=-1, high=part) for key, part in parts.items()}
+    ranges = activations.ranges or ActivationRanges(tokens=0, percentile=0.0, ranges=seen)
+    known = activations.model_copy(update={"ranges": ranges})
+    graphs = [table, *_graphs(checkpoint, known, weights, context, prefill).values()]
+    listed = len(ranges.model_dump_json(indent=1))
+    return sum(weights.sizes.values()) + sum(graph.nbytes(PRODUCER) for graph in graphs) + listed
 
 
 def _measured(

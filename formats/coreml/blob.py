@@ -161,6 +161,14 @@ class BlobLayout:
         self.offsets: dict[str, int] = {}  # entry name -> offset of its metadata
         self._end = _HEADER.size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight file; nothing fills up what follows the last blob."""
+        if not self.entries:
+            return _HEADER.size
+        last = next(reversed(self.entries.values()))
+        return self.offsets[last.name] + _METADATA.size + last.nbytes
+
     def add(self, entry: Entry) -> None:
         """Give `entry` the next place; ValueError if its name is taken."""
         if entry.name in self.entries:

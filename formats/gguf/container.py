@@ -325,6 +325,30 @@ def aligned(position: int, alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
     return -(-position // alignment) * alignment
 
 
+def nbytes(
+    metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, GGMLQuantizationType]
+) -> int:
+    """Bytes of a file with these metadata, and with tensors of these shapes and types."""
+    packed = Packed.of(metadata)
+    head = len(_head(packed, len(shapes))) + len(_table(shapes, {}))
+    data = (Description(name, shape, kinds[name], 0).nbytes for name, shape in shapes.items())
+    return aligned(head, packed.alignment) + sum(aligned(size, packed.alignment) for size in data)
+
+
+def _head(packed: Packed, tensors: int) -> bytes:
+    return MAGIC + struct.pack("<IQQ", VERSION, tensors, packed.count) + packed.data
+
+
+def _table(shapes: Mapping[str, tuple[int, ...]], written: Mapping[str, tuple[GGMLQuantizationType, int]]) -> bytes:
+    """Descriptions of tensors, with a type and an offset in the data where there is one."""
+    parts = []
+    for name, shape in shapes.items():
+        kind, offset = written.get(name, (GGMLQuantizationType.F32, 0))
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        parts.append(_string(name) + dimensions + struct.pack("<IQ", kind, offset))
+    return b"".join(parts)
+
+
 class Writer:
     """Writes a GGUF file, tensor after tensor, each in any slices.
 
@@ -342,8 +366,8 @@ class Writer:
         self._shapes = dict(shapes)
         packed = metadata if isinstance(metadata, Packed) else Packed.of(metadata)
         self._alignment = packed.alignment
-        self._head = MAGIC + struct.pack("<IQQ", VERSION, len(shapes), packed.count) + packed.data
-        self._base = aligned(len(self._head) + len(self._table({})), self._alignment)
+        self._head = _head(packed, len(shapes))
+        self._base = aligned(len(self._head) + len(_table(self._shapes, {})), self._alignment)
         self._written: dict[str, tuple[GGMLQuantizationType, int]] = {}
         self._open: str | None = None  # the tensor that is being written, and where it starts
         self._start = self._base
@@ -380,14 +404,6 @@ class Writer:
             raise ValueError(f"{name}: {position - self._start} bytes written of {wanted}")
         self._file.write(bytes(aligned(position, self._alignment) - position))
 
-    def _table(self, written: Mapping[str, tuple[GGMLQuantizationType, int]]) -> bytes:
-        parts = []
-        for name, shape in self._shapes.items():
-            kind, offset = written.get(name, (GGMLQuantizationType.F32, 0))
-            dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            parts.append(_string(name) + dimensions + struct.pack("<IQ", kind, offset))
-        return b"".join(parts)
-
     def close(self) -> None:
         """Write the header and close; ValueError when a tensor is missing or not whole."""
         self._finish()
@@ -395,7 +411,7 @@ class Writer:
         if missing:
             raise ValueError(f"tensors not written: {sorted(missing)}")
         self._file.seek(0)
-        self._file.write(self._head + self._table(self._written))
+        self._file.write(self._head + _table(self._shapes, self._written))
         self._file.close()
 
     def __enter__(self) -> Writer:

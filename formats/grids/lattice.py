@@ -312,14 +312,19 @@ def candidate_blocks(width: int) -> list[int]:
 
 def likely_block(tensor: Tensor) -> int | None:
     """The widest block for which a sample of rows lies on the lattice; None when there is none."""
-    out, width = matrix_of(tensor.shape)
-    starts = np.unique(np.linspace(0, max(0, out - SAMPLED_ROWS), SAMPLES).astype(int)).tolist()
-    sample = np.concatenate([tensor.rows(start, min(start + SAMPLED_ROWS, out)).values for start in starts])
-    for block in candidate_blocks(width):
+    sample = sampled(tensor)
+    for block in candidate_blocks(tensor.shape[-1]):
         _, on = search(sample, block, tensor.dtype)
         if on == sample.size:
             return block
     return None
+
+
+def sampled(tensor: Tensor) -> Floats:
+    """Some rows `[n, in]` from all over a tensor; the first is its first."""
+    out = matrix_of(tensor.shape)[0]
+    starts = np.unique(np.linspace(0, max(0, out - SAMPLED_ROWS), SAMPLES).astype(int)).tolist()
+    return np.concatenate([tensor.rows(start, min(start + SAMPLED_ROWS, out)).values for start in starts])
 
 
 def load() -> None:

@@ -242,19 +242,8 @@ class Writer:
         self._entries = list(entries)
         self._position = 0
         self._written = 0
-        header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))} if metadata else {}
-        offset = 0
-        for entry in self._entries:
-            header[entry.name] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + entry.nbytes],
-            }
-            offset += entry.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
         self._file: BinaryIO = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(_spelt(self._entries, metadata))
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Append the next bytes of tensor `name`; it must be the one whose turn it is."""
@@ -278,6 +267,27 @@ class Writer:
     def abandon(self) -> None:
         """Close the file as it is, after an error."""
         self._file.close()
+
+
+def _spelt(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """What stands before the data, with its length."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))} if metadata else {}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
+    """Bytes of these tensors in one file; shards have some hundred more, and an index."""
+    return len(_spelt(entries, metadata)) + sum(entry.nbytes for entry in entries)
 
 
 @dataclass
