@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -52,6 +52,9 @@ READERS: dict[str, str] = {
 }
 
 
+Adapters = str | Path | Sequence[str | Path] | None
+
+
 @dataclass(frozen=True)
 class Source:
     """What a reader found in a checkpoint's files; `tensors` are exactly those of the architecture, in its order."""
@@ -86,7 +89,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what the reader could not keep
     fallbacks: Mapping[str, Tensor] = field(default_factory=dict)  # on grids that every format holds (grids.attach)
     activations: Activations | None = None  # static scales of activations and caches, where it came with any
-    adapter: str | None = None  # digest of the LoRA that is merged in
+    adapter: str | None = None  # digests of the LoRA adapters that are merged in
     bases: Mapping[str, Tensor] = field(default_factory=dict)  # what it was added to, by the names of these tensors
     stamps: Stamps = NOTHING  # of its files and the adapter's, from before they were opened
 
@@ -123,18 +126,26 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, scratch: Path | None = None, *, adapter: Adapters = ()) -> Checkpoint:
     """The checkpoint in the folder or the GGUF file `path`; reads headers only.
 
-    With `adapter`, the folder of a LoRA adapter of peft, its tensors are merged with that one as they are read. What a
-    file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that is
+    With `adapter`, folders of LoRA adapters of peft, its tensors are merged with these in order as they are read. What
+    a file has instead of tokenizer.json is unpacked into a folder in `scratch`, once, or into a temporary one that is
     gone when the process ends. Raises InputError for what is missing, truncated, contradictory or not known.
     """
-    stamps = Stamps.of(Path(path), *(() if adapter is None else (Path(adapter),)))
+    folders = adapter_folders(adapter)
+    stamps = Stamps.of(Path(path), *folders)
     found = _open(Path(path), scratch)
-    if adapter is not None:
-        found = import_module("gemexport.formats.lora").adapted(found, Path(adapter))
+    for folder in folders:
+        found = import_module("gemexport.formats.lora").adapted(found, folder, scratch)
     return replace(found, stamps=stamps)
+
+
+def adapter_folders(given: Adapters) -> tuple[Path, ...]:
+    """The folders of adapters in the order in which they are merged: one, several or none."""
+    if given is None:
+        return ()
+    return (Path(given),) if isinstance(given, str | Path) else tuple(map(Path, given))
 
 
 def _open(path: Path, scratch: Path | None) -> Checkpoint:
@@ -214,9 +225,7 @@ def _folder(folder: Path, scratch: Path | None) -> Checkpoint:
 
 def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[], Unpacked]:
     """A function that judges and composes the settings in `folder` once, for all that ask with the same `scratch`."""
-    decoder = assets.Decoder(
-        model.decoder.vocab_size, model.decoder.eos_token_ids, model.decoder.bos_token_id, model.decoder.pad_token_id
-    )
+    decoder = asked_of_tokens(model)
 
     def fill(target: Path) -> None:
         with reading.uncollected():
@@ -226,6 +235,12 @@ def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[],
         assets.write(composed, folder, target)
 
     return unpacking(fill, lambda: assets.mark(folder, decoder), scratch, folder)
+
+
+def asked_of_tokens(model: Model) -> assets.Decoder:
+    """What a model says of its tokens, which its tokenizer's settings are held to."""
+    decoder = model.decoder
+    return assets.Decoder(decoder.vocab_size, decoder.eos_token_ids, decoder.bos_token_id, decoder.pad_token_id)
 
 
 def unpacking(
@@ -345,6 +360,16 @@ def plain_tensor(folder: Path, spec: TensorSpec, array: MappedArray | None) -> T
     return MappedTensor(array, name, shape)
 
 
+def made_by_mlx(adapter: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm wrote this adapter_config.json."""
+    return "peft_type" not in adapter and ("lora_parameters" in adapter or "fine_tune_type" in adapter)
+
+
+def fuse_remedy(folder: Path) -> str:
+    """What makes a model of an adapter of mlx-lm."""
+    return f"merge it with mlx_lm.fuse --model BASE --adapter-path {folder} --save-path MERGED, and give MERGED"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; InputError when it is missing or is not a JSON object."""
     path = folder / "config.json"
@@ -353,7 +378,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except FileNotFoundError as error:
         if (folder / ADAPTER).is_file():
-            base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+            settings = read_json(folder / ADAPTER)
+            if made_by_mlx(settings):
+                raise InputError(folder, "is an adapter of mlx-lm, not a model", fuse_remedy(folder)) from error
+            base = settings.get("base_model_name_or_path")
             remedy = f"give the model it was made for ({base or 'its base'}), and --adapter {folder}"
             raise InputError(folder, "is an adapter, not a model", remedy) from error
         raise InputError(folder, "there is no config.json", remedy) from error

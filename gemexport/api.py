@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.checkpoint import Adapters
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.report.console import Listener, listening
 from gemexport.report.schema import ArtifactReport, Report
@@ -20,7 +21,7 @@ def export(
     recipe: str | Recipe = "default",
     jobs: int | None = None,
     memory: int | str | None = None,
-    adapter: str | Path | None = None,
+    adapter: Adapters = None,
     compress: str | None = None,
     compress_python: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -33,9 +34,10 @@ def export(
 ) -> Report:
     """Export `model` (a folder in Hugging Face layout) into every format, or those named, and validate each.
 
-    `adapter` is the folder of a LoRA (PEFT) to merge into it. `compress` (gptq, awq or rtn) has llm-compressor quantize
-    the linears first, in the interpreter `compress_python`, on the text file `calibration` (docs/compress.md). `memory`
-    is in bytes or such as "8GB", `tokens` how many the logits are compared on, `variants` and `options` go by format;
+    `adapter` is the folder of a LoRA (PEFT) to merge into it, or several in order. `compress` (gptq, awq or rtn) has
+    llm-compressor quantize the linears first, in the interpreter `compress_python`, on the text file `calibration`
+    (docs/compress.md). `memory` is in bytes or such as "8GB", `tokens` how many the logits are compared on, `variants`
+    and `options` go by format;
     `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats
     that hold one (docs/ple-codec.md). `progress` is called with an `Advance` whenever a step starts, advances or ends;
     what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere.
@@ -63,7 +65,7 @@ def validate(
     recipe: str | Recipe = "default",
     tokens: int = 512,
     memory: int | str | None = None,
-    adapter: str | Path | None = None,
+    adapter: Adapters = None,
     qnn_context: str | Path | None = None,
     qnn_arch: str | None = None,
     progress: Listener | None = None,

@@ -57,7 +57,8 @@ Fresh = Annotated[
     ),
 ]
 Adapter = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL.")
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL; again for another."),
 ]
 Variants = Annotated[
     str | None,

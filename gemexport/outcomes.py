@@ -128,7 +128,7 @@ def model_report(
         fingerprint=fingerprint(source),
         left_out=source.left_out,
         compression=None if asked.compression is None else asked.compression.method,
-        adapter=None if asked.adapter is None else str(asked.adapter),
+        adapter=", ".join(map(str, asked.adapter)) or None,
         notes=(*source.notes, *further, *(lattice_notes(index, asked.recipe) if index else ())),
         lattice=lattice_report(checkpoint, index, found.seconds) if index else None,
     )

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gemexport.compress import FOLDER, Compression, compression
-from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
+from gemexport.formats.checkpoint import Adapters, Checkpoint, adapter_folders, checkpoint_name, open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES, Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
 from gemexport.formats.storage.errors import InputError
@@ -91,7 +91,7 @@ class Request:
     fresh: bool = False
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of exporters, by format
     ple_codec: Annotated[tuple[Codec | None, ...], BeforeValidator(_codecs)] = (None,)  # an artefact each
-    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    adapter: tuple[Path, ...] = ()  # folders of LoRA adapters that are merged into the model, in order
     compression: Compression | None = None  # what llm-compressor is to do before all else
     calibration: Annotated[Path, AfterValidator(_there)] | None = None  # text to measure on; None: the built-in prompts
 
@@ -112,7 +112,7 @@ def request(
     formats: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     variants: Mapping[str, Sequence[str]] | None = None,
-    adapter: str | Path | None = None,
+    adapter: Adapters = None,
     compress: str | None = None,
     compress_python: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -132,7 +132,7 @@ def request(
             out=Path(_folder(model, adapter) if out is None else out),
             variants=_chosen(chosen, [target(name).name for name in skip or ()], variants or {}),
             formats=frozenset(chosen),
-            adapter=None if adapter is None else Path(adapter),
+            adapter=adapter_folders(adapter),
             calibration=None if calibration is None else Path(calibration),
             compression=compression(compress, compress_python, calibration),
             **said,
@@ -150,9 +150,9 @@ def _check_name(path: str | Path) -> None:
         raise InputError(path, "has a name that is no UTF-8", "rename it, or choose another") from error
 
 
-def _folder(model: str | Path, adapter: str | Path | None) -> str:
+def _folder(model: str | Path, adapter: Adapters) -> str:
     """The output folder of nobody's choice."""
-    names = [checkpoint_name(Path(model)), *([] if adapter is None else [Path(adapter).resolve().name])]
+    names = [checkpoint_name(Path(model)), *(folder.resolve().name for folder in adapter_folders(adapter))]
     return f"{'-'.join(names)}-gemexport"
 
 

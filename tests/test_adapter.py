@@ -116,7 +116,7 @@ def test_merged_model_against_the_reference_with_the_merged_weights(
 
 DAMAGES = {
     "another rank": ({"r": 8}, "where adapter_config.json says 8"),
-    "DoRA": ({"use_dora": True}, "the adapter has use_dora, which cannot be merged here"),
+    "DoRA": ({"use_dora": True}, "is an embedding with use_dora, which cannot be merged here"),
     "another method": ({"peft_type": "IA3"}, "the adapter is a IA3, not a LORA"),
 }
 

@@ -236,4 +236,9 @@ def write(composed: Composed, folder: Path, target: Path) -> None:
                     (target / name).write_text(composed.files[name], "utf-8")
             elif (folder / name).exists():
                 copy(folder / name, target / name)
+    write_notes(composed, target)
+
+
+def write_notes(composed: Composed, target: Path) -> None:
+    """Write the notes into `target`."""
     (target / NOTES).write_text(json.dumps(composed.notes) + "\n", "ascii")

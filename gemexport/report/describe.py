@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gemexport.formats.checkpoint import is_gguf, open_checkpoint
+from gemexport.formats.checkpoint import Adapters, is_gguf, open_checkpoint
 from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError, shown
 from gemexport.formats.storage.files import PARTIAL
@@ -26,12 +26,12 @@ from gemexport.shared.measured import NpuReport
 from gemexport.shared.place import WORK
 
 
-def inspect_path(path: Path, as_json: bool, adapter: Path | None = None) -> None:
+def inspect_path(path: Path, as_json: bool, adapter: Adapters = None) -> None:
     """Print what a checkpoint (and an adapter merged into it), an artefact or a folder of artefacts holds."""
-    if adapter is None and (artifacts := _artifacts(path)):
+    if not adapter and (artifacts := _artifacts(path)):
         _print_facts([_artifact_facts(file, target) for file, target in artifacts], as_json)
         return
-    if adapter is not None:
+    if adapter:
         facts = _checkpoint_facts(path, adapter)
     elif is_gguf(path):
         facts = _gguf_facts(path)
@@ -96,7 +96,7 @@ def _is_checkpoint(path: Path) -> bool:
     return '"quantization' not in text and not any(path.glob("*.onnx"))
 
 
-def _checkpoint_facts(path: Path, adapter: Path | None = None) -> dict[str, Any]:
+def _checkpoint_facts(path: Path, adapter: Adapters = None) -> dict[str, Any]:
     """A checkpoint's decoder and, from a sample of rows of each tensor, the grids its weights seem to lie on."""
     checkpoint = open_checkpoint(path, adapter=adapter)
     decoder = checkpoint.architecture

@@ -41,7 +41,7 @@ class Place:
     model: Path
     work: Path
     tokens: int
-    adapter: Path | None = None  # the folder of a LoRA that is merged into the model
+    adapter: tuple[Path, ...] = ()  # folders of LoRA adapters that are merged into the model, in order
     compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
     stamps: Stamps = NOTHING  # what the files of model and adapter have had since the run opened them
