@@ -26,8 +26,9 @@ def lay_out(runs: list[Path], assets: Path, part: int = PART) -> None:
     """Write the assets of `runs` into the empty folder `assets`; files above `part` bytes are cut."""
     assets.mkdir(parents=True)
     report = json.loads((runs[0] / "report.json").read_text(encoding="utf-8"))
+    allowed = ("partial",) if report.get("allow_partial") else ()
     for artifact in report["artifacts"]:
-        if artifact["path"] is None or artifact["status"] not in ("pass", "skipped"):
+        if artifact["path"] is None or artifact["status"] not in ("pass", "written", *allowed):
             continue
         source = runs[0] / artifact["path"]
         if source.is_dir():

@@ -27,6 +27,7 @@ def export(
     calibration: str | Path | None = None,
     tokens: int = 512,
     validate: bool = True,
+    allow_partial: bool = False,
     fresh: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     ple_codec: str | None = None,
@@ -40,7 +41,8 @@ def export(
     and `options` go by format;
     `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats
     that hold one (docs/ple-codec.md). `progress` is called with an `Advance` whenever a step starts, advances or ends;
-    what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere.
+    what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere. With
+    `allow_partial` the report is `ok` also where something was not judged, and nothing is known to be wrong.
 
     Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when
     the request or the checkpoint is at fault, RuntimeError when a step fails without which there is nothing; an
@@ -52,7 +54,7 @@ def export(
     asked = request(
         model=model, out=out, formats=formats, variants=variants, recipe=recipe, jobs=jobs, memory=memory,
         adapter=adapter, compress=compress, compress_python=compress_python, calibration=calibration, tokens=tokens,
-        validate=validate, fresh=fresh, options=options, ple_codec=ple_codec,
+        validate=validate, allow_partial=allow_partial, fresh=fresh, options=options, ple_codec=ple_codec,
     )  # fmt: skip
     with listening(progress) as events:
         return run(asked, events)

@@ -29,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One Gemma checkpoint in; GGUF, MLX, ONNX, Core ML and compressed-tensors out, each with the numbers that "
-    "prove how close it is. Exit status: 0 all well, 1 an artefact failed its validator, 2 the request or the input is "
-    "at fault.",
+    "prove how close it is. Exit status: 0 all well, 1 an artefact failed its validator or was not judged as asked, "
+    "2 the request or the input is at fault.",
 )
 
 Model = Annotated[
@@ -48,6 +48,9 @@ Memory = Annotated[
     str | None, typer.Option(help="What the steps may take together, such as 8GB; default: most of what is free.")
 ]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens that logits are compared on.")]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Exit status 0 also where something was not judged, and nothing failed.")
+]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
 Fresh = Annotated[
     bool,
@@ -115,6 +118,7 @@ def export_all(
     memory: Memory = None,
     tokens: Tokens = 512,
     no_validate: NoValidate = False,
+    allow_partial: AllowPartial = False,
     fresh: Fresh = False,
     ple_codec: PleCodec = None,
     as_json: Json = False,
@@ -124,7 +128,7 @@ def export_all(
         as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip),
         variants=split_variants(variants), adapter=adapter, compress=compress, compress_python=compress_python,
         calibration=calibration, recipe=recipe, jobs=jobs, memory=memory, tokens=tokens, validate=not no_validate,
-        fresh=fresh, ple_codec=ple_codec,
+        allow_partial=allow_partial, fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
 
 
@@ -132,8 +136,8 @@ def export_all(
 _COMMON: dict[str, tuple[Any, Any]] = {
     "out": (Out, None), "adapter": (Adapter, None), "compress": (Compress, None),
     "compress_python": (CompressPython, None), "calibration": (Calibration, None), "recipe": (RecipeName, "default"),
-    "memory": (Memory, None), "tokens": (Tokens, 512), "no_validate": (NoValidate, False), "fresh": (Fresh, False),
-    "as_json": (Json, False),
+    "memory": (Memory, None), "tokens": (Tokens, 512), "no_validate": (NoValidate, False),
+    "allow_partial": (AllowPartial, False), "fresh": (Fresh, False), "as_json": (Json, False),
 }  # fmt: skip
 
 
@@ -184,6 +188,7 @@ def validate(
     recipe: RecipeName = "default",
     memory: Memory = None,
     tokens: Tokens = 512,
+    allow_partial: AllowPartial = False,
     qnn_context: Annotated[
         Path | None,
         typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
@@ -208,7 +213,7 @@ def validate(
         from gemexport.report.describe import print_verdict
 
         print_verdict(report)
-    raise typer.Exit(0 if report.status in ("pass", "skipped") else 1)
+    raise typer.Exit(0 if report.well(allow_partial) else 1)
 
 
 @app.command()

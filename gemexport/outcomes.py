@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gemexport.exporters.result import Export
@@ -26,6 +28,7 @@ from gemexport.report.schema import (
 from gemexport.request import Request, Step
 from gemexport.shared.measured import Divergence, GridReport, NpuReport, Validation
 from gemexport.shared.node import Outcome, succeeded
+from gemexport.shared.unfinished import Unfinished
 from gemexport.shared.widths import reported_widths, width_note
 
 
@@ -34,10 +37,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(checkpoint.facts().encode()).hexdigest()
 
 
-def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) -> ArtifactReport:
-    """The report of one artefact out of its nodes' outcomes."""
+def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], work: Path) -> ArtifactReport:
+    """The report of one artefact out of its nodes' outcomes, and what is in the work folder of one that broke off."""
     exported = outcomes.get(step.export_node, Outcome())
-    judged, compiled = outcomes.get(step.validate_node, Outcome()), outcomes.get("npu", Outcome())
+    judged = with_unfinished(outcomes.get(step.validate_node, Outcome()), Unfinished.of(work, step.path))
+    compiled = outcomes.get("npu", Outcome())
     floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
@@ -61,15 +65,15 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
     if failed is not None:
         return ArtifactReport(**base, status="error", reason=failed.reason, seconds=seconds)
     if not isinstance(judged.value, Validation):
-        return ArtifactReport(**base, status="skipped", reason="not validated (--no-validate)", seconds=seconds)
+        return ArtifactReport(**base, status="written", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
     npu: NpuReport | None = compiled.value
     held = bounds(found, floors, asked.recipe, step.target.holds(step.variant), step.target.plain(step.variant)) + (
         npu_bounds(npu) if npu else ()
     )
-    status, reason = verdict(held)
-    if found.logits is None and status == "pass":
-        reason = "logits were not compared: the model does not fit into --memory"
+    status, reason = verdict(held, found.unjudged)
+    if crashed(judged) and judged.log is not None:
+        reason = f"{reason}; see {judged.log}"
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)
@@ -78,6 +82,8 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome]) ->
         **base,
         status=status,
         reason=reason,
+        unjudged=found.unjudged,
+        stand_in=step.target.stand_in if found.logits is not None else None,
         weights=found.weights,
         facts=found.facts,
         tokenizer=found.tokenizer,
@@ -97,6 +103,19 @@ def _widths(exported: Any, judged: Any) -> dict[str, int]:
     if isinstance(exported, Export):
         return dict(exported.widths)
     return reported_widths(judged.weights.tensors) if isinstance(judged, Validation) else {}
+
+
+def with_unfinished(judged: Outcome, unfinished: Unfinished) -> Outcome:
+    """The outcome of a validator whose process ended, with what it had found until then as its value."""
+    if judged.failure is None or judged.left_out:
+        return judged
+    found = unfinished.ended(judged.failure)
+    return judged if found is None else replace(judged, value=found, failure=None)
+
+
+def crashed(judged: Outcome) -> bool:
+    """Whether a part of a validation crashed, so that its log has something to say."""
+    return isinstance(judged.value, Validation) and any(item.because == "crashed" for item in judged.value.unjudged)
 
 
 def _codec_notes(asked: Request, step: Step) -> list[str]:

@@ -61,6 +61,7 @@ class Target:
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     second_runtimes: tuple[str, ...] = ()  # of gemexport.validators.runtimes: programs that run what they take besides
     copies: int = 0  # bytes of a weight in the copy that its runtime maps to compute in another arithmetic
+    stand_in: str | None = None  # what runs an artefact here in place of the program that users have
     computes_with_scales: bool = False  # of activations: there is formats.MODULE.activations to read them back
     settings: tuple[Setting, ...] = ()
 
@@ -170,6 +171,7 @@ def _installed(package: str) -> bool:
 
 # The evaluator runs everywhere; Core ML itself only on a Mac.
 _CORE_ML = ("f32", "f16", *(["device"] if platform.system() == "Darwin" else []))
+_NO_CORE_ML = "judged in gemexport's evaluator of ML programs; Core ML itself was not tried: it runs on macOS alone"
 
 # Fitted to the values by ggml's quantizer, which the extra `kquants` brings.
 _K_QUANTS = ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
@@ -210,7 +212,7 @@ TARGETS: dict[str, Target] = {
             "coreml", "Core ML", "iPhones, iPads and Macs", ("int4",), ("int4", "f16", "f32"),
             "coreml/{variant}.mlpackage",
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
-            played="f32-f16-constants",
+            played="f32-f16-constants", stand_in=None if platform.system() == "Darwin" else _NO_CORE_ML,
             computes_with_scales=True,
             codec_variants=("int4",),
         ),

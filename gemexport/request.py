@@ -88,6 +88,7 @@ class Request:
     )  # bytes
     tokens: Annotated[int, AfterValidator(_at_least(2))] = DEFAULT_TOKENS
     validate: bool = True
+    allow_partial: bool = False  # whether all is well where something was not judged, and nothing is known to be wrong
     fresh: bool = False
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of exporters, by format
     ple_codec: Annotated[tuple[Codec | None, ...], BeforeValidator(_codecs)] = (None,)  # an artefact each

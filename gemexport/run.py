@@ -24,13 +24,13 @@ from gemexport.formats.stamps import ChangedError
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import abandon, remove
 from gemexport.judge.speed import machine
-from gemexport.outcomes import artifact_report, fingerprint, model_report
+from gemexport.outcomes import artifact_report, crashed, fingerprint, model_report
 from gemexport.registry import Target, check_able
 from gemexport.report.earlier import merged, withdrawn
 from gemexport.report.notes import compression_note
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, refusals, steps
-from gemexport.shared.node import Call, Events, Node, Outcome, StepError, value_of
+from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
 from gemexport.shared.place import FLEETING, Place
 from gemexport.shared.scratch import keep_log
 
@@ -74,9 +74,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         if asked.compression is not None:
             checkpoint = asked.place(work, source).checkpoint()
             notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
-        artifacts = [artifact_report(asked, step, outcomes) for step in wanted] + refused + unavailable
+        artifacts = [artifact_report(asked, step, outcomes, work) for step in wanted] + refused + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
-        if errors and not any(artifact.status in ("pass", "fail") for artifact in artifacts):
+        if errors and all(artifact.status in ("error", "skipped") for artifact in artifacts):
             raise errors[0]
         _sweep(work)
         report = Report(
@@ -89,6 +89,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
             seconds=time.monotonic() - started,
             peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
+            allow_partial=asked.allow_partial,
         )
         source.stamps.check()
         renderer.result().write_reports(report, asked.out)
@@ -143,10 +144,10 @@ def validate(
         with ThreadPoolExecutor(1) as beside:
             outcomes = scheduler.run(nodes, beside.submit(place.plain().unpack))
         outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
-    for name, outcome in outcomes.items():
-        if outcome.error or name == "grids":
-            value_of(name, outcomes)
-    return artifact_report(asked, step, outcomes)
+        for name, outcome in outcomes.items():
+            if outcome.error or name == "grids":
+                value_of(name, outcomes)
+        return artifact_report(asked, step, outcomes, work)
 
 
 def compiling(
@@ -160,7 +161,7 @@ def compiling(
 
 def _with_kept_log(name: str, outcome: Outcome) -> Outcome:
     """An outcome whose log, where it speaks of one, outlives the work folder."""
-    if outcome.log is None:
+    if outcome.log is None or (succeeded(outcome) and not crashed(outcome)):
         return outcome
     text = outcome.log.read_text("utf-8", errors="replace")
     return replace(outcome, log=keep_log(re.sub(r"\W", "-", name), text))

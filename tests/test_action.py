@@ -137,7 +137,10 @@ def test_workflows_start_with_no_more_than_reading_and_give_the_action_inputs_th
 
 
 def test_steps_take_expressions_from_the_environment_and_refer_to_what_there_is(tmp_path: Path) -> None:
-    outputs = {"export": dict.fromkeys(("verdict", "report", "output"), "x"), "upload": {"artifact-id": "x"}}
+    outputs = {
+        "export": dict.fromkeys(("verdict", "unjudged", "report", "output"), "x"),
+        "upload": {"artifact-id": "x"},
+    }
     runner = Runner(tmp_path / "home", outputs=outputs)
     for item in STEPS:
         assert "${{" not in item.get("run", "")
@@ -153,12 +156,15 @@ def test_steps_take_expressions_from_the_environment_and_refer_to_what_there_is(
 
 
 @pytest.mark.parametrize(
-    ("fail_on", "verdict", "status"),
-    [("fail", "pass", 0), ("fail", "fail", 1), ("fail", "error", 1), ("error", "fail", 0), ("error", "error", 1),
-     ("never", "fail", 0), ("never", "error", 0)],
+    ("fail_on", "allow", "verdict", "status"),
+    [("fail", "false", "pass", 0), ("fail", "false", "fail", 1), ("fail", "true", "error", 1),
+     ("fail", "false", "partial", 1), ("fail", "true", "partial", 0), ("error", "false", "partial", 0),
+     ("error", "false", "fail", 0), ("error", "false", "error", 1), ("never", "false", "fail", 0),
+     ("never", "false", "error", 0)],
 )  # fmt: skip
-def test_verdict(fail_on: str, verdict: str, status: int, tmp_path: Path) -> None:
-    runner = Runner(tmp_path / "home", inputs={"fail-on": fail_on}, outputs={"export": {"verdict": verdict}})
+def test_verdict(fail_on: str, allow: str, verdict: str, status: int, tmp_path: Path) -> None:
+    inputs = {"fail-on": fail_on, "allow-partial": allow}
+    runner = Runner(tmp_path / "home", inputs=inputs, outputs={"export": {"verdict": verdict}})
     done = runner.run(step("Verdict"))
     assert done.returncode == status
     assert ("::error" in done.stdout) == bool(status)
@@ -168,7 +174,10 @@ def stand_in(runner: Runner, status: int, *statuses: str) -> Path:
     """Put a `gemexport` that writes a report with these artefacts and exits so where the action installs its own."""
     folder = runner.home / "temp" / "gemexport" / "bin"
     folder.mkdir(parents=True)
-    artifacts = [{"format": "gguf", "variant": "Q4_0", "status": one} for one in statuses]
+    gap = {"part": "logits", "because": "left out", "reason": "no\nroom"}
+    artifacts = [
+        {"format": "gguf", "variant": "Q4_0", "status": one, "unjudged": [gap] * (one == "partial")} for one in statuses
+    ]
     model = {"name": "m", "architecture": "gemma3", "parameters": 1, "bytes": 2, "source": "m"}
     report = json.dumps({"model": model, "versions": {}, "artifacts": artifacts})
     script = f"""#!/bin/sh
@@ -189,17 +198,26 @@ exit {status}
 
 @pytest.mark.parametrize(
     ("status", "statuses", "verdict"),
-    [(0, ("pass", "skipped"), "pass"), (1, ("pass", "fail"), "fail"), (1, ("fail", "error"), "error")],
+    [
+        (0, ("pass", "written", "skipped"), "pass"),
+        (1, ("pass", "partial"), "partial"),
+        (1, ("partial", "fail"), "fail"),
+        (1, ("fail", "error"), "error"),
+    ],
 )
 def test_export_step_goes_on_when_a_validator_fails(
     status: int, statuses: tuple[str, ...], verdict: str, tmp_path: Path
 ) -> None:
     inputs = {"model": "my model", "formats": "gguf,mlx", "recipe": "r.toml", "output": "my out"}
+    inputs |= {"allow-partial": "true"}
     runner = Runner(tmp_path / "home", inputs=inputs | {"variants": "gguf:Q8_0"})
     arguments = stand_in(runner, status, *statuses)
     done = runner.run(step("Export"))
     assert done.returncode == 0, done.stderr
-    assert runner.outputs["export"] == {"verdict": verdict, "report": "my out/report.json", "output": "my out"}
+    unjudged = "gguf Q4_0: logits not judged: no room" if "partial" in statuses else ""
+    assert runner.outputs["export"] == {
+        "verdict": verdict, "unjudged": unjudged, "report": "my out/report.json", "output": "my out"
+    }  # fmt: skip
     expected = [
         "all",
         "my model",
@@ -211,6 +229,7 @@ def test_export_step_goes_on_when_a_validator_fails(
         "gguf,mlx",
         "--variants",
         "gguf:Q8_0",
+        "--allow-partial",
     ]
     assert arguments.read_text().splitlines() == expected
 

@@ -144,7 +144,7 @@ class Scheduler:
         if not isinstance(message, Outcome):
             self.events.advanced(item.node, message)
             return None
-        return replace(message, log=item.log) if message.failure else message
+        return replace(message, log=item.log)
 
 
 def _signal(future: Future[Any]) -> Connection:

@@ -21,6 +21,7 @@ from gemexport.faults.weights import Fault, Subject
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.storage.errors import InputError
 from gemexport.judge import validation
+from gemexport.judge.attempts import Attempts
 from gemexport.judge.verdict import bounds
 from gemexport.judge.wording import check_wording
 from gemexport.registry import TARGETS
@@ -109,7 +110,7 @@ class Bench:
                 status, reason = self._verdict(target, variant, self._stored(target, variant, path, wording))
             except InputError as error:
                 return "error", str(error)
-            if status == "fail":
+            if status in ("fail", "error"):
                 return status, reason
         return self.measure(target, variant, path)[1:]
 
@@ -126,8 +127,9 @@ class Bench:
         """What shows without running the artefact."""
         report, _ = validation.check_weights(self.place, target, path, lambda _: None, Asked(variant))
         facts = validation.check_facts(self.checkpoint, target, path)
-        words = check_wording(self.work, self.checkpoint, path, None) if wording else (None, None)
-        return Validation(report, *words, facts=facts)
+        attempts = Attempts()
+        words = check_wording(attempts, self.work, self.checkpoint, path, None) if wording else (None, None)
+        return Validation(report, *words, facts=facts, unjudged=attempts.unjudged)
 
     def _measure_floors(self) -> None:
         """What PyTorch's other arithmetics differ by, once."""
@@ -137,7 +139,7 @@ class Bench:
 
     def _verdict(self, target: str, variant: str, found: Validation) -> tuple[str, str]:
         holds = TARGETS[target].holds(variant)
-        status, reason = verdict(bounds(found, self.floors, RECIPES["default"], holds))
+        status, reason = verdict(bounds(found, self.floors, RECIPES["default"], holds), found.unjudged)
         return status, str(reason)
 
     def mobile(self) -> Bench:

@@ -11,17 +11,16 @@ from types import ModuleType
 import numpy as np
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.judge.attempts import Attempts
 from gemexport.judge.bounds import LAYER_ERROR, LAYER_ERRORS, f32_limit, tie
 from gemexport.judge.speed import Speedometer, Stopwatch
-from gemexport.judge.wording import check_wording
+from gemexport.judge.wording import Wordings, check_wording
 from gemexport.registry import Target
 from gemexport.shared.measured import (
-    ChatReport,
     DepartureReport,
     GreedyReport,
     LogitsReport,
     SpeedReport,
-    TokenizerReport,
 )
 from gemexport.shared.measured import Divergence as Figures
 from gemexport.shared.place import Place, Progress, threads
@@ -54,9 +53,16 @@ class Trial:
     """One artefact in its runtime."""
 
     def __init__(
-        self, place: Place, checkpoint: Checkpoint, target: Target, path: Path, digest: str, watch: Stopwatch
+        self,
+        place: Place,
+        checkpoint: Checkpoint,
+        target: Target,
+        path: Path,
+        digest: str,
+        watch: Stopwatch,
+        attempts: Attempts,
     ) -> None:
-        self._watch = watch
+        self._watch, self._attempts = watch, attempts
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
         self._played = place.floors().get(target.played)
@@ -66,7 +72,7 @@ class Trial:
         self._prompt = self._sequences[0][:GREEDY_PROMPT]
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
-        self.wording: tuple[TokenizerReport | None, ChatReport | None] | None = None  # in the first arithmetic
+        self.wording: Wordings | None = None  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source()
         self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
@@ -88,7 +94,8 @@ class Trial:
             runtime = self._load(adapter, arithmetic)
         speed.loaded()
         with watch.time("tokenizer"):
-            self.wording = self.wording or check_wording(self._place.work, self._checkpoint, self._path, runtime)
+            if self.wording is None:
+                self.wording = check_wording(self._attempts, self._place.work, self._checkpoint, self._path, runtime)
         found = Try(adapter, arithmetic, runtime, Divergence(tie=self._tie), Divergence())
         now: list[tuple[Divergence, ReferenceStore]] = []
         for pair in ((found.conversion, self._read_back), (found.loss, self._source)):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
 from gemexport.judge.speed import Stopwatch
-from gemexport.judge.trial import Trial
-from gemexport.judge.wording import check_wording
-from gemexport.registry import TARGETS
+from gemexport.judge.trial import Trial, Try
+from gemexport.judge.wording import Wordings, check_wording
+from gemexport.registry import TARGETS, Target
 from gemexport.shared.measured import (
     FactReport,
+    LogitsReport,
     TensorReport,
     Validation,
     WeightsReport,
 )
 from gemexport.shared.place import Asked, Place, Progress, opened
+from gemexport.shared.unfinished import Unfinished
 from gemexport.validators.checks import weights
+
+MISSING = "tensors are missing, and nothing runs without them"
+NO_ROOM = "the model does not fit into --memory"
 
 
 def validate(
@@ -28,31 +37,97 @@ def validate(
     progress: Progress,
     asked: Asked | None = None,
 ) -> Validation:
-    """Weights, tokenizer and logits of one artefact; progress in weights, and as many for all sequences.
+    """Weights, metadata, tokenizer, chat template and logits of one artefact.
 
-    `asked` is what the exporter was asked for; None where somebody else may have made the artefact.
+    `asked` is what the exporter was asked for; None where somebody else may have made the artefact. Progress in
+    weights, and as many for all sequences. InputError where the artefact cannot be read; any other part that cannot be
+    judged leaves the rest (`Validation.unjudged`), one that takes the process along too.
     """
-    watch = Stopwatch()
-    with watch.time("weights"):
+    attempts, unfinished = Attempts(), Unfinished.of(place.work, path)
+    unfinished.forget()
+    judging = _Judging(place, TARGETS[target], path, attempts, unfinished)
+    with judging.watch.time("weights"):
         report, digest = check_weights(place, target, path, progress, asked)
     checkpoint = place.open()
-    facts = check_facts(checkpoint, target, path)
+    facts = attempts.make("metadata", lambda: check_facts(checkpoint, target, path)) or ()
+    judging.found = Validation(report, facts=facts, played=TARGETS[target].played, steps=judging.watch.seconds)
     if not run_logits or report.missing:
-        with watch.time("tokenizer"):
-            wording = check_wording(place.work, checkpoint, path, None)
-        return Validation(report, *wording, facts=facts, steps=watch.seconds)
-    trial = Trial(place, checkpoint, TARGETS[target], path, digest, watch)
-    try:
-        adapter, arithmetics = TARGETS[target].adapter(), TARGETS[target].arithmetics
-        tries = [trial.run(adapter, arithmetic, progress) for arithmetic in arithmetics]
-        tries += [trial.run(other, None, _uncounted) for other in TARGETS[target].seconds(path)]
-        first, *more = trial.judge(tries)
-    finally:
-        trial.close()
-    tokenizer_report, chat = trial.wording or (None, None)
-    return Validation(
-        report, tokenizer_report, chat, first, tuple(more), trial.departs, facts, TARGETS[target].played, watch.seconds
-    )
+        attempts.leave_out("logits", MISSING if report.missing else NO_ROOM)
+    else:
+        judging.run(checkpoint, digest, progress)
+    judging.words(checkpoint)
+    return judging.told()
+
+
+@dataclass
+class _Judging:
+    """What was found of an artefact so far; what is found is kept before the next program may end the process."""
+
+    place: Place
+    target: Target
+    path: Path
+    attempts: Attempts
+    unfinished: Unfinished
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    found: Validation | None = None
+    wording: Wordings | None = None
+
+    def told(self) -> Validation:
+        """What was found, and what was not judged."""
+        assert self.found is not None
+        tokenizer, chat = self.wording or (None, None)
+        return replace(self.found, tokenizer=tokenizer, chat=chat, unjudged=self.attempts.unjudged)
+
+    def run(self, checkpoint: Checkpoint, digest: str, progress: Progress) -> None:
+        """The artefact in its own program, in each arithmetic, then in the others that take it."""
+        assert self.found is not None
+        self.unfinished.keep(self.told(), ("tokenizer", "chat", "logits"))
+        made = partial(Trial, self.place, checkpoint, self.target, self.path, digest, self.watch, self.attempts)
+        trial = self.attempts.make("logits", made)
+        if trial is None:
+            return
+        try:
+            first = _Program(self.target.adapter(), self.target.arithmetics, "logits")
+            logits = self._judged(trial, first, progress)
+            self.wording = trial.wording
+            self.found = replace(
+                self.found,
+                logits=next(iter(logits), None),
+                more_logits=tuple(logits[1:]),
+                departs=trial.departs,
+            )
+            for adapter in self.target.seconds(self.path):
+                part = f"logits in {adapter.__name__.rpartition('.')[2]}"
+                self.unfinished.keep(self.told(), (part,))
+                more = self._judged(trial, _Program(adapter, (None,), part), _uncounted)
+                self.found = replace(self.found, more_logits=(*self.found.more_logits, *more), departs=trial.departs)
+        finally:
+            trial.close()
+
+    def _judged(self, trial: Trial, program: _Program, progress: Progress) -> list[LogitsReport]:
+        """What a program gave, in the arithmetics that it takes, against both references."""
+        tries: list[Try] = []
+        for arithmetic in program.arithmetics:
+            part = program.part if arithmetic is None else f"{program.part} in {arithmetic}"
+            tried = self.attempts.make(part, partial(trial.run, program.adapter, arithmetic, progress))
+            tries += [] if tried is None else [tried]
+        return self.attempts.make(program.part, lambda: trial.judge(tries)) or [] if tries else []
+
+    def words(self, checkpoint: Checkpoint) -> None:
+        """Tokenizer and chat template without a program, where none has judged them."""
+        if self.wording is None:
+            self.unfinished.keep(self.told(), ("tokenizer", "chat"))
+            with self.watch.time("tokenizer"):
+                self.wording = check_wording(self.attempts, self.place.work, checkpoint, self.path, None)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One that the artefact is run in, what it is asked to compute in, and what it judges."""
+
+    adapter: ModuleType
+    arithmetics: tuple[str | None, ...]
+    part: str
 
 
 def _uncounted(_: int) -> None:

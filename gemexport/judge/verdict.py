@@ -52,6 +52,10 @@ def bounds(
     result = [*_weights(found, holds, plain)]
     origin = "an artefact says of the decoder what the checkpoint says"
     result.append(Bound.at_most("metadata.different", len(found.facts), 0, origin, _listed(map(str, found.facts))))
+    origin = "an artefact is taken by the programs that it is for"
+    for item in found.unjudged:
+        if item.because == "refused":
+            result.append(Bound.at_most(f"{item.part}.refused", 1, 0, origin, item.reason))
     if found.tokenizer is not None:
         result += _tokenizer(found.tokenizer)
     if found.chat is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gemexport.formats.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from gemexport.formats.storage.errors import InputError
+from gemexport.judge.attempts import Attempts
 from gemexport.shared.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.shared.texts import encoded, vocabulary_of
 from gemexport.validators.checks import chat, prompts, tokenizer, vocabulary
@@ -23,6 +24,8 @@ from gemexport.validators.runtimes.protocol import Runtime
 
 SHOWN = 20  # texts in the report, the shortest of each sort first
 KEPT = "reference/wording"  # folder in the work folder of the checkpoint's texts and ids
+Wordings = tuple[TokenizerReport | None, ChatReport | None]
+NONE = "it has no tokenizer, and none lies beside it"
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -67,10 +70,15 @@ class Wording:
     """The checkpoint's side; what takes long of it is made once a run, and kept in the folder `work`."""
 
     def __init__(self, checkpoint: Checkpoint, work: Path) -> None:
+        self._checkpoint, self._work = checkpoint, work
         self._assets = checkpoint.assets
         self._size = checkpoint.architecture.vocab_size
-        # Not those with a token that the model has no row for.
-        self._texts = {t: ids for t, ids in encoded(checkpoint, work).items() if max(ids, default=0) < self._size}
+
+    @cached_property
+    def _texts(self) -> dict[str, tuple[int, ...]]:
+        """Texts and their ids, but for those with a token that the model has no row for."""
+        found = encoded(self._checkpoint, self._work)
+        return {text: ids for text, ids in found.items() if max(ids, default=0) < self._size}
 
     def tokenizer(self, artifact: Artifact, runtime: Runtime | None) -> TokenizerReport:
         """Tables, and every text's ids in the runtime, or in Hugging Face's tokenizers where it has none of its own."""
@@ -160,14 +168,19 @@ def _same(ours: Path, theirs: Path) -> bool:
 
 
 def check_wording(
-    work: Path, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
-) -> tuple[TokenizerReport | None, ChatReport | None]:
+    attempts: Attempts, work: Path, checkpoint: Checkpoint, path: Path, runtime: Runtime | None
+) -> Wordings:
     """Tokenizer and chat template of an artefact in its runtime, or read back where there is none.
 
     `work` is the folder for what is unpacked on the way.
     """
     artifact = Artifact.of(path, work)
     if artifact is None:
+        attempts.leave_out("tokenizer", NONE)
+        attempts.leave_out("chat", NONE)
         return None, None
     wording = Wording(checkpoint, work)
-    return wording.tokenizer(artifact, runtime), wording.chat(artifact, runtime)
+    return (
+        attempts.make("tokenizer", lambda: wording.tokenizer(artifact, runtime)),
+        attempts.make("chat", lambda: wording.chat(artifact, runtime)),
+    )

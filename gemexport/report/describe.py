@@ -20,7 +20,7 @@ from gemexport.formats.storage.files import PARTIAL
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, recognise
-from gemexport.report.render import number, quantity, share, size
+from gemexport.report.render import STYLES, number, quantity, share, size
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import NpuReport
 from gemexport.shared.place import WORK
@@ -167,10 +167,12 @@ def _summary(tensors: Mapping[str, Tensor], grids: Mapping[str, str]) -> list[di
 def print_verdict(report: ArtifactReport) -> None:
     """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
     console = Console(highlight=False)
-    style = {"pass": "bold green", "skipped": "yellow"}.get(report.status, "bold red")
+    style = f"bold {STYLES[report.status]}"
     console.print(f"[{style}]{report.status}[/]  {report.format} {_plain(str(report.path))}", soft_wrap=True)
     if report.reason:
         console.print(_plain(report.reason), style=style, soft_wrap=True)
+    if report.stand_in:
+        console.print(report.stand_in, style="yellow", soft_wrap=True)
     if report.weights:
         exact = share(report.weights.exact_fraction)
         console.print(f"weights     {exact} of {quantity(report.weights.compared)} exact")

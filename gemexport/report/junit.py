@@ -14,18 +14,21 @@ from gemexport.report.schema import ArtifactReport, Report
 # What XML 1.0 cannot hold, not even escaped (section 2.2): most control characters, surrogates.
 _UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
+# What a status is that no case has told yet.
+_KINDS = {"partial": "failure", "fail": "failure", "error": "error", "written": "skipped", "skipped": "skipped"}
+
 
 def render_junit(report: Report) -> str:
     """JUnit XML of a run: every bound of every artefact is a test case, failures with their reason."""
     suites = Element("testsuites", name=_text(f"gemexport: {report.model.name}"), time=f"{report.seconds:.3f}")
     for artifact in report.artifacts:
-        _suite(suites, artifact)
+        _suite(suites, artifact, report.allow_partial)
     _count(suites)
     indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(suites, encoding="unicode") + "\n"
 
 
-def _suite(parent: Element, artifact: ArtifactReport) -> None:
+def _suite(parent: Element, artifact: ArtifactReport, allow_partial: bool) -> None:
     suite = SubElement(
         parent, "testsuite", name=_text(f"{artifact.format} {artifact.variant}"), time=f"{artifact.seconds:.3f}"
     )
@@ -37,11 +40,15 @@ def _suite(parent: Element, artifact: ArtifactReport) -> None:
         case = _case(suite, artifact, bound.metric + again)
         if not bound.held:
             _result(case, "failure", str(bound))
-    told = artifact.status == "fail" and any(not bound.held for bound in artifact.bounds)
-    if artifact.status != "pass" and not told:
-        kind = {"fail": "failure", "error": "error", "skipped": "skipped"}[artifact.status]
-        _result(_case(suite, artifact, "verdict"), kind, artifact.reason or artifact.status)
-    elif not artifact.bounds:
+    left_out = "skipped" if allow_partial else "failure"
+    kinds = {"left out": left_out, "crashed": "error", "refused": None}  # which is a bound
+    for item in artifact.unjudged:
+        if (kind := kinds[item.because]) is not None:
+            _result(_case(suite, artifact, f"{item.part} judged"), kind, item.reason)
+    told = artifact.unjudged or any(not bound.held for bound in artifact.bounds)
+    if artifact.status in _KINDS and not told:
+        _result(_case(suite, artifact, "verdict"), _KINDS[artifact.status], artifact.reason or artifact.status)
+    elif not artifact.bounds and not told:
         _case(suite, artifact, "verdict")
     _count(suite)
 

@@ -45,7 +45,7 @@ _STYLE = {
 }  # fmt: skip
 _DIRECTIONS = ["east", "west", "north", "south", "northeast", "northwest", "southeast", "southwest"]
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_MARKS = {"pass": ("o", _DOT, "pass"), "skipped": ("D", 0.9 * _DOT, "skip")}
+_MARKS = {"pass": ("o", _DOT, "pass"), "partial": ("D", 0.9 * _DOT, "skip")}
 _FAILED = ("D", 0.9 * _DOT, "fail")
 
 

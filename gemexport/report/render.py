@@ -31,7 +31,13 @@ from gemexport.shared.widths import called, short
 
 NONE = "–"
 EXCERPT = 400  # letters of a conversation that are shown
-_STYLES: Mapping[str, str] = {"pass": "green", "fail": "bold red", "error": "bold red", "skipped": "yellow"}
+STYLES: Mapping[str, str] = {
+    "pass": "green", "partial": "yellow", "fail": "bold red", "error": "bold red", "written": "dim", "skipped": "dim",
+}  # fmt: skip
+_MARKS: Mapping[str, str] = {
+    "pass": "✅ pass", "partial": "⚠️ partial", "fail": "❌ **fail**", "error": "❌ **error**", "written": "📝 written",
+    "skipped": "⏭️ skipped",
+}  # fmt: skip
 # The KLD plot's logarithmic axis: from what f32 arithmetic leaves on a small model to what a broken model shows.
 _DECADES = (-11, 1)
 # Lower ends of the heat map's classes of exact fractions; the first is "every weight".
@@ -77,14 +83,16 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
     title = _line(headings, widths, "bold", "bold") + (Text("  path", "bold") if beside else "")
     console.print(title, soft_wrap=True)
     for artifact, row, path in zip(report.artifacts, rows, paths, strict=True):
-        line = _line(row, widths, "", _STYLES[artifact.status])
+        line = _line(row, widths, "", STYLES[artifact.status])
         below = [Text(f"  {shown(artifact.run)}", "dim")] if artifact.run else []
         if path and beside:
             line += Text(f"  {path}")
         elif path:
             below.insert(0, Text(f"  {path}"))
         if artifact.reason:
-            below.append(Text(f"  {shown(artifact.reason)}", _STYLES[artifact.status]))
+            below.append(Text(f"  {shown(artifact.reason)}", STYLES[artifact.status]))
+        if artifact.stand_in:
+            below.append(Text(f"  {artifact.stand_in}", "yellow"))
         for text in (line, *below):
             text.rstrip()
             console.print(text, soft_wrap=True, highlight=False)
@@ -358,6 +366,11 @@ def excerpts(difference: ChatDifference) -> tuple[tuple[str, str], ...]:
     return tuple((who, f"{'…' if start else ''}{text[start : start + EXCERPT]}") for who, text in sides)
 
 
+def mark(status: str) -> str:
+    """A status in Markdown, with a sign that is green for `pass` alone."""
+    return _MARKS[status]
+
+
 def anchor(artifact: ArtifactReport) -> str:
     """The artefact's id in the page."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{artifact.format}-{artifact.variant}")
@@ -392,7 +405,19 @@ def _environment(html: bool) -> Environment:
     )
     figures: tuple[Any, ...] = (size, quantity, thousands, share, number, precise, ratio, rate, spread, seconds, shape)
     pictures: tuple[Any, ...] = (heat_map, level, on_axis, operating_points, layer_errors, draw_points, draw_layers)
-    parts: tuple[Any, ...] = (anchor, kind, by_error, runs, divergences, differs, narrower, visible, shown, excerpts)
+    parts: tuple[Any, ...] = (
+        anchor,
+        mark,
+        kind,
+        by_error,
+        runs,
+        divergences,
+        differs,
+        narrower,
+        visible,
+        shown,
+        excerpts,
+    )
     environment.filters |= {helper.__name__: helper for helper in (*figures, *pictures, *parts)}
     environment.filters |= {"cell": _cell, "indented": _indented}
     return environment

@@ -25,10 +25,13 @@ from gemexport.shared.measured import (
     NpuReport,
     ReportModel,
     TokenizerReport,
+    UnjudgedReport,
     WeightsReport,
 )
 
-Status = Literal["pass", "fail", "error", "skipped"]
+Status = Literal["pass", "partial", "fail", "error", "written", "skipped"]
+# What a command leaves with status 0 for: judged and found right, or not asked to be judged, or to be made.
+WELL: frozenset[Status] = frozenset(("pass", "written", "skipped"))
 
 SCHEMA = 1
 JSON = "report.json"
@@ -125,8 +128,11 @@ class Origin(ReportModel):
 class ArtifactReport(ReportModel):
     """One artefact: what was written, how close it is to the model, and the verdict with its reasons.
 
-    `skipped` claims nothing: not written, or written and not validated; `reason` says which. `run` is the
-    line that runs it. `more_logits` holds further runtimes or arithmetics than the one the table shows.
+    `pass`: weights, metadata, tokenizer, chat template and logits were judged, and nothing is wrong. `partial`: nothing
+    is, as far as was judged; `unjudged` says what was not. `written` and `skipped` claim nothing: nobody asked for a
+    verdict, or for this format; `reason` says which. `stand_in` says what was run in place of the program that users
+    have. `run` is the line that runs it. `more_logits` holds further runtimes or arithmetics than the one the table
+    shows.
     """
 
     format: str
@@ -137,6 +143,8 @@ class ArtifactReport(ReportModel):
     files: tuple[FileReport, ...] = ()
     status: Status
     reason: str | None = None
+    unjudged: tuple[UnjudgedReport, ...] = ()
+    stand_in: str | None = None
     run: str | None = None
     notes: tuple[str, ...] = ()
     widths: dict[str, int] = Field(default_factory=dict)
@@ -153,6 +161,10 @@ class ArtifactReport(ReportModel):
     validation: ValidationReport | None = None
     seconds: float = 0.0
     earlier: Origin | None = None  # the run that measured it, where it is not the one that wrote the report
+
+    def well(self, allow_partial: bool = False) -> bool:
+        """Whether nothing is wrong with it and all was judged that was asked for; `allow_partial`: or some of that."""
+        return self.status in WELL or (allow_partial and self.status == "partial")
 
     def to_json(self) -> str:
         """This artefact as JSON with a newline at its end."""
@@ -172,21 +184,31 @@ class Report(ReportModel):
     reference_seconds: float | None = None
     seconds: float = 0.0
     peak_rss_bytes: int | None = None
+    allow_partial: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether no artefact of this run failed its validator or stopped with an error."""
-        return all(row.status in ("pass", "skipped") for row in self.artifacts if row.earlier is None)
+        """Whether nothing is wrong with any artefact of this run, and all was judged (or `allow_partial`)."""
+        return all(row.well(self.allow_partial) for row in self.artifacts if row.earlier is None)
 
     def to_json(self) -> str:
         """What `report.json` holds: fields in the order above, and a newline at the end."""
         return self.model_dump_json(indent=2) + "\n"
 
 
-def verdict(bounds: Iterable[Bound]) -> tuple[Status, str | None]:
-    """`("pass", None)`, or `("fail", reason)` where the reason names every bound that did not hold."""
+def verdict(bounds: Iterable[Bound], unjudged: Iterable[UnjudgedReport] = ()) -> tuple[Status, str | None]:
+    """`("pass", None)`, or another status and why: every bound that did not hold, then what was not judged.
+
+    What is known to be wrong comes before what is not known.
+    """
     broken = [str(bound) for bound in bounds if not bound.held]
-    return ("fail", "; ".join(broken)) if broken else ("pass", None)
+    missing = [item for item in unjudged if item.because != "refused"]  # which has a bound of its own
+    reason = "; ".join([*broken, *map(str, missing)]) or None
+    if broken:
+        return "fail", reason
+    if any(item.because == "crashed" for item in missing):
+        return "error", reason
+    return ("partial" if missing else "pass"), reason
 
 
 def package_versions() -> dict[str, str]:

@@ -110,6 +110,22 @@ class FactReport(ReportModel):
         return f"{self.name} is {self.found}{some}, the checkpoint says {self.expected}"
 
 
+class UnjudgedReport(ReportModel):
+    """A part of a verdict that was not judged: `weights`, `metadata`, `tokenizer`, `chat`, `logits`, or one of these in
+    a further program or arithmetic (`logits in openvino`).
+
+    `because` it was `left out` (nobody tried: no room, nothing there), `refused` (what judges it says what is wrong
+    with the artefact) or `crashed` (what judges it did).
+    """
+
+    part: str
+    because: Literal["left out", "refused", "crashed"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.part} not judged: {self.reason}"
+
+
 class DepartureReport(ReportModel):
     """The first place where a runtime's values are not the reference's, on the same weights and tokens.
 
@@ -305,4 +321,5 @@ class Validation:
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
     facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
     played: str = "f32-reordered"  # the arithmetic of PyTorch that its program's f32 is held to
+    unjudged: tuple[UnjudgedReport, ...] = ()
     steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on

@@ -27,7 +27,7 @@ class Outcome:
     failure: str | None = None  # ours, or the machine's: one line
     seconds: float = 0.0
     peak_bytes: int | None = None  # anonymous memory
-    log: Path | None = None  # of a failure: what the step printed, with the traceback
+    log: Path | None = None  # what the step printed, with the traceback of a failure
     left_out: bool = False  # it never ran: what it needs had failed, as `failure` says
 
     @property

@@ -31,7 +31,8 @@ VECTORS = "ple-codec"  # of the vector codec's fit
 PLAYED_TOKENS = 128  # of the first sequence, on which another f32 is played
 FLOORS = "reference/floors.json"  # file in it of what other arithmetics are off by
 SOURCE = "source"  # of what is unpacked from a model in one file
-FLEETING = ("reference", "logits")  # of one run, which no other may find
+JUDGED = "judged"  # of what validators have found so far
+FLEETING = ("reference", "logits", JUDGED)  # of one run, which no other may find
 
 
 @dataclass(frozen=True)

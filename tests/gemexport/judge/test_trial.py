@@ -10,6 +10,7 @@ import pytest
 
 from gemexport.engine import steps
 from gemexport.formats.grids.recipe import load_recipe
+from gemexport.judge.attempts import Attempts
 from gemexport.judge.speed import Stopwatch
 from gemexport.judge.trial import Trial
 from gemexport.judge.validation import check_weights
@@ -70,7 +71,7 @@ def test_a_trial_holds_one_runtime_at_a_time_and_walks_once(
         return walk(self, sequences, *where)
 
     monkeypatch.setattr(Reference, "walk", counted)
-    trial = Trial(place, checkpoint, TARGETS["gguf"], path, digest, Stopwatch())
+    trial = Trial(place, checkpoint, TARGETS["gguf"], path, digest, Stopwatch(), Attempts())
     adapter = cast("ModuleType", SimpleNamespace(load=load))
     trial.judge([trial.run(adapter, arithmetic, lambda _: None) for arithmetic in ("bf16", "int8-activations")])
     trial.close()

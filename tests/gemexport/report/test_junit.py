@@ -8,13 +8,15 @@ from xml.etree import ElementTree
 from gemexport.report.junit import render_junit
 from gemexport.report.schema import ArtifactReport, ModelReport, Report
 from gemexport.shared.bound import Bound
+from gemexport.shared.measured import UnjudgedReport
 
 HELD = Bound.at_least("tokenizer.equal", 40, 40, "every text")
+MODEL = ModelReport(name="m", architecture="gemma3", parameters=1, bytes=2, source="m")
 BROKEN = Bound.at_most("conversion.kld_mean in f32", math.nan, 1e-5, "two right <implementations>")
 
 
 def suites(*artifacts: ArtifactReport, name: str = "m") -> ElementTree.Element:
-    model = ModelReport(name=name, architecture="gemma3", parameters=1, bytes=2, source="m")
+    model = MODEL.model_copy(update={"name": name})
     text = render_junit(Report(model=model, versions={}, artifacts=artifacts, seconds=2.5))
     return ElementTree.fromstring(text)
 
@@ -42,7 +44,7 @@ def test_every_bound_is_a_case_and_a_broken_one_says_why() -> None:
 def test_what_ended_without_bounds_is_a_case_of_its_own() -> None:
     found = suites(
         artifact(status="error", reason="it stopped"),
-        artifact(status="skipped", reason="not validated"),
+        artifact(status="written", reason="not validated"),
         artifact(status="fail", reason="layer 3 departs", bounds=(HELD,)),
         artifact(),
     )
@@ -53,6 +55,23 @@ def test_what_ended_without_bounds_is_a_case_of_its_own() -> None:
     assert [result.attrib["message"] for result in found.iterfind(".//testcase/*")] == [
         "it stopped", "not validated", "layer 3 departs",
     ]  # fmt: skip
+
+
+def test_what_was_not_judged_is_a_case_that_fails_unless_it_is_allowed() -> None:
+    unjudged = (
+        UnjudgedReport(part="logits", because="left out", reason="no room"),
+        UnjudgedReport(part="chat", because="crashed", reason="KeyError: 'x'"),
+    )
+    found = artifact(status="error", bounds=(HELD,), unjudged=unjudged)
+    kinds = {}
+    for allowed in (False, True):
+        text = render_junit(Report(model=MODEL, versions={}, artifacts=(found,), allow_partial=allowed))
+        (suite,) = ElementTree.fromstring(text)
+        kinds[allowed] = [(case.attrib["name"], [result.tag for result in case]) for case in suite]
+    assert kinds == {
+        allowed: [("tokenizer.equal", []), ("logits judged", [left_out]), ("chat judged", ["error"])]
+        for allowed, left_out in ((False, "failure"), (True, "skipped"))
+    }
 
 
 def test_a_metric_that_comes_twice_has_two_names() -> None:

@@ -108,7 +108,9 @@ def test_reports_are_frozen_and_misspelt_fields_are_errors() -> None:
 
 
 def test_a_run_is_well_unless_something_failed() -> None:
-    assert with_status("pass", "skipped").ok
+    assert with_status("pass", "written", "skipped").ok
+    assert not with_status("pass", "partial").ok
+    assert with_status("pass", "partial").model_copy(update={"allow_partial": True}).ok
     assert not with_status("pass", "fail").ok
     assert not with_status("error").ok
 

@@ -14,6 +14,7 @@ import tokenizers
 
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.formats.storage.errors import InputError
+from gemexport.judge.attempts import Attempts
 from gemexport.judge.wording import check_wording
 
 pytest.importorskip("torch")
@@ -163,7 +164,7 @@ def test_a_tokenizer_that_onnxruntime_genai_reads_otherwise_is_told(checkpoint: 
     runtime = adapter.load(path, threads=1, context=1)
     with pytest.raises(InputError, match="does not read its tokenizer"):
         runtime.tokenize("")
-    found, _ = check_wording(tmp_path / "work", checkpoint, path, runtime)
+    found, _ = check_wording(Attempts(), tmp_path / "work", checkpoint, path, runtime)
     assert found is not None
     assert found.equal == 0
     assert any("does not read its tokenizer" in line for line in found.vocabulary)
