@@ -28,6 +28,7 @@ from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.stamps import ADAPTER, NOTHING, Stamps
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import write_whole
+from gemexport.formats.storage.installing import install
 from gemexport.formats.storage.reading import (
     opened,
     read_json,
@@ -190,7 +191,7 @@ def _gguf(path: Path, scratch: Path | None) -> Checkpoint:
         reader = import_module("gemexport.formats.gguf.model")
     except ModuleNotFoundError as error:
         problem = f"is GGUF, which needs {error.name}"
-        raise InputError(path, problem, "pip install 'gemexport[llama]'") from error
+        raise InputError(path, problem, install("llama")) from error
     found: Checkpoint = reader.checkpoint(path, scratch)
     return found
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One Gemma checkpoint in; GGUF, MLX, ONNX, Core ML and compressed-tensors out, each with the numbers that "
@@ -299,12 +298,14 @@ def _table(report: Report, out: Path) -> None:
     from rich.console import Console
 
     from gemexport.report.render import print_table
+    from gemexport.report.summary import closing
 
     console = Console(highlight=False, markup=False)
     print_table(report, console, out)
     for note in report.model.notes:
         console.print(shown(f"note: {note}"), style="yellow", soft_wrap=True)
-    console.print(f"\n{shown(str(out / 'report.html'))} has the details", style="dim", soft_wrap=True)
+    console.print(f"\n{shown(closing(report))}", soft_wrap=True)
+    console.print(f"{shown(str(out / 'report.html'))} has the details", style="dim", soft_wrap=True)
 
 
 def _print_json(text: str) -> None:
@@ -335,6 +336,18 @@ def _system_error(error: OSError) -> InputError:
     return InputError("standard output or a file", f"cannot be written ({reason})", "see where the output goes")
 
 
+# What click raises for a command line that it cannot read; newer versions of typer have a click of their own.
+_UNREADABLE: type[Exception] = typer.BadParameter.mro()[2]
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where it is told what it may be, in a line; "" where help was shown."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = "gemexport" if context is None else context.command_path
+    return said and shown(f"{said}; see {command} --help")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an InputError becomes one line and exit status 2, a step that did not succeed one and 1."""
     # Until a step runs, the time goes into imports: they make many objects, and no garbage worth looking for.
@@ -344,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
-            app(arguments)
+            status = app(arguments, standalone_mode=False) or 0
         finally:
             sys.stdout.flush()  # here, where that it cannot be written becomes a line
     except OSError as error:
@@ -353,6 +366,10 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)  # as click does where it meets it: whoever reads has enough, and no line is for them
         print(f"gemexport: {told}", file=sys.stderr)
         sys.exit(2)
+    except _UNREADABLE as error:
+        if usage := _usage(error):
+            print(f"gemexport: {usage}", file=sys.stderr)
+        sys.exit(2)
     except InputError as error:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(2)
@@ -360,12 +377,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"gemexport: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as ended:
-        status = ended.code if isinstance(ended, SystemExit) else _INTERRUPTED  # as typer makes it of a Ctrl-C
-        if status in (_INTERRUPTED, _TERMINATED):
-            print("gemexport: interrupted", file=sys.stderr)
-        sys.exit(status)
+        status = ended.code if isinstance(ended, SystemExit) else _INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
+    if status in (_INTERRUPTED, _TERMINATED):
+        print("gemexport: interrupted", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

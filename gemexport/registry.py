@@ -5,10 +5,7 @@ The command line is made from it, so it imports nothing that takes long.
 
 from __future__ import annotations
 
-import json
 import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.installing import install
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 
 if TYPE_CHECKING:
@@ -60,10 +58,16 @@ class Target:
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     second_runtimes: tuple[str, ...] = ()  # of gemexport.validators.runtimes: programs that run what they take besides
+    variant_users: tuple[tuple[str, tuple[str, ...]], ...] = ()  # who takes some variants, where not all take all
     copies: int = 0  # bytes of a weight in the copy that its runtime maps to compute in another arithmetic
     stand_in: str | None = None  # what runs an artefact here in place of the program that users have
     computes_with_scales: bool = False  # of activations: there is formats.MODULE.activations to read them back
     settings: tuple[Setting, ...] = ()
+
+    def users_of(self, label: str) -> str:
+        """Who takes a variant, by itself or with a vector codec (`int4-aqlm-2x8`)."""
+        variant = label.partition("-aqlm")[0]
+        return next((who for who, variants in self.variant_users if variant in variants), self.users)
 
     def path(self, out: Path, model: str, variant: str) -> Path:
         """Where the artefact of this variant lies."""
@@ -151,19 +155,6 @@ def check_able(targets: Iterable[Target], judged: bool) -> None:
         raise InputError("gemexport", problem, f"{install('reference')}, or export with --no-validate")
 
 
-def install(*extras: str) -> str:
-    """The command that installs these extras for the interpreter that runs, of the clone where it came from one."""
-    from importlib.metadata import distribution
-    from urllib.parse import urlsplit
-    from urllib.request import url2pathname
-
-    origin = json.loads(distribution("gemexport").read_text("direct_url.json") or "{}")  # PEP 610
-    url = str(origin.get("url", ""))
-    source = url2pathname(urlsplit(url).path) if url.startswith("file:") and "dir_info" in origin else "gemexport"
-    wanted = f"{source}[{','.join(extras)}]"
-    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(wanted)}"
-
-
 @cache
 def _installed(package: str) -> bool:
     return find_spec(package) is not None
@@ -200,6 +191,7 @@ TARGETS: dict[str, Target] = {
             "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
+            variant_users=(("ONNX Runtime", ("int4", "f32")), ("NPUs", ("npu", "npu-a8", "npu-a16"))),
             variant_noises=(("bf16", ()), ("int8-activations", ())),  # somebody else's compute in f16, or round to int8
             computes_with_scales=True, second_runtimes=("openvino",),
             settings=(

@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.installing import install
 from gemexport.formats.tensor import Floats
 
 _FOLDERS = ("lib64", "lib", "bin")  # where wheels for Linux, macOS and Windows have it
@@ -77,4 +78,4 @@ def _library_path() -> Path:
         for part in _FOLDERS:
             if (path := Path(folder) / part / name).is_file():
                 return path
-    raise InputError("K-quants", "need libggml-python, which is not installed", "pip install 'gemexport[kquants]'")
+    raise InputError("K-quants", "need libggml-python, which is not installed", install("kquants"))

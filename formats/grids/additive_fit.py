@@ -22,6 +22,7 @@ from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.grids.vector_codec import Codec, check
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.installing import install
 from gemexport.formats.storage.parallel import ordered
 from gemexport.formats.tensor import Floats, Tensor, round_to, slices
 
@@ -79,7 +80,7 @@ def write_fit(
     try:
         from gemexport.formats.grids.codebooks import fit
     except ModuleNotFoundError as missing:
-        raise InputError("--ple-codec", f"needs {missing.name}", "pip install 'gemexport[reference]'") from missing
+        raise InputError("--ple-codec", f"needs {missing.name}", install("reference")) from missing
     codebooks = fit(sample(tensor, codec, block), codec).codebooks
     codebooks.astype("<f2").tofile(folder / CODEBOOKS)
     encoder, halves, error, energy = Encoder(codebooks), True, 0.0, 0.0

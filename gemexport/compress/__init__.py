@@ -27,6 +27,7 @@ from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.grids.search import fingerprint
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.installing import install
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, MappedArray, ShardedWriter, read_folder
 from gemexport.formats.tensor import DType
 from gemexport.shared.scratch import keep_log
@@ -68,7 +69,7 @@ def compression(
     except OSError as error:
         raise InputError(interpreter, f"cannot be run ({error.strerror})", "give a Python interpreter") from error
     if done.stdout.strip() != "True":
-        remedy = "pip install 'gemexport[compress]', or name an interpreter that has it with --compress-python"
+        remedy = f"{install('compress')}, or name an interpreter that has it with --compress-python"
         raise InputError(f"--compress {method}", f"needs llmcompressor, which {interpreter} has not", remedy)
     return Compression(method, interpreter, None if calibration is None else Path(calibration))
 

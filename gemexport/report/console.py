@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gemexport.shared.node import Events, Node, Outcome, succeeded
 
@@ -54,7 +55,7 @@ def watching(quiet: bool = False) -> Iterator[Events]:
         with _bars(console) as progress:
             yield _Bars(progress).events()
     else:
-        yield Events(ended=_line)
+        yield _Lines().events()
 
 
 def _bars(console: Console) -> Progress:
@@ -63,6 +64,8 @@ def _bars(console: Console) -> Progress:
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
 
@@ -118,6 +121,38 @@ class _Bars:
             reason = escape(outcome.reason)
             self._progress.update(task, description=f"[red]{node.name}: {reason}")
         self._progress.stop_task(task)
+
+
+class _Lines:
+    """A line for each node that has ended, and one in `every` seconds for each that takes longer."""
+
+    def __init__(self, every: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._clock = every, clock
+        self._done: Counter[str] = Counter()
+        self._started: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+
+    def events(self) -> Events:
+        return Events(self.started, self.advanced, _line)
+
+    def started(self, node: Node) -> None:
+        self._started[node.name] = self._told[node.name] = self._clock()
+
+    def advanced(self, node: Node, amount: int) -> None:
+        self._done[node.name] += amount
+        now, share = self._clock(), min(self._done[node.name] / max(node.total, 1), 1.0)
+        if not share or now - self._told[node.name] < self._every:
+            return
+        self._told[node.name] = now
+        left = (now - self._started[node.name]) * (1 - share) / share
+        print(f"{node.name}: {share:.0%}, about {_duration(left)} left", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """About how long: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _line(node: Node, outcome: Outcome) -> None:

@@ -18,12 +18,12 @@ from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError, shown
 from gemexport.formats.storage.files import PARTIAL
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
+from gemexport.formats.storage.safetensors import read_file, read_metadata
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, recognise
 from gemexport.report.render import STYLES, number, quantity, share, size
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import NpuReport
-from gemexport.shared.place import WORK
 
 
 def inspect_path(path: Path, as_json: bool, adapter: Adapters = None) -> None:
@@ -37,17 +37,46 @@ def inspect_path(path: Path, as_json: bool, adapter: Adapters = None) -> None:
         facts = _gguf_facts(path)
     elif path.suffix == ".onnx" and path.is_file():
         facts = _artifact_facts(path, TARGETS["onnx"])
+    elif path.suffix == ".safetensors" and path.is_file():
+        facts = _weights_facts(path)
     else:
         facts = _checkpoint_facts(path) if _is_checkpoint(path) or not path.exists() else _artifact_facts(path)
     _print_facts(facts, as_json)
 
 
 def _artifacts(out: Path) -> list[tuple[Path, Target]]:
-    """The artefacts in an output folder of ours, in the registry's order; none in any other folder."""
-    if not (out / WORK).is_dir():
+    """The artefacts in an output folder, in the registry's order, or those that lie beside each other in one."""
+    if not out.is_dir() or (out / "config.json").is_file():
         return []
     places = [(target, target.path(Path(), "*", "*").as_posix()) for target in TARGETS.values()]
-    return [(found, target) for target, place in places for found in sorted(out.glob(place)) if found.suffix != PARTIAL]
+    found = [(path, target) for target, place in places for path in sorted(out.glob(place)) if path.suffix != PARTIAL]
+    return found or [(path, target) for path in sorted(out.iterdir()) if (target := _recognised(path)) is not None]
+
+
+def _recognised(path: Path) -> Target | None:
+    """The format of an artefact; None of what is none."""
+    try:
+        return None if path.suffix == PARTIAL else recognise(path)
+    except InputError:
+        return None
+
+
+def _weights_facts(path: Path) -> dict[str, Any]:
+    """One file of weights by itself: its tensors by dtype, and what it says of itself."""
+    stored = {name: array.entry for name, array in read_file(path).items()}
+    count: Counter[str] = Counter(entry.dtype for entry in stored.values())
+    weights: Counter[str] = Counter()
+    for entry in stored.values():
+        weights[entry.dtype] += math.prod(entry.shape)
+    said = ", ".join(f"{key}: {value}" for key, value in read_metadata(path).items())
+    return {
+        "weights": path.name,
+        "format": "safetensors",
+        "numbers": quantity(weights.total()),
+        "bytes": size(path.stat().st_size),
+        **({"metadata": said} if said else {}),
+        "grids": [{"grid": dtype, "tensors": count[dtype], "weights": total} for dtype, total in weights.most_common()],
+    }
 
 
 def _print_facts(facts: dict[str, Any] | list[dict[str, Any]], as_json: bool) -> None:

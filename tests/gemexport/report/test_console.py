@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gemexport
-from gemexport.report.console import Advance, listening, watching
+from gemexport.report.console import Advance, _duration, _Lines, listening, watching
 from gemexport.shared.node import Call, Events, Node, Outcome
 
 NODE = Node("export gguf:Q4_0", Call("os:getpid", {}), total=100)
@@ -77,3 +77,20 @@ def test_a_run_tells_its_steps_and_ends_when_nobody_wants_it(tiny_gemma3: Path, 
     with pytest.raises(EnoughError):
         gemexport.export(tiny_gemma3, tmp_path / "other", formats=["gguf"], validate=False, progress=enough)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_long_step_says_how_far_it_is_and_how_long_it_takes_still(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    events = _Lines(every=60, clock=lambda: now[0]).events()
+    events.started(NODE)
+    for seconds, amount in ((59, 5), (60, 5), (100, 10), (120, 30), (10_000, 40)):
+        now[0] = seconds
+        events.advanced(NODE, amount)
+    events.ended(NODE, Outcome(value=1, seconds=2.0))
+    assert capsys.readouterr().err.splitlines() == [
+        f"{NODE.name}: 10%, about 9 min left",
+        f"{NODE.name}: 50%, about 2 min left",
+        f"{NODE.name}: 90%, about 19 min left",
+        f"{NODE.name}: done (2.0 s)",
+    ]
+    assert [_duration(seconds) for seconds in (40, 5000, 50_000)] == ["40 s", "83 min", "13.9 h"]

@@ -23,6 +23,7 @@ import numpy as np
 
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
+from gemexport.formats.storage.installing import install
 from gemexport.formats.tensor import Floats
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.runtimes.onnx_exact import ExactGraph
@@ -62,7 +63,7 @@ class _NotCompiled(Exception):
 def unavailable() -> str | None:
     """Why there is no compiler on this machine; None when there is one."""
     if find_spec(PACKAGE) is None:
-        return "onnxruntime-qnn is not installed; pip install 'gemexport[npu]'"
+        return f"onnxruntime-qnn is not installed; {install('npu')}"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "onnxruntime-qnn has the HTP's compiler and emulator for Linux on x86-64 alone"
     return None
