@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from gemexport.engine.dag import graph, judgement, logits_memory
+from gemexport.engine.dag import graph, judgement
 from gemexport.engine.disk import check_room
+from gemexport.engine.memory import logits_memory
 from gemexport.engine.output import claim, forget, work_beside
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler

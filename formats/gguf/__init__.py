@@ -47,6 +47,8 @@ FLOATS: dict[GGMLQuantizationType, DType] = {
     GGMLQuantizationType.F16: "f16",
     GGMLQuantizationType.BF16: "bf16",
 }
+# Tables of which only rows are looked up: nothing is multiplied by them.
+LOOKED_UP = frozenset(("per_layer_token_embd.weight",))
 
 
 def file_names(family: Family[Any], layers: int) -> dict[str, str]:
@@ -127,10 +129,11 @@ def _evaluate(container: Container, stored: Description, start: int, stop: int) 
 
 
 def write_f32(source: Path, target: Path) -> None:
-    """A copy of the GGUF file `source` in which every tensor is F32, its numbers evaluated; all else stays.
+    """A copy of the GGUF file `source` in which every matrix is F32, its numbers evaluated; all else stays.
 
-    llama.cpp computes it without rounding activations, which shows what the file's numbers and metadata mean. Raises
-    InputError for a broken file and for types that gguf cannot evaluate.
+    Tables of which only rows are looked up stay too: what is looked up comes out as float32. llama.cpp computes the
+    copy without rounding activations, which shows what the file's numbers and metadata mean. Raises InputError for a
+    broken file and for types that gguf cannot evaluate.
     """
     parts = read_parts(source)
     shapes = {name: stored.shape for name, (_, stored) in parts.stored.items()}
@@ -138,6 +141,9 @@ def write_f32(source: Path, target: Path) -> None:
         for name, (container, stored) in parts.stored.items():
             _check_type(container, stored)
             for start, stop in row_slices(stored.shape):
+                if name in LOOKED_UP:
+                    out.write(name, stored.type, container.rows(stored, start, stop))
+                    continue
                 rows = _evaluate(container, stored, start, stop)
                 out.write(name, GGMLQuantizationType.F32, rows.values)
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
+from gemexport.engine.memory import EXPORT_BYTES, logits_memory, multiplied, reference_memory, validator_room
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.request import Request, Step
 from gemexport.shared.node import Call, Node
 from gemexport.shared.place import Asked, Place
-
-# Anonymous memory of an interpreter with the libraries of a step, measured on Linux, rounded up.
-EXPORT_BYTES = 600 << 20
-RUNTIME_BYTES = 900 << 20
 
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
@@ -118,59 +113,40 @@ def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) ->
 
 def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[tuple[Step, str]]) -> list[Node]:
     """The reference, and the validators of artefacts, each with the node that it waits for."""
-    weights, room = checkpoint.architecture.parameters(), logits_memory(checkpoint, asked.tokens)
-    logits = 4 * asked.tokens * checkpoint.architecture.vocab_size
-    affordable = room <= asked.memory
-    # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
-    own = bool(checkpoint.files)
-    noises = {noise for step, _ in wanted for noise in step.target.noises_of("" if own else step.variant)}
+    weights, logits = checkpoint.architecture.parameters(), 4 * asked.tokens * checkpoint.architecture.vocab_size
+    memory, matrices = reference_memory(checkpoint, asked.tokens), multiplied(checkpoint)
+    rooms = {step: validator_room(checkpoint, asked.tokens, step) for step, _ in wanted}
+    affordable = {step for step, room in rooms.items() if max(room.least, memory) <= asked.memory}
     nodes = []
     if affordable:
+        # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
+        own = bool(checkpoint.files)
+        noises = {noise for step in affordable for noise in step.target.noises_of("" if own else step.variant)}
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
         noisy = len(noises) * logits  # all of them go through a layer together
-        memory = reference_memory(checkpoint, asked.tokens)
         nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:
-        needs = (before, *(("reference",) if affordable else ()))
+        runs, frugal = step in affordable, rooms[step].most > asked.memory
         arguments = {
             "place": replace(place, codec=step.codec), "target": step.target.name, "path": step.path,
-            "run_logits": affordable, "asked": _asked(asked, step) if before == step.export_node else None,
+            "run_logits": runs, "asked": _asked(asked, step) if before == step.export_node else None, "frugal": frugal,
         }  # fmt: skip
-        call = Call("gemexport.judge.validation:validate", arguments)
-        total = weights * (1 + len(step.target.arithmetics))
-        memory = room if affordable else EXPORT_BYTES
         # The reference's logits with the weights read back stay, those of all programs until they are compared.
         programs = len(step.target.arithmetics) + len(step.target.second_runtimes)
-        disk = (logits, programs * logits + step.target.copies * weights) if affordable else (0, 0)
-        nodes.append(Node(step.validate_node, call, needs, memory=memory, total=total, writes=disk[0], scratch=disk[1]))
+        taken = max(memory, rooms[step].least if frugal else rooms[step].most)
+        nodes.append(
+            Node(
+                step.validate_node, Call("gemexport.judge.validation:validate", arguments),
+                (before, *(("reference",) if runs else ())), memory=taken if runs else EXPORT_BYTES,
+                total=weights * (1 + len(step.target.arithmetics)), writes=logits if runs else 0,
+                scratch=programs * logits + step.target.copies * matrices if runs else 0,
+            )
+        )  # fmt: skip
     return nodes
 
 
 def _asked(asked: Request, step: Step) -> Asked:
     """What the exporter of an artefact is asked for."""
     return Asked(step.variant, asked.options.get(step.target.name, {}))
-
-
-def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:
-    """Anonymous bytes that the reference takes: the largest layer in f32, what it makes of a sequence, libraries."""
-    from gemexport.validators.checks.prompts import sequence_length
-
-    decoder = checkpoint.architecture
-    layers: Counter[int | None] = Counter()
-    for spec in checkpoint.model.specs.values():
-        layers[spec.layer] += math.prod(spec.shape)
-    del layers[None]  # tables and the head, of which rows and slices are read
-    length, wide = sequence_length(decoder, tokens), max(layer.intermediate_size for layer in decoder.layers)
-    # Scores before and after the mask and the softmax; the feed-forward's gate, its activation, up, and their product.
-    made = length * max(3 * decoder.heads * length, 4 * wide)
-    return 4 * (max(layers.values()) + made) + RUNTIME_BYTES
-
-
-def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:
-    """Anonymous bytes that a logits validator takes: a model in f32, logits of a sequence on both sides, libraries."""
-    from gemexport.validators.checks.prompts import sequence_length
-
-    decoder = checkpoint.architecture
-    return decoder.parameters() * 4 + 2 * sequence_length(decoder, tokens) * decoder.vocab_size * 4 + RUNTIME_BYTES

@@ -32,7 +32,7 @@ def required(nodes: Sequence[Node], jobs: int) -> int:
 
 def replaced(size: int, path: Path) -> tuple[int, int]:
     """What something of this size at `path` adds to the disk, and what it takes until it replaces what lies there."""
-    there = _lying(path)
+    there = lying(path)
     return max(0, size - there), min(size, there)
 
 
@@ -46,7 +46,8 @@ def artifact_bytes(tensors: Mapping[str, Tensor], variant: str) -> int:
     return int(total)
 
 
-def _lying(path: Path) -> int:
+def lying(path: Path) -> int:
+    """Bytes of the file or folder at `path`; none where there is none."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 

@@ -61,8 +61,9 @@ class Trial:
         digest: str,
         watch: Stopwatch,
         attempts: Attempts,
+        frugal: bool = False,
     ) -> None:
-        self._watch, self._attempts = watch, attempts
+        self._watch, self._attempts, self._frugal = watch, attempts, frugal
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
         self._played = place.floors().get(target.played)
@@ -80,7 +81,7 @@ class Trial:
     def _load(self, adapter: ModuleType, arithmetic: str | None) -> Runtime:
         context = max(map(len, self._sequences)) + GREEDY_TOKENS
         options = {} if arithmetic is None else {"arithmetic": arithmetic}
-        runtime: Runtime = adapter.load(self._path, threads=threads(), context=context, **options)
+        runtime: Runtime = adapter.load(self._path, threads=threads(), context=context, frugal=self._frugal, **options)
         return runtime
 
     def run(self, adapter: ModuleType, arithmetic: str | None, progress: Progress) -> Try:

@@ -36,16 +36,18 @@ def validate(
     run_logits: bool,
     progress: Progress,
     asked: Asked | None = None,
+    frugal: bool = False,
 ) -> Validation:
     """Weights, metadata, tokenizer, chat template and logits of one artefact.
 
-    `asked` is what the exporter was asked for; None where somebody else may have made the artefact. Progress in
-    weights, and as many for all sequences. InputError where the artefact cannot be read; any other part that cannot be
+    `asked` is what the exporter was asked for; None where somebody else may have made the artefact. `frugal`: its
+    program takes as little memory as it can, and others are not tried. Progress in weights, and as many for all
+    sequences. InputError where the artefact cannot be read; any other part that cannot be
     judged leaves the rest (`Validation.unjudged`), one that takes the process along too.
     """
     attempts, unfinished = Attempts(), Unfinished.of(place.work, path)
     unfinished.forget()
-    judging = _Judging(place, TARGETS[target], path, attempts, unfinished)
+    judging = _Judging(place, TARGETS[target], path, attempts, unfinished, frugal)
     with judging.watch.time("weights"):
         report, digest = check_weights(place, target, path, progress, asked)
     checkpoint = place.open()
@@ -68,6 +70,7 @@ class _Judging:
     path: Path
     attempts: Attempts
     unfinished: Unfinished
+    frugal: bool = False
     watch: Stopwatch = field(default_factory=Stopwatch)
     found: Validation | None = None
     wording: Wordings | None = None
@@ -82,8 +85,8 @@ class _Judging:
         """The artefact in its own program, in each arithmetic, then in the others that take it."""
         assert self.found is not None
         self.unfinished.keep(self.told(), ("tokenizer", "chat", "logits"))
-        made = partial(Trial, self.place, checkpoint, self.target, self.path, digest, self.watch, self.attempts)
-        trial = self.attempts.make("logits", made)
+        given = (self.place, checkpoint, self.target, self.path, digest, self.watch, self.attempts, self.frugal)
+        trial = self.attempts.make("logits", partial(Trial, *given))
         if trial is None:
             return
         try:
@@ -96,7 +99,7 @@ class _Judging:
                 more_logits=tuple(logits[1:]),
                 departs=trial.departs,
             )
-            for adapter in self.target.seconds(self.path):
+            for adapter in () if self.frugal else self.target.seconds(self.path):
                 part = f"logits in {adapter.__name__.rpartition('.')[2]}"
                 self.unfinished.keep(self.told(), (part,))
                 more = self._judged(trial, _Program(adapter, (None,), part), _uncounted)

@@ -29,8 +29,8 @@ from gemexport.validators.runtimes.protocol import Arithmetic, Layout
 from gemexport.validators.runtimes.pytorch import PyTorch
 
 
-def load(path: Path, *, threads: int, context: int) -> CompressedTensors:
-    """The folder at `path` in transformers, computing in f32; `context` is whatever is asked.
+def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> CompressedTensors:
+    """The folder at `path` in transformers, computing in f32; `context` is whatever is asked, and so is `frugal`.
 
     Scales are cast to float32 before codes are multiplied by them, so that what is compared is the numbers in the
     file. Loaded in bf16, as users do, the products are rounded to the checkpoint's own values.

@@ -40,8 +40,8 @@ NUMPY_TYPES: dict[str, Any] = {
 Cache = dict[str, NDArray[Any]]
 
 
-def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
-    """The artefact in the folder `path`, or the .onnx file `path`.
+def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> OnnxModel | NpuModel:
+    """The artefact in the folder `path`, or the .onnx file `path`; `frugal` holds one decoder of an NPU's at a time.
 
     Raises InputError when ONNX Runtime cannot load it, or when it holds fewer than `context` positions.
     """
@@ -49,7 +49,7 @@ def load(path: Path, *, threads: int, context: int) -> OnnxModel | NpuModel:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and all((path / f"{name}.onnx").is_file() for name in NPU_GRAPHS):
         files = {name: path / f"{name}.onnx" for name in NPU_GRAPHS}
-        return NpuModel(folder, files, context, lambda _, file: cpu_session(file, threads))
+        return NpuModel(folder, files, context, lambda _, file: cpu_session(file, threads), frugal)
     file = graph_files(path)[0] if path.exists() else path
     if file.stem in NPU_GRAPHS or not file.is_file():
         raise InputError(path, "there is no model.onnx", "give an .onnx file or the folder of one")
@@ -275,9 +275,11 @@ def _past_shape(shape: Sequence[int | str], capacity: int, file: Path) -> tuple[
 class NpuModel(_Model):
     """Three graphs: the lookup of any length, the decoder for a chunk of a prompt, and the decoder for one token."""
 
-    def __init__(self, folder: Path, files: Mapping[str, Path], context: int, open_graph: OpenGraph) -> None:
+    def __init__(
+        self, folder: Path, files: Mapping[str, Path], context: int, open_graph: OpenGraph, frugal: bool = False
+    ) -> None:
         super().__init__(folder, list(files.values()))
-        self.files, self.open_graph = files, open_graph
+        self.files, self.open_graph, self.frugal = files, open_graph, frugal
         self.sessions = {name: open_graph(name, files[name]) for name in ("embeddings", "prefill")}
         inputs = {item.name: item for item in self.sessions["prefill"].get_inputs()}
         self.length = int(inputs["position_ids"].shape[1])
@@ -315,6 +317,8 @@ class NpuModel(_Model):
     def _run(self, cache: Cache, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         name, length = ("decode", 1) if len(tokens) == 1 and start else ("prefill", self.length)
         if name not in self.sessions:
+            if self.frugal:
+                self.sessions.pop("decode" if name == "prefill" else "prefill", None)
             self.sessions[name] = self.open_graph(name, self.files[name])
         padding = length - len(tokens)
         ids = np.asarray([0] * padding + list(tokens), np.int64)[None]

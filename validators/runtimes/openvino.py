@@ -35,8 +35,8 @@ def takes(path: Path) -> bool:
     return not any(dtype is not None and dtype.name in UNKNOWN for dtype in stored)
 
 
-def load(path: Path, *, threads: int, context: int) -> OpenVinoModel:
-    """The artefact in the folder `path`.
+def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> OpenVinoModel:
+    """The artefact in the folder `path`, all of its graphs at once, `frugal` or not.
 
     Raises InputError when OpenVINO cannot load it, or when it holds fewer than `context` positions.
     """

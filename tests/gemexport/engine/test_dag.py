@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemexport.engine.dag import graph, judgement, reference_memory
+from gemexport.engine.dag import graph, judgement
+from gemexport.engine.memory import EXPORT_BYTES, reference_memory, validator_room
 from gemexport.engine.scheduler import in_order
+from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.registry import TARGETS
 from gemexport.request import Step, request, steps
+from gemexport.validators.runtimes.memory import sizes
 
 
 @pytest.mark.parametrize("affordable", [True, False])
@@ -53,10 +57,36 @@ def test_logits_and_a_runtimes_copy_are_planned_for(tiny_gemma3: Path, tmp_path:
     asked = request(model=tiny_gemma3, out=tmp_path, memory="1TB", tokens=100)
     checkpoint = asked.checkpoint()
     logits = 4 * 100 * checkpoint.architecture.vocab_size
-    weights = checkpoint.architecture.parameters()
+    weights = checkpoint.architecture.parameters()  # of which no table is only looked up
     for name, scratch in (("gguf", 2 * logits + 4 * weights), ("mlx", logits)):
         step = Step(TARGETS[name], "any", tmp_path / "artefact")
         nodes = {node.name: node for node in judgement(asked, checkpoint, tmp_path, step)}
-        assert (nodes["reference"].writes, nodes["reference"].scratch) == (logits, logits)
+        played = len(step.target.noises_of("any"))
+        assert (nodes["reference"].writes, nodes["reference"].scratch) == (logits, played * logits)
         assert nodes[step.validate_node].writes == logits
         assert nodes[step.validate_node].scratch == scratch
+
+
+def test_each_program_is_given_what_it_needs_of_the_memory(tiny_gemma4: Path, tmp_path: Path) -> None:
+    """As much as it likes where that is there, the least where only that is, and nothing runs where it is not."""
+    asked = request(model=tiny_gemma4, out=tmp_path, formats=["onnx", "compressed-tensors"], tokens=100)
+    checkpoint = asked.checkpoint()
+    for step in steps(asked, checkpoint):
+        room = validator_room(checkpoint, asked.tokens, step)
+        for memory, runs, frugal in ((room.most, True, False), (room.least, True, True), (1 << 20, False, True)):
+            given = replace(asked, memory=max(memory, reference_memory(checkpoint, 100) if runs else 0))
+            nodes = {node.name: node for node in judgement(given, checkpoint, tmp_path, step)}
+            arguments = nodes[step.validate_node].call.arguments
+            assert arguments["run_logits"] == runs
+            assert arguments["frugal"] == (frugal and given.memory < room.most)
+            assert nodes[step.validate_node].memory <= max(given.memory, EXPORT_BYTES)
+            assert ("reference" in nodes) == runs
+
+
+def test_what_is_looked_up_and_what_is_multiplied_make_up_a_model(tiny_gemma3: Path, tiny_gemma4: Path) -> None:
+    for folder in (tiny_gemma3, tiny_gemma4):
+        checkpoint = open_checkpoint(folder)
+        found = sizes(checkpoint.model, 7, 0.5)
+        assert found.matrices + found.tables == checkpoint.architecture.parameters()
+        assert (found.tables > 0) == (checkpoint.architecture.per_layer is not None)
+        assert found.logits == 7 * 4 * checkpoint.architecture.vocab_size

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from gemexport.exporters import gguf as exporter
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.formats.gguf import tensors
+from gemexport.formats.gguf import LOOKED_UP, tensors, write_f32
+from gemexport.formats.gguf.parts import read_parts
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.checks.prompts import HARD_TEXTS
@@ -130,6 +131,17 @@ def test_a_file_can_be_run_without_rounding_activations(files: dict[str, Path], 
     found.add(stored.logits(tokens), runtime.logits(tokens), tokens)
     assert found.kld_mean < 1e-4
     runtime.close()
+
+
+def test_a_table_of_codes_that_is_looked_up_rounds_nothing(files: dict[str, Path], tmp_path: Path) -> None:
+    """The copy in f32 keeps per-layer embeddings as they are."""
+    copy = tmp_path / "copy.gguf"
+    write_f32(files["Q4_0"], copy)
+    kinds = {name: stored.type.name for name, (_, stored) in read_parts(copy).stored.items()}
+    left = {name for name, kind in kinds.items() if kind != "F32"}
+    assert left == LOOKED_UP & kinds.keys()
+    assert llama_cpp.arithmetic_of(copy) == "f32"
+    assert llama_cpp.arithmetic_of(files["Q4_0"]) == "int8-activations"
 
 
 def test_a_call_leaves_nothing_behind_in_the_cache(loaded: LlamaCpp, model: Path) -> None:

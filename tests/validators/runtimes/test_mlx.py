@@ -49,6 +49,17 @@ def test_conversion(artefact: tuple[Checkpoint, Path]) -> None:
         runtime.close()
 
 
+def test_tables_that_stay_in_their_file_give_the_same_numbers(artefact: tuple[Checkpoint, Path]) -> None:
+    _, folder = artefact
+    found = []
+    for frugal in (False, True):
+        runtime = adapter.load(folder, threads=1, context=64, frugal=frugal)
+        found.append((runtime.logits([2, 7, 300, 7, 41]), runtime.greedy([2, 7, 300], 4)))
+        runtime.close()
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 @pytest.mark.slow
 def test_mlx_lm_needs_nothing_of_ours(artefact: tuple[Checkpoint, Path]) -> None:
     program = (

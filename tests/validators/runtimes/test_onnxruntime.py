@@ -54,6 +54,20 @@ def test_an_artefact_is_the_model(checkpoint: Checkpoint, tmp_path: Path, varian
     agrees(checkpoint, export(checkpoint, tmp_path / variant, variant=variant, context=128, prefill=16).path)
 
 
+def test_one_decoder_at_a_time_gives_what_both_give(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = export(checkpoint, tmp_path / "npu", variant="npu", context=128, prefill=16).path
+    found, held = [], []
+    for frugal in (False, True):
+        runtime = adapter.load(path, threads=1, context=128, frugal=frugal)
+        assert isinstance(runtime, adapter.NpuModel)
+        found.append((runtime.logits(TOKENS), runtime.greedy(TOKENS[:21], 4)))
+        held.append(sorted(runtime.sessions))
+        runtime.close()
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert held == [["decode", "embeddings", "prefill"], ["decode", "embeddings"]]
+
+
 @pytest.mark.parametrize("variant", ["int4", "npu"])
 def test_plain_weights_and_a_capped_attention(checkpoint: Checkpoint, tmp_path: Path, variant: str) -> None:
     """Nothing quantized, and the cap that Gemma 2 had against the same graph without one."""

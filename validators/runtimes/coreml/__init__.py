@@ -36,8 +36,17 @@ SINGLE = 8  # tokens at the end of a sequence that go one at a time, through the
 HOLD = 4 << 30  # bytes of dequantized weights that stay in memory
 
 
-def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32", "f16", "device"] = "f32") -> CoreMLModel:
+def load(
+    path: Path,
+    *,
+    threads: int,
+    context: int,
+    frugal: bool = False,
+    arithmetic: Literal["f32", "f16", "device"] = "f32",
+) -> CoreMLModel:
     """The language model in the package `path`: evaluated in `f32` or `f16`, or by the `device` itself (macOS only).
+
+    The evaluator holds up to 4 GiB of weights as f32, or, `frugal`, reads them again at every step.
 
     Raises InputError for a package that is broken, is no language model, or holds fewer than `context` tokens.
     """
@@ -46,7 +55,7 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32", "
         raise InputError(path, f"its cache holds {how.context} tokens, {context} are needed", "export a longer context")
     if arithmetic == "device":
         return Device(Path(path), how)
-    return Evaluated(Path(path), how, arithmetic, threads)
+    return Evaluated(Path(path), how, arithmetic, threads, 0 if frugal else HOLD)
 
 
 def on_mac() -> bool:
@@ -126,14 +135,14 @@ def pieces(count: int) -> list[int]:
 class Evaluated(CoreMLModel):
     """A package evaluated in PyTorch."""
 
-    def __init__(self, path: Path, how: Feeds, arithmetic: Arithmetic, threads: int) -> None:
+    def __init__(self, path: Path, how: Feeds, arithmetic: Arithmetic, threads: int, hold: int = HOLD) -> None:
         super().__init__(how)
         self.name = f"MIL evaluator of gemexport, PyTorch {torch.__version__}"
         self.arithmetic = "static-activations" if arithmetic == "f32" and activations(path) else arithmetic
         self._threads = threads
         self._observe: Observer | None = None
         with _threads(threads):
-            self._program: Program | None = Program(path, arithmetic, hold=HOLD)
+            self._program: Program | None = Program(path, arithmetic, hold=hold)
 
     def make_state(self) -> Any:
         assert self._program is not None

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from gemexport.formats.gguf import write_f32
+from gemexport.formats.gguf import LOOKED_UP, write_f32
 from gemexport.formats.gguf.metadata import Metadata
 from gemexport.formats.gguf.parts import read_parts
 from gemexport.formats.gguf.vocabulary import check_twice
@@ -33,11 +33,14 @@ BATCH = 128  # positions computed at once; their logits over 262,144 tokens take
 _ARITHMETIC: dict[Type, Arithmetic] = {Type.F32: "f32", Type.F16: "f16", Type.BF16: "bf16"}
 
 
-def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] | None = None) -> LlamaCpp:
+def load(
+    path: Path, *, threads: int, context: int, frugal: bool = False, arithmetic: Literal["f32"] | None = None
+) -> LlamaCpp:
     """The GGUF file at `path` in llama.cpp, for sequences of at most `context` tokens.
 
-    With `arithmetic` "f32" a copy whose tensors are float32 (4 bytes a weight, in the folder for temporary files, gone
-    once it is mapped) is run instead. Raises InputError for a file that is broken or that llama.cpp cannot load.
+    With `arithmetic` "f32" a copy whose matrices are float32 (4 bytes a weight, in the folder for temporary files, gone
+    once it is mapped) is run instead. Files are mapped, `frugal` or not. Raises InputError for a file that is broken or
+    that llama.cpp cannot load.
     """
     path = Path(path)
     if arithmetic is None:
@@ -50,7 +53,8 @@ def load(path: Path, *, threads: int, context: int, arithmetic: Literal["f32"] |
 
 def arithmetic_of(path: Path) -> Arithmetic:
     """What llama.cpp computes products of the file's matrices in; the coarsest one of them decides."""
-    kinds = {tensor.type for _, tensor in read_parts(path).stored.values() if len(tensor.shape) > 1}
+    stored = read_parts(path).stored
+    kinds = {tensor.type for name, (_, tensor) in stored.items() if len(tensor.shape) > 1 and name not in LOOKED_UP}
     found = {_ARITHMETIC.get(kind) or _rounded(kind) for kind in kinds}
     order: tuple[Arithmetic, ...] = ("int8-activations-256", "int8-activations", "bf16", "f16", "f32")
     return next(kind for kind in order if kind in found or kind == "f32")

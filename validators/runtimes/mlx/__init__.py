@@ -21,8 +21,10 @@ from gemexport.formats.tensor import Floats
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
 
 
-def load(path: Path, *, threads: int, context: int) -> MlxRuntime:
+def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> MlxRuntime:
     """The MLX folder at `path` in mlx-lm, computing in f32, on Metal where there is one; `context` is as asked.
+
+    `frugal` leaves tables of codes in their file, of which only rows are wanted.
 
     `mlx_lm.load` reads the folder; then scales, biases and unquantized tensors are cast to float32, which is
     exact, so that what is compared is the numbers in the file and not MLX's rounding of them.
@@ -30,7 +32,7 @@ def load(path: Path, *, threads: int, context: int) -> MlxRuntime:
     Raises InputError when mlx-lm cannot load the folder.
     """
     read_config(Path(path))
-    return MlxRuntime(Path(path), threads)
+    return MlxRuntime(Path(path), threads, frugal)
 
 
 class MlxRuntime:
@@ -38,12 +40,13 @@ class MlxRuntime:
 
     arithmetic: Arithmetic = "f32"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, frugal: bool = False) -> None:
         self.laps = Laps()
         count = str(threads)
         settings = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+        asked = [str(path), "frugal"] if frugal else [str(path)]
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemexport.validators.runtimes.mlx.process", str(path)],
+            [sys.executable, "-P", "-m", "gemexport.validators.runtimes.mlx.process", *asked],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},

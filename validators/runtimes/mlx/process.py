@@ -1,4 +1,4 @@
-"""The process that holds mlx-lm for validators/mlx: `python -m gemexport.validators.runtimes.mlx.process FOLDER`.
+"""The process that holds mlx-lm: `python -m gemexport.validators.runtimes.mlx.process FOLDER [frugal]`.
 
 Requests are JSON lines `[method, arguments…]` on stdin, answers JSON lines on stdout, logits follow theirs as raw
 float32. It ends when stdin does.
@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemexport.formats.gemma.families import by_type
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING, module_of
+from gemexport.formats.storage.safetensors import FLOAT_DTYPES, MappedArray, read_folder
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.runtimes.protocol import Laps
 
@@ -46,7 +48,7 @@ def lend_blas() -> None:
 class Model:
     """An MLX folder as mlx-lm loads it, set to float32."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, frugal: bool = False) -> None:
         import mlx.core as mx
         import mlx_lm
 
@@ -59,9 +61,11 @@ class Model:
         # Small floats with scales of a byte come out in bfloat16 unless told otherwise, and the rest follows.
         mx.dequantize = partial(mx.dequantize, dtype=mx.float32)
         loaded: Any
-        loaded, self._tokenizer = mlx_lm.load(folder)[:2]
+        loaded, self._tokenizer = mlx_lm.load(folder, lazy=frugal)[:2]
         # A multimodal model's decoder is a model of its own.
         self._decoder: Any = getattr(loaded, "language_model", loaded)
+        if frugal:
+            leave_in_file(mx, Path(folder), self._decoder.model)
         self._decoder.set_dtype(mx.float32)
         mx.eval(self._decoder.parameters())
         self._mx = mx
@@ -71,7 +75,7 @@ class Model:
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Teacher-forced logits `[len(tokens), vocab]`."""
-        return np.array(self._run(tokens, None))
+        return np.array(self._run(tokens, None), copy=False)
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         """The `count` most likely next tokens."""
@@ -138,6 +142,40 @@ class Watched:
         return getattr(self._layer, name)
 
 
+class Lookup:
+    """A table of codes of which rows are read from the file when they are looked up: the same numbers."""
+
+    def __init__(self, mx: Any, table: Any, stored: dict[str, MappedArray]) -> None:
+        self._mx, self._stored = mx, stored
+        self._layout = {"group_size": table.group_size, "bits": table.bits, "mode": table.mode}
+
+    def __call__(self, ids: Any) -> Any:
+        wanted = np.array(ids).reshape(-1)
+        parts = {name: self._rows(array, wanted) for name, array in self._stored.items()}
+        found = self._mx.dequantize(parts["weight"], scales=parts["scales"], biases=parts.get("biases"), **self._layout)
+        return found.reshape(*ids.shape, -1)
+
+    def _rows(self, stored: MappedArray, wanted: np.ndarray) -> Any:
+        rows, kind = self._mx.array(stored.matrix[wanted]), stored.entry.dtype
+        if kind == "BF16":
+            rows = rows.view(self._mx.bfloat16)
+        return rows.astype(self._mx.float32) if kind in FLOAT_DTYPES else rows
+
+
+def leave_in_file(mx: Any, folder: Path, decoder: Any) -> None:
+    """Let per-layer embeddings in codes, half of a small Gemma 4, be looked up in the file."""
+    attribute = module_of(PER_LAYER_EMBEDDING).rpartition(".")[2]
+    table = getattr(decoder, attribute, None)
+    if table is None or not hasattr(table, "bits"):
+        return
+    parts = {}
+    for name, stored in read_folder(folder).items():
+        module, _, part = name.rpartition(".")
+        if module.rpartition(".")[2] == attribute:
+            parts[part] = stored
+    setattr(decoder, attribute, Lookup(mx, table, parts))
+
+
 def unpacking(mx: Any, quantized_matmul: Any) -> Any:
     """`mx.quantized_matmul` by `mx.dequantize` and `mx.matmul` for many positions: the same numbers, sooner."""
 
@@ -157,10 +195,10 @@ def unpacking(mx: Any, quantized_matmul: Any) -> Any:
     return product
 
 
-def serve(folder: str, requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(folder: str, frugal: bool, requests: BinaryIO, answers: BinaryIO) -> None:
     """Load, say the name or what went wrong, and answer until there are no more requests."""
     try:
-        model = Model(folder)
+        model = Model(folder, frugal)
     except Exception as error:  # whatever a foreign folder makes mlx-lm raise, the validator puts it in one line
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         answers.write(json.dumps({"error": reason}).encode() + b"\n")
@@ -186,7 +224,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     lend_blas()
-    serve(sys.argv[1], sys.stdin.buffer, answers)
+    serve(sys.argv[1], "frugal" in sys.argv[2:], sys.stdin.buffer, answers)
     answers.close()
     os._exit(0)
 
