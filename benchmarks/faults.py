@@ -1,6 +1,6 @@
 """Proves the validator: the matrix of faults and formats, and fault-free artefacts over seeds and shapes.
 
-    python benchmarks/faults.py matrix [--whole] [--family gemma4]     # a table, and what each verdict says
+    python benchmarks/faults.py matrix [--source plain] [--whole] [--family gemma4]    # a table, and what verdicts say
     python benchmarks/faults.py clean --models 52 --run-every 5        # 8 artefacts a model, a fifth run
 
 With `--whole` every artefact is run even if its weights or metadata have shown the fault. Exit status 1: a fault was
@@ -10,6 +10,7 @@ missed, or an artefact without one failed.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -17,20 +18,23 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from gemexport import demo
 from gemexport.faults.clean import fault_free
-from gemexport.faults.matrix import COLUMNS, Bench, markdown
+from gemexport.faults.matrix import COLUMNS, Bench, catalogue, markdown
+from gemexport.faults.sources import SOURCES
 from gemexport.shared.measured import Divergence
 
 
-def matrix(work: Path, family: demo.FamilyName, whole: bool, only: str | None) -> int:
+def matrix(work: Path, asked: argparse.Namespace) -> int:
     """Print the matrix and every verdict; how many faults were missed."""
-    model = demo.make(work / "model", family=family, size="tiny")
-    bench = Bench(model, work / "work", whole=whole)
+    model = SOURCES[asked.source](work / "model", asked.family)
+    bench = Bench(model, work / "work", whole=asked.whole)
     cells = []
-    for cell in bench.cells(tuple(column for column in COLUMNS if only in (None, column[0]))):
+    names = [name for name in catalogue() if asked.faults is None or re.search(asked.faults, name)]
+    for cell in bench.cells(tuple(column for column in COLUMNS if asked.only in (None, column[0])), names):
         cells.append(cell)
-        print(f"{cell.text:7} {cell.target} {cell.variant}: {cell.fault}: {cell.reason}", file=sys.stderr, flush=True)
+        named = "" if not cell.caught or re.search(cell.named, cell.reason) else " NOT NAMED"
+        said = f"{cell.text:7}{named} {cell.target} {cell.variant}: {cell.fault}: {cell.reason}"
+        print(said, file=sys.stderr, flush=True)
     print(markdown(cells))
     count = Counter(cell.text.partition(":")[0] for cell in cells)
     print(", ".join(f"{number} {text}" for text, number in count.items()))
@@ -71,6 +75,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("matrix", "clean"))
     parser.add_argument("--family", choices=("gemma3", "gemma4"), default="gemma4")
+    parser.add_argument("--source", choices=tuple(SOURCES), default="lattice")
+    parser.add_argument("--faults", metavar="PATTERN", help="some of the catalogue")
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", help="a format of the matrix")
     parser.add_argument("--models", type=int, default=52)
@@ -81,7 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gemexport-faults-") as folder:
         work = Path(folder)
         found = (
-            matrix(work, asked.family, asked.whole, asked.only)
+            matrix(work, asked)
             if asked.what == "matrix"
             else clean(work, asked.models, asked.first, asked.run_every)
         )

@@ -10,18 +10,20 @@ import numpy as np
 from gemexport.faults import folders
 from gemexport.faults.places import _blob, save_package
 from gemexport.faults.stored import writable
-from gemexport.faults.weights import Fault, Subject
+from gemexport.faults.weights import Fault, Harmless, Make, Subject, name_of, wide
 from gemexport.formats.coreml import constants, stored_name
 from gemexport.formats.coreml.package import Package, open_package
 from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.tensor import Floats
 
 WINDOW = "co.huggingface.exporters.sliding_window"
+NORM = 5  # which of the norms has another epsilon: the one behind the first attention
 ATTENTION = "scaled_dot_product_attention"
 
 
-def changed(edit: Callable[[Package, Subject], None], named: str = "departs at") -> Fault:
+def changed(edit: Callable[[Package, Subject], None], named: str = "departs at") -> Make:
     """A fault by `edit` of the program."""
 
     def fault(subject: Subject) -> str:
@@ -52,7 +54,7 @@ def _floats(operation: Any) -> Any:
     return operation.attributes["val"].immediateValue.tensor.floats.values
 
 
-def rope(change: Callable[[Rope, Layer], Rope]) -> Fault:
+def rope(change: Callable[[Rope, Layer], Rope]) -> Make:
     """A fault of the tables of the full layers' angles."""
 
     def fault(subject: Subject) -> str:
@@ -178,6 +180,72 @@ def head_untied(package: Package, subject: Subject) -> None:
     linear.inputs["weight"].arguments[0].name = stored_name(HEAD)
 
 
+def _constant(package: Package, operation: Any, name: str) -> Any:
+    """The constant that an operation takes as `name`."""
+    return _named(package, _argument(operation, name))
+
+
+def erf(package: Package, _: Subject) -> None:
+    """The first activation is the exact GELU."""
+    mode = _constant(package, _ops(package, "gelu")[0], "mode")
+    mode.attributes["val"].immediateValue.tensor.strings.values[0] = "EXACT"
+
+
+def _epsilon(size: float, every: bool) -> Make:
+    def edit(package: Package, _: Subject) -> None:
+        norms = _ops(package, "rsqrt")
+        for operation in norms if every else norms[NORM : NORM + 1]:
+            _floats(_constant(package, operation, "epsilon"))[:] = [size]
+
+    return changed(edit, "epsilon|departs at")
+
+
+def attention_scale(package: Package, subject: Subject) -> None:
+    """The queries of the first layer are larger by 0.2 %."""
+    root = np.float32(subject.decoder.attention_scale * subject.decoder.layers[0].head_dim ** 0.5)
+    for operation in _ops(package, "mul"):
+        source = _constant(package, operation, "y")
+        if (
+            source.type == "const"
+            and operation.outputs[0].name.startswith("scale_")
+            and list(_floats(source)) == [root]
+        ):
+            _floats(source)[:] = [float(root) * 1.002]
+            return
+    raise ValueError("the program does not scale its queries")
+
+
+def shape_turned(package: Package, subject: Subject) -> None:
+    """A matrix [out, in] is stored as [in, out], the same bytes."""
+    rows, width = subject.model.specs[wide(subject)].shape
+    operation = _named(package, stored_name(wide(subject)))
+    held = [output.type for output in operation.outputs]
+    held += [value.type for value in operation.attributes.values()]
+    held += [argument.value.type for value in operation.inputs.values() for argument in value.arguments]
+    for kind in held:
+        dimensions = kind.tensorType.dimensions
+        if len(dimensions) == 2 and dimensions[0].constant.size == rows:
+            columns = dimensions[1].constant.size * rows // width
+            dimensions[0].constant.size, dimensions[1].constant.size = width, columns
+
+
+def unknown_tensor(package: Package, subject: Subject) -> None:
+    """A constant, called as a router of a layer, that no operation reads."""
+    source = _named(package, stored_name(name_of(Role.FINAL_NORM)))
+    constant = type(source)()
+    constant.CopyFrom(source)
+    name = stored_name(name_of(Role.ROUTER, 0))
+    constant.outputs[0].name = name
+    constant.attributes["name"].immediateValue.tensor.strings.values[0] = name
+    package.operations.insert(list(package.operations).index(source) + 1, constant)
+
+
+def top_k(package: Package, _: Subject) -> None:
+    """The first router's best ones are one more."""
+    source = _constant(package, _ops(package, "topk")[0], "k")
+    source.attributes["val"].immediateValue.tensor.ints.values[0] += 1
+
+
 def _noisy(table: Floats) -> Floats:
     from gemexport.faults.weights import NOISE
 
@@ -193,6 +261,8 @@ def _scale_doubled(package: Package, _: Subject) -> None:
         _floats(_named(package, _argument(operation, "scale")))[0] *= 2
 
 
+SIZES = "the program says every size"
+UNUSED = "an operation that nothing reads is not computed"
 ACTIVATIONS: dict[str, Fault | str] = {
     "activation scale doubled": changed(_scale_doubled, "activation quantizer"),
     "activation zero point off by one": folders.NO_ZERO_POINT,
@@ -208,8 +278,22 @@ FAULTS: dict[str, Fault | str] = {
     "shared KV layer reads the wrong donor": changed(donor),
     "tied head untied with noise": changed(head_untied, module_of(HEAD)),
     "KV cache written one position late": changed(cache_late),
-    "metadata of another size": "the program says every size",
+    "metadata of another size": SIZES,
     "context length halved": "a package is exported for the context that is asked for",
     "truncated file": folders.truncated,
+    "a matrix's shape the other way round": changed(shape_turned, "shape"),
+    "a tensor that the decoder has not": Harmless(changed(unknown_tensor, "router"), UNUSED),
+    "erf for tanh in one GELU": changed(erf, "tanh|departs at"),
+    "attention soft cap 50 in one layer": "the operation for attention has none",
+    "epsilon 1e-5 in one norm": _epsilon(1e-5, every=False),
+    "epsilon 2e-6 in all norms": _epsilon(2e-6, every=True),
+    "attention scale 0.2 % larger in one layer": changed(attention_scale),
+    "mask -20 for -inf": "whoever runs a package makes the masks",
+    "general.file_type changed": folders.OF_GGUF,
+    "context length 10": SIZES,
+    "head size 1": SIZES,
+    **dict.fromkeys(folders.SPECIAL, "a package has no config.json"),
+    "a second safetensors file": "no program of the format reads such a file",
+    "one expert more chosen": changed(top_k),
     **folders.TOKENIZER,
 }

@@ -89,9 +89,19 @@ def scale_lost(subject: Subject) -> str:
     return subject.change(name_of(Role.EXPERT_SCALE, LAYER), edit)
 
 
+def dense_lost(subject: Subject) -> str:
+    """Nothing of the MLP beside the experts is left: its norm multiplies by nought."""
+
+    def edit(numbers: Numbers) -> None:
+        numbers.codes = like(np.zeros(numbers.codes.shape, np.float32), numbers.codes)
+
+    return subject.change(name_of(Role.POST_DENSE_NORM, LAYER), edit)
+
+
 FAULTS: dict[str, Callable[[Subject], Any]] = {
     "two experts exchanged": experts_exchanged,
     "gate and up of experts swapped": halves_swapped,
     "router rows swapped": router_rows_swapped,
     "per-expert scale lost": scale_lost,
+    "dense MLP lost": dense_lost,
 }

@@ -10,10 +10,11 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
 
 from gemexport.faults.stored import floats
-from gemexport.faults.weights import NOISE, Fault, Subject
+from gemexport.faults.weights import NOISE, ONE_EPSILON, Fault, Harmless, Inapplicable, Make, Subject, wide
 from gemexport.formats.gemma import names
 
 TOKENS, TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
+EOT = "tokenizer.ggml.eot_token_id"
 SCORES, TEMPLATE, ADD_BOS = "tokenizer.ggml.scores", "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"
 FREQUENCIES, HEAD = "rope_freqs.weight", "output.weight"
 
@@ -49,7 +50,7 @@ def rewrite(path: Path, edit: Callable[[Fields, Tensors], None]) -> None:
     beside.replace(path)
 
 
-def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32, named: str | None = None) -> Fault:
+def _set(key: str, value: Any, kind: GGUFValueType = GGUFValueType.FLOAT32, named: str | None = None) -> Make:
     """A fault that gives one key another value; `value` may be a function of the old one."""
 
     def fault(subject: Subject) -> str:
@@ -124,7 +125,34 @@ def head_untied(subject: Subject) -> str:
     return names.HEAD
 
 
-def _tokens(change: Callable[[Fields], None], named: str) -> Fault:
+def unknown_tensor(subject: Subject) -> str:
+    """A layer has a router besides, which no part of the decoder reads."""
+
+    def edit(_: Fields, new: Tensors) -> None:
+        new["blk.0.ffn_gate_inp.weight"] = np.ones((4, subject.decoder.hidden_size), np.float32)
+
+    rewrite(subject.path, edit)
+    return "router|ffn_gate_inp"
+
+
+def shape_turned(subject: Subject) -> str:
+    """A matrix [out, in] is stored as [in, out], the same bytes."""
+    from gemexport.formats.gguf import stored_tensors
+    from gemexport.formats.gguf.parts import read_parts
+
+    name = wide(subject)
+    stored = stored_tensors(read_parts(subject.path))[name].stored_name
+    shape, data = subject.model.specs[name].shape, bytearray(subject.path.read_bytes())
+    # Behind a tensor's name: the number of its dimensions (u32), and these, the last first (u64).
+    label = len(stored).to_bytes(8, "little") + stored.encode() + (2).to_bytes(4, "little")
+    start = data.index(label) + len(label)
+    turned = b"".join(size.to_bytes(8, "little") for size in shape)
+    data[start : start + len(turned)] = turned
+    subject.path.write_bytes(data)
+    return name
+
+
+def _tokens(change: Callable[[Fields], None], named: str) -> Make:
     def fault(subject: Subject) -> str:
         rewrite(subject.path, lambda fields, _: change(fields))
         return named
@@ -172,6 +200,29 @@ def _relabel(fields: Fields) -> None:
     _values(fields, TEMPLATE, fields[TEMPLATE][0].replace("'model'", "'assistant'"))
 
 
+def _swap_scores(fields: Fields) -> None:
+    scores = list(fields[_scores(fields)][0])
+    places = [i for i, text in enumerate(fields[TOKENS][0]) if len(text) == 2 and text.isalpha()]
+    first, second = min(places, key=scores.__getitem__), max(places, key=scores.__getitem__)
+    scores[first], scores[second] = scores[second], scores[first]
+    _values(fields, SCORES, scores)
+
+
+def _zero_scores(fields: Fields) -> None:
+    _values(fields, SCORES, [0.0] * len(fields[_scores(fields)][0]))
+
+
+def _scores(fields: Fields) -> str:
+    if SCORES not in fields or fields["tokenizer.ggml.model"][0] != "llama":
+        raise Inapplicable("its tokenizer joins by merges, and has no scores")
+    return SCORES
+
+
+def _remove_turn(fields: Fields) -> None:
+    if fields.pop(EOT, None) is None:
+        raise Inapplicable("the file has none")
+
+
 def truncated(subject: Subject) -> str:
     """The last kilobyte is missing."""
     data = subject.path.read_bytes()
@@ -179,6 +230,13 @@ def truncated(subject: Subject) -> str:
     return subject.path.name
 
 
+Q4_K_M = 15  # of llama.h's file types
+READ_BY_NAME = (
+    "where the key is missing, llama.cpp looks for the token by its text, and ends an answer at it all the same"
+    " (src/llama-vocab.cpp)"
+)
+NOT_READ = "llama.cpp prints it and computes nothing by it (src/llama-model-loader.cpp)"
+NO_SUCH_KEY = "llama.cpp reads no such key for a Gemma of this generation"
 BUILT_IN = "llama.cpp computes it, no file says so"
 FAULTS: dict[str, Fault | str] = {
     "RoPE base wrong": _set("{arch}.rope.freq_base", 10_000.0),
@@ -196,6 +254,28 @@ FAULTS: dict[str, Fault | str] = {
     "metadata of another size": _set("{arch}.block_count", lambda old: old - 1, GGUFValueType.UINT32, "block_count"),
     "context length halved": _set("{arch}.context_length", lambda old: old // 2, GGUFValueType.UINT32),
     "truncated file": truncated,
+    "a matrix's shape the other way round": shape_turned,
+    "a tensor that the decoder has not": unknown_tensor,
+    "erf for tanh in one GELU": BUILT_IN,
+    "attention soft cap 50 in one layer": Harmless(_set("{arch}.attn_logit_softcapping", 50.0), NO_SUCH_KEY),
+    "epsilon 1e-5 in one norm": ONE_EPSILON,
+    "epsilon 2e-6 in all norms": _set("{arch}.attention.layer_norm_rms_epsilon", 2e-6),
+    "attention scale 0.2 % larger in one layer": Harmless(_set("{arch}.attention.scale", 1.002), NO_SUCH_KEY),
+    "mask -20 for -inf": BUILT_IN,
+    "general.file_type changed": Harmless(_set("general.file_type", Q4_K_M, GGUFValueType.UINT32), NOT_READ),
+    "context length 10": _set("{arch}.context_length", 10, GGUFValueType.UINT32),
+    "head size 1": _set("{arch}.attention.key_length", 1, GGUFValueType.UINT32, "key_length|value_length|shape"),
+    "EOS of config.json changed": _set("tokenizer.ggml.eos_token_id", 5, GGUFValueType.UINT32, "EOS|ends"),
+    "BOS of config.json changed": _set("tokenizer.ggml.bos_token_id", 5, GGUFValueType.UINT32, "BOS"),
+    "dtype of config.json changed": "each tensor says its own type",
+    "end of a turn removed": Harmless(_tokens(_remove_turn, "ends"), READ_BY_NAME),
+    "decoder of the tokenizer removed": "llama.cpp has the decoder built in",
+    "tokenizer scores swapped": _tokens(_swap_scores, "scores"),
+    "tokenizer scores zeroed": _tokens(_zero_scores, "scores"),
+    "a second safetensors file": "the model is in one file",
+    "one expert more chosen": _set(
+        "{arch}.expert_used_count", lambda old: old + 1, GGUFValueType.UINT32, "expert_used_count"
+    ),
     "a token inserted": _tokens(_insert, "text"),
     "two tokens exchanged": _tokens(_exchange, "text"),
     "a merge lost": _tokens(_lose_merge, "text"),

@@ -5,45 +5,25 @@ A folder has one graph, or the three for an NPU; a fault goes into every graph t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
-from gemexport.faults import folders
+from gemexport.faults import arithmetic, folders
+from gemexport.faults.operators import changed, graphs, replace
 from gemexport.faults.stored import writable
-from gemexport.faults.weights import Fault, Subject
+from gemexport.faults.weights import Fault, Harmless, Make, Subject, name_of, wide
 from gemexport.formats.gemma.architecture import Layer, Rope
 from gemexport.formats.gemma.names import HEAD, module_of
-from gemexport.formats.onnx import COPY, graph_files
+from gemexport.formats.gemma.roles import Role
+from gemexport.formats.onnx import COPY
 from gemexport.formats.onnx.stored import array
 
 NOISE_EVERY = 7  # of the head's packed codes, one in so many is another
 
 
-def graphs(subject: Subject) -> Iterator[tuple[Path, ir.Model]]:
-    """The graphs of the artefact; each is written back when the loop goes on."""
-    for file in graph_files(subject.path):
-        model = ir.load(file)
-        yield file, model
-        ir.save(model, file)
-
-
-def changed(edit: Callable[[ir.Graph, Subject], bool], named: str = "departs at") -> Fault:
-    """A fault by `edit`, which tells whether the graph had what it breaks; ValueError when none had."""
-
-    def fault(subject: Subject) -> str:
-        found = [edit(model.graph, subject) for _, model in graphs(subject)]  # all of them, not up to the first
-        if not any(found):
-            raise ValueError("no graph has what this fault breaks")
-        return named
-
-    return fault
-
-
-def rope(change: Callable[[Rope, Layer], Rope]) -> Fault:
+def rope(change: Callable[[Rope, Layer], Rope]) -> Make:
     """A fault of the full layers' angles: frequencies in the graph, or tables beside it."""
 
     def fault(subject: Subject) -> str:
@@ -85,20 +65,9 @@ def window(graph: ir.Graph, subject: Subject) -> bool:
             found = True
         if node.op_type == "Less":
             # The constant may serve others as well.
-            _replace(graph, node, 1, np.array(subject.decoder.sliding_window - 1, np.int32))
+            replace(graph, node, 1, np.array(subject.decoder.sliding_window - 1, np.int32))
             found = True
     return found
-
-
-def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Any) -> None:
-    """Give an operator a constant of its own."""
-    name = f"{node.name}/fault_{index}"
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.Tensor(array, name=name),
-    )  # fmt: skip
-    graph.initializers[name] = value
-    node.replace_input_with(index, value)
 
 
 def layers_exchanged(graph: ir.Graph, subject: Subject) -> bool:
@@ -115,7 +84,7 @@ def layers_exchanged(graph: ir.Graph, subject: Subject) -> bool:
     # The masks of an NPU's graph are as long as the caches, which differ: the sliding ones lose their window instead.
     near = [node for node in graph if node.op_type == "Less"]
     for node in near:
-        _replace(graph, node, 1, np.array(1 << 20, np.int32))
+        replace(graph, node, 1, np.array(1 << 20, np.int32))
     return bool(near)
 
 
@@ -132,7 +101,7 @@ def embedding_scale(graph: ir.Graph, subject: Subject) -> bool:
     for node in graph:
         stored = node.inputs[1].const_value if node.op_type == "Mul" and node.inputs[1] is not None else None
         if stored is not None and stored.shape.numpy() == () and float(stored.numpy()) == subject.decoder.embed_scale:
-            _replace(graph, node, 1, np.array(1, np.float32))
+            replace(graph, node, 1, np.array(1, np.float32))
             return True
     return False
 
@@ -171,7 +140,7 @@ def cache_late(graph: ir.Graph, _: Subject) -> bool:
                 stored = node.inputs[index]
                 assert stored is not None
                 assert stored.const_value is not None
-                _replace(graph, node, index, stored.const_value.numpy() - 1)
+                replace(graph, node, index, stored.const_value.numpy() - 1)
             found = True
     return found
 
@@ -204,7 +173,50 @@ def head_untied(subject: Subject) -> str:
     return module_of(HEAD)
 
 
-def activation(edit: Callable[[ir.Graph, ir.Node], None]) -> Fault:
+def shape_turned(subject: Subject) -> str:
+    """A matrix [out, in] is stored as [in, out], the same bytes."""
+    name, found = wide(subject), False
+    rows, width = subject.model.specs[name].shape
+    for _, model in graphs(subject):
+        for key in (name, f"{name}.scales"):
+            value = model.graph.initializers.get(key)
+            stored = None if value is None else value.const_value
+            if value is None or not isinstance(stored, ir.ExternalTensor):
+                continue
+            first, *inner = stored.shape.numpy()
+            # Rows first in the operators for 4 bits, columns first, or blocks of them, in the standard's.
+            other = width if first == rows else rows if first == width else first * rows // width
+            total = int(np.prod([first, *inner]))
+            shape = (
+                (other, *inner[:-2], total // other // inner[-1], inner[-1])
+                if len(inner) > 1
+                else (other, total // other)
+            )
+            new = ir.ExternalTensor(str(stored.location), stored.offset, stored.length, stored.dtype,
+                                    shape=ir.Shape(shape), name=key, base_dir=stored.base_dir)  # fmt: skip
+            new.metadata_props.update(stored.metadata_props)
+            value.const_value, value.shape = new, ir.Shape(shape)
+            found = True
+            for node, _index in value.uses():
+                if node.op_type == "MatMulNBits":
+                    node.attributes["N"], node.attributes["K"] = ir.AttrInt64("N", width), ir.AttrInt64("K", rows)
+    if not found:
+        raise ValueError(f"no graph has {name}")
+    return name
+
+
+def unknown_tensor(graph: ir.Graph, subject: Subject) -> bool:
+    """A constant, called as a router of a layer, that no operator reads."""
+    name = name_of(Role.ROUTER, 0)
+    array = np.ones((4, subject.decoder.hidden_size), np.float32)
+    graph.initializers[name] = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.Tensor(array, name=name),
+    )  # fmt: skip
+    return True
+
+
+def activation(edit: Callable[[ir.Graph, ir.Node], None]) -> Make:
     """A fault of the first static scale of activations."""
 
     def change(graph: ir.Graph, _: Subject) -> bool:
@@ -222,16 +234,40 @@ def _scale_doubled(graph: ir.Graph, node: ir.Node) -> None:
         stored = user.inputs[1]
         assert stored is not None
         assert stored.const_value is not None
-        _replace(graph, user, 1, stored.const_value.numpy() * np.float32(2))
+        replace(graph, user, 1, stored.const_value.numpy() * np.float32(2))
 
 
 def _zero_moved(graph: ir.Graph, node: ir.Node) -> None:
     stored = node.inputs[2]
     assert stored is not None
     assert stored.const_value is not None
-    _replace(graph, node, 2, stored.const_value.numpy() + stored.const_value.numpy().dtype.type(1))
+    replace(graph, node, 2, stored.const_value.numpy() + stored.const_value.numpy().dtype.type(1))
 
 
+def _short(settings: folders.Json, _: Subject) -> str:
+    settings["model"]["context_length"] = 10
+    return "context_length"
+
+
+def _narrow(settings: folders.Json, _: Subject) -> str:
+    settings["model"]["decoder"]["head_size"] = 1
+    return "head_size"
+
+
+def _fewer(settings: folders.Json, _: Subject) -> str:
+    settings["model"]["eos_token_id"] = settings["model"]["eos_token_id"][:1]
+    return "does not end at"
+
+
+def _turn_goes_on(subject: Subject) -> str:
+    """Of the files that say where an answer ends, the one that the program reads has an end less."""
+    genai = (subject.path / "genai_config.json").is_file()
+    fault = folders.edited("genai_config.json", _fewer) if genai else folders.TOKENIZER["end of a turn removed"]
+    assert callable(fault)
+    return str(fault(subject))
+
+
+UNUSED = "ONNX Runtime takes a constant that no operator reads out of the graph when it loads it"
 ACTIVATIONS: dict[str, Fault | str] = {
     "activation scale doubled": activation(_scale_doubled),
     "activation zero point off by one": activation(_zero_moved),
@@ -250,5 +286,20 @@ FAULTS: dict[str, Fault | str] = {
     "metadata of another size": "the graph says every size, and does not load with another",
     "context length halved": "a graph with free sizes has none",
     "truncated file": folders.truncated,
+    "a matrix's shape the other way round": shape_turned,
+    "a tensor that the decoder has not": Harmless(changed(unknown_tensor, "router"), UNUSED),
+    "erf for tanh in one GELU": changed(arithmetic.erf, "tanh|departs at"),
+    "attention soft cap 50 in one layer": changed(arithmetic.attention_softcap, "softcap|departs at"),
+    "epsilon 1e-5 in one norm": arithmetic.epsilon(1e-5, every=False),
+    "epsilon 2e-6 in all norms": arithmetic.epsilon(2e-6, every=True),
+    "attention scale 0.2 % larger in one layer": changed(arithmetic.attention_scale, "scale|departs at"),
+    "mask -20 for -inf": changed(arithmetic.mask),
+    "general.file_type changed": folders.OF_GGUF,
+    "context length 10": folders.edited("genai_config.json", _short),
+    "head size 1": folders.edited("genai_config.json", _narrow),
+    **folders.SPECIAL,
+    "a second safetensors file": "no program of the format reads such a file",
+    "one expert more chosen": changed(arithmetic.top_k),
     **folders.TOKENIZER,
+    "end of a turn removed": _turn_goes_on,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,29 @@ def _matrix(array: Any) -> Any:
 
 def onnx(path: Path, name: str) -> Place:
     """A tensor of an ONNX folder: the fused operators' layout, or the standard's columns."""
-    from gemexport.formats.onnx import CopiedTensor, tensors
+    from gemexport.formats.onnx import CopiedTensor
 
-    return _onnx(tensors(path)[name], CopiedTensor)
+    return _onnx(_onnx_tensors(path, _changed(path, "*.onnx"))[name], CopiedTensor)
+
+
+def _changed(folder: Path, pattern: str) -> tuple[int, ...]:
+    """When files of a folder that say where a tensor lies were last written: faults change these too."""
+    return tuple(file.stat().st_mtime_ns for file in sorted(folder.rglob(pattern)))
+
+
+@lru_cache(maxsize=1)
+def _onnx_tensors(path: Path, changed: tuple[int, ...]) -> Mapping[str, Any]:
+    from gemexport.formats.onnx import tensors
+
+    return tensors(path)
+
+
+@lru_cache(maxsize=1)
+def _coreml_constants(path: Path, changed: tuple[int, ...]) -> Mapping[str, Any]:
+    from gemexport.formats.coreml import constants
+    from gemexport.formats.coreml.package import open_package
+
+    return constants(open_package(path))
 
 
 def _onnx(tensor: Any, copied: Any) -> Place:
@@ -64,11 +85,10 @@ def _onnx(tensor: Any, copied: Any) -> Place:
 
 def coreml(path: Path, name: str) -> Place:
     """A tensor of a Core ML package: 4-bit blocks, or plain."""
-    from gemexport.formats.coreml import constants, stored_name
+    from gemexport.formats.coreml import stored_name
     from gemexport.formats.coreml.arrays import ShiftScale, Stored
-    from gemexport.formats.coreml.package import open_package
 
-    array = constants(open_package(path))[stored_name(name)]
+    array = _coreml_constants(path, _changed(path, "*.mlmodel"))[stored_name(name)]
     if isinstance(array, ShiftScale):
         data, scale = array.data, array.scale
         assert isinstance(data, Stored)

@@ -20,9 +20,27 @@ from gemexport.formats.gemma.architecture import Architecture, Layer
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gemma.roles import Role
+from gemexport.formats.tensor import from_bf16, to_bf16
 
 name_of = CANONICAL.name
+ONE_EPSILON = "the format states one epsilon for all norms"
+LARGER = 1.7  # times what a scale was
 NOISE = 0.02  # of a weight, in a head that should be the embedding
+
+
+class Inapplicable(Exception):
+    """Why an artefact has nothing that a fault breaks, found when it was looked at."""
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A fault that changes what is stored, and nothing that the format's program computes, with the reason why.
+
+    Where no verdict names it, the matrix runs the program on both artefacts, and their logits must be the same bits.
+    """
+
+    make: Make
+    why: str
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,12 @@ def _matrix(subject: Subject) -> str:
     return name_of(Role.UP, subject.layer(sliding=False).index)
 
 
+def wide(subject: Subject) -> str:
+    """The name of a matrix that is not square."""
+    specs = subject.model.specs.values()
+    return next(spec.name for spec in specs if spec.role is Role.GATE and spec.shape[0] != spec.shape[1])
+
+
 def scale_halved(subject: Subject) -> str:
     """One block's scale is half of what it was."""
 
@@ -167,6 +191,34 @@ def nibbles_exchanged(subject: Subject) -> str:
     return subject.change(_matrix(subject), edit)
 
 
+def scales_larger(subject: Subject) -> str:
+    """Every scale is 1.7 times what it was, so that all weights are."""
+    return _every_scale(subject, lambda values: values * np.float32(LARGER))
+
+
+def scales_as_bf16(subject: Subject) -> str:
+    """Every scale is rounded to bf16, though its container has more digits."""
+    return _every_scale(subject, lambda values: from_bf16(to_bf16(values)))
+
+
+def _every_scale(subject: Subject, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> str:
+    """Change the scales, and the biases in their unit, of all matrices; ValueError where that changes none."""
+    changed: list[str] = []
+    for spec in subject.model.specs.values():
+        if not spec.role.is_matrix:
+            continue
+        place = subject.place(spec.name)
+        numbers = place.read()
+        new = [like(change(floats(array)), array) for array in numbers.scales]
+        if any((one != other).any() for one, other in zip(new, numbers.scales, strict=True)):
+            numbers.scales = new
+            place.write(numbers)
+            changed.append(spec.name)
+    if not changed:
+        raise Inapplicable("its scales are such numbers already")
+    return "|".join(changed)
+
+
 def one_weight(subject: Subject) -> str:
     """A single weight of a tensor without codes is another."""
 
@@ -177,7 +229,8 @@ def one_weight(subject: Subject) -> str:
     return subject.change(name_of(Role.FINAL_NORM), edit)
 
 
-Fault = Callable[[Subject], Any]
+Make = Callable[[Subject], Any]
+Fault = Make | Harmless
 FAULTS: dict[str, Fault] = {
     "q and k swapped": q_and_k_swapped,
     "a layer's weights from the neighbour": from_the_neighbour,
@@ -190,4 +243,6 @@ FAULTS: dict[str, Fault] = {
     "one block's codes off by one": codes_off_by_one,
     "nibbles exchanged": nibbles_exchanged,
     "one weight of a norm changed": one_weight,
+    "every scale times 1.7": scales_larger,
+    "scales rounded to bf16": scales_as_bf16,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,8 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.judge.attempts import Attempts
 from gemexport.shared.measured import ChatDifference, ChatReport, TokenizerDifference, TokenizerReport
 from gemexport.shared.texts import encoded, vocabulary_of
-from gemexport.validators.checks import chat, prompts, tokenizer, vocabulary
+from gemexport.validators.checks import chat, habits, prompts, tokenizer, vocabulary
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.tokenizer import Difference
 from gemexport.validators.runtimes.protocol import Runtime
 
@@ -61,6 +62,11 @@ class Artifact:
         file = self.folder / FILES[0] if self.folder else None
         return tokenizer.load(file) if file is not None and file.is_file() else None
 
+    def habits(self) -> Habits | None:
+        """What programs do that take its tokenizer.json as it is."""
+        file = self.folder / FILES[0] if self.folder else None
+        return habits.of_file(file) if file is not None and file.is_file() else None
+
     def template(self) -> chat.Template | None:
         """The artefact's chat template."""
         return chat.template(self.path)
@@ -85,12 +91,14 @@ class Wording:
         tables, expected = self._tables(artifact), self._texts
         try:
             own = runtime is not None and runtime.tokenize("") is not None
+            done, left = self._habits(artifact, runtime)
+            tables = (*tables, *done)
         except InputError as error:  # its program does not take it
             return TokenizerReport(texts=len(expected), equal=0, vocabulary=(*tables, error.problem))
         name = runtime.name if runtime is not None and own else f"tokenizers {version('tokenizers')}"
         found = (lambda text: runtime.tokenize(text) or []) if runtime is not None and own else artifact.encode()
         if found is None:
-            return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables)
+            return TokenizerReport(texts=len(expected), equal=0, name=name, vocabulary=tables, notes=left)
         compared = tokenizer.compare(expected.__getitem__, found, list(expected))
         differing = compared.differences
         right = self._right(artifact, tables, differing) if own else set()
@@ -102,6 +110,7 @@ class Wording:
             runtime_only=len(right),
             ordinary=sum(item.text in ordinary for item in differing),
             vocabulary=tables,
+            notes=left,
             differences=tuple(
                 TokenizerDifference(
                     text=item.text, expected=item.expected, found=item.found, runtime=item.text in right
@@ -109,6 +118,30 @@ class Wording:
                 for item in sorted(differing, key=lambda item: (item.text in right, len(item.text)))[:SHOWN]
             ),
         )
+
+    def _habits(self, artifact: Artifact, runtime: Runtime | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the program, or who takes its tokenizer.json, does otherwise; and what it leaves to its caller."""
+        own, read_back = None if runtime is None else runtime.habits(), artifact.habits()
+        found = own or read_back
+        if found is None:
+            return (), ()
+        name = runtime.name.partition(" (")[0] if runtime is not None and own else "tokenizers"
+        ours = vocabulary_of(self._assets)
+        bos = ours.ids.get("bos")
+        expected = replace(
+            habits.of_file(self._assets / FILES[0]),
+            begins=(bos,) if ours.add_bos and bos is not None else (),
+            stops=ours.stops,
+            pad=ours.ids.get("pad"),
+        )
+        texts = [self._texts[text] for text in prompts.prompts() if text in self._texts]
+        done = [*habits.differences(name, expected, found, lambda token: f"{token} ({ours.token(token)})")]
+        left = [*habits.notes(name, expected, found, ours.sampling)]
+        if said := habits.decoded(name, expected, found, texts):
+            # Its tables give the checkpoint's texts to others: then it is the program that reads ids otherwise.
+            right = read_back is not None and habits.decoded("tokenizers", expected, read_back, texts) is None
+            (left if own and right else done).append(said)
+        return tuple(done), tuple(left)
 
     def _right(self, artifact: Artifact, tables: tuple[str, ...], differing: tuple[Difference, ...]) -> set[str]:
         """The texts for which the artefact's own tables give the checkpoint's ids.

@@ -51,7 +51,7 @@ def _kinds(records: list[GridRecord]) -> str:
 
 def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> tuple[str, ...]:
     """A sentence where a runtime errs with an artefact that is right."""
-    result = []
+    result = [] if found is None else [*found.notes]
     if found is not None and found.runtime_only:
         shown = next(item for item in found.differences if item.runtime)
         result.append(

@@ -157,7 +157,7 @@ class TokenizerReport(ReportModel):
 
     Of those that differ, `ordinary` are built-in prompts, and `runtime_only` are the runtime's own fault: the
     artefact's tables, read back, give the checkpoint's ids. `vocabulary` says what differs in these tables;
-    `differences` shows some texts.
+    `differences` shows some texts, `notes` what the program leaves to whoever calls it, and what to do.
     """
 
     texts: int
@@ -167,6 +167,7 @@ class TokenizerReport(ReportModel):
     ordinary: int = 0
     vocabulary: tuple[str, ...] = ()
     differences: tuple[TokenizerDifference, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ChatDifference(ReportModel):

@@ -175,6 +175,11 @@ def _stops(folder: Path, generation: Mapping[str, Any], eos: int | None) -> froz
     return frozenset(found or ([] if eos is None else [eos]))
 
 
+def read_stops(folder: Path) -> frozenset[int]:
+    """Where an answer ends, as the program reads it that runs the folder; none where only the tokenizer says it."""
+    return _stops(folder, settings_of(folder, GENERATION), None)
+
+
 def _prefixed(source: Mapping[str, Any]) -> bool:
     normalizer = source.get("normalizer") or {}
     return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))

@@ -24,6 +24,7 @@ from gemexport.formats.gemma.roles import Role
 from gemexport.formats.gemma.stacks import by_expert
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.reference.decoder import quiet
 from gemexport.validators.runtimes.protocol import Arithmetic, Layout
 from gemexport.validators.runtimes.pytorch import PyTorch
@@ -75,6 +76,17 @@ class CompressedTensors(PyTorch):
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that AutoTokenizer gives, without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def habits(self) -> Habits:
+        """What transformers puts before a text, where `generate` stops, how the tokenizer pads and decodes."""
+        listed = self._model.generation_config.eos_token_id
+        stops = [listed] if isinstance(listed, int) else listed or []
+        return Habits(
+            tuple(self._tokenizer.encode("")),
+            frozenset(stops),
+            self._tokenizer.pad_token_id,
+            lambda ids: str(self._tokenizer.decode(list(ids))),
+        )
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """Conversations as its tokenizer's `apply_chat_template` lays them out."""

@@ -10,8 +10,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gemexport.formats.storage.errors import InputError
+from gemexport.validators.checks.habits import Habits
 
 PACKAGE, CONFIG = "onnxruntime_genai", "genai_config.json"
 BOS_OPTION = {"add_special_tokens": "true"}  # of `Tokenizer.update_options`
@@ -27,19 +31,38 @@ def name() -> str:
     return f"onnxruntime-genai {version('onnxruntime-genai')}"
 
 
+def _tokenizer(folder: Path, **options: str) -> Any:
+    """Its tokenizer; InputError for a folder of which it reads none."""
+    import onnxruntime_genai
+
+    try:
+        tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Config(str(folder)))
+        if options:
+            tokenizer.update_options(**options)
+    except Exception as error:
+        problem = f"onnxruntime-genai does not read its tokenizer ({str(error).splitlines()[0]})"
+        raise InputError(folder, problem, "give the checkpoint its tokenizer.json and tokenizer_config.json") from error
+    return tokenizer
+
+
+def habits(folder: Path) -> Habits:
+    """What it puts before a text, as a client calls it that sets no option, where it stops, how it pads and decodes."""
+    tokenizer = _tokenizer(folder)
+    return Habits(
+        tuple(int(token) for token in tokenizer.encode("")),
+        frozenset(int(token) for token in tokenizer.eos_token_ids),
+        int(tokenizer.pad_token_id),
+        lambda ids: str(tokenizer.decode(np.array(ids, np.int32))),
+        told='call tokenizer.update_options(add_special_tokens="true"), or begin with a template that writes it',
+    )
+
+
 def encoder(folder: Path) -> Callable[[str], list[int]]:
     """Texts as token ids, without the BOS that it puts before them.
 
     Raises InputError for a folder whose tokenizer it does not read, or in which it finds another BOS than the model's.
     """
-    import onnxruntime_genai
-
-    try:
-        tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Config(str(folder)))
-        tokenizer.update_options(**BOS_OPTION)
-    except Exception as error:
-        problem = f"onnxruntime-genai does not read its tokenizer ({str(error).splitlines()[0]})"
-        raise InputError(folder, problem, "give the checkpoint its tokenizer.json and tokenizer_config.json") from error
+    tokenizer = _tokenizer(folder, **BOS_OPTION)
 
     def encode(text: str) -> list[int]:
         return [int(token) for token in tokenizer.encode(text)]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from gemexport.formats.onnx import graph_files, read_model
 from gemexport.formats.storage.errors import InputError
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.layers import in_order
 from gemexport.validators.runtimes import genai
 from gemexport.validators.runtimes.onnx_traits import traits
@@ -179,6 +180,10 @@ class _Model(ABC):
             return None
         tokenizer = Tokenizer.from_file(str(file))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def habits(self) -> Habits | None:
+        """What onnxruntime-genai does in a folder made for it; None for others, which have a tokenizer.json alone."""
+        return genai.habits(self.folder) if genai.runs(self.folder) else None
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """None: the folder's template is for whoever runs it."""

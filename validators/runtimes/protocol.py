@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gemexport.validators.checks.habits import Habits
+
 # "static-activations" is f32 but for what an artefact's own static scales round; "static-int8" and "static-int16" are
 # an NPU's integers throughout.
 Arithmetic = Literal[
@@ -80,6 +82,10 @@ class Runtime(Protocol):
 
     def tokenize(self, text: str) -> list[int] | None:
         """The artefact's own tokenizer, without BOS and with special tokens parsed; None if it has none of its own."""
+        ...
+
+    def habits(self) -> Habits | None:
+        """What the program does with the artefact around the decoder; None where it has none of its own."""
         ...
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from gemexport.formats.tensor import Floats, Tensor
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.reference.arithmetic import computing
 from gemexport.validators.reference.decoder import Decoder
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
@@ -63,6 +64,10 @@ class PyTorch:
 
     def tokenize(self, text: str) -> list[int] | None:
         """None: weights and a config have no tokenizer."""
+        return None
+
+    def habits(self) -> Habits | None:
+        """None: whoever runs it has habits of their own."""
         return None
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:

@@ -19,6 +19,7 @@ from gemexport.report.notes import wording_notes
 from gemexport.shared import texts
 from gemexport.shared.measured import ChatReport, TokenizerReport, Validation, WeightsReport
 from gemexport.validators.checks import tokenizer
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.prompts import prompts
 from gemexport.validators.runtimes.protocol import Layout, Runtime
 
@@ -35,6 +36,9 @@ class Reader:
 
     def tokenize(self, text: str) -> list[int]:
         return [0] if text in self._wrong else self._encode(text)
+
+    def habits(self) -> Habits | None:
+        return None
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         return None

@@ -24,6 +24,7 @@ from gemexport.formats.coreml import canonical_name
 from gemexport.formats.coreml.activations import activations
 from gemexport.formats.coreml.package import Package, coremltools, open_package
 from gemexport.formats.storage.errors import InputError
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.layers import in_order
 from gemexport.validators.mil.evaluator import Arithmetic, Observer, Program
 from gemexport.validators.runtimes import protocol as runtime
@@ -119,6 +120,10 @@ class CoreMLModel(ABC):
 
     def tokenize(self, text: str) -> list[int] | None:
         """None: a package has no tokenizer of its own."""
+        return None
+
+    def habits(self) -> Habits | None:
+        """None: whoever runs it has habits of their own."""
         return None
 
     def chat(self, layouts: Sequence[runtime.Layout]) -> list[str] | None:

@@ -24,10 +24,12 @@ from gemexport.formats.gguf.parts import read_parts
 from gemexport.formats.gguf.vocabulary import check_twice
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Floats
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.runtimes.llama_cpp.api import FLASH_ATTENTION_OFF, TYPE_F32, EvalCallback, api
 from gemexport.validators.runtimes.llama_cpp.chat import render
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
 
+PIECE = 1 << 10  # bytes of a token as a text
 BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
 
 _ARITHMETIC: dict[Type, Arithmetic] = {Type.F32: "f32", Type.F16: "f16", Type.BF16: "bf16"}
@@ -160,13 +162,35 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """The file's own tokenizer, without BOS, special tokens parsed."""
+        return self._tokens(text, False)
+
+    def _tokens(self, text: str, around: bool) -> list[int]:
+        """The ids of a text, with BOS and EOS `around` it where the file asks for them."""
         data = text.encode("utf-8")
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
-        count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
+        count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, around, True)
         if count < 0:
             raise RuntimeError(f"llama.cpp makes {-count} tokens of {len(data)} bytes")
         return list(ids[:count])
+
+    def habits(self) -> Habits:
+        """What llama.cpp puts before a text, at which tokens it stops, how it pads and decodes."""
+        stops = (token for token in range(self._vocab_size) if self._api.llama_vocab_is_eog(self._vocab, token))
+        pad: int = self._api.llama_vocab_pad(self._vocab)
+        begins = tuple(self._tokens("", True))
+        return Habits(begins, frozenset(stops), None if pad < 0 else pad, self._text)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Ids as a text, piece by piece as llama.cpp's programs print them, special tokens written out."""
+        room = ctypes.create_string_buffer(PIECE)
+        pieces = []
+        for token in ids:
+            count = self._api.llama_token_to_piece(self._vocab, token, room, PIECE, 0, True)
+            if count < 0:
+                raise RuntimeError(f"llama.cpp makes {-count} bytes of the token {token}")
+            pieces.append(room.raw[:count])
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """Conversations as llama.cpp's server lays them out, with the BOS that it puts before them."""

@@ -122,6 +122,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_bos": (_INT, [_POINTER]),
     "llama_vocab_get_add_bos": (_BOOL, [_POINTER]),
     "llama_vocab_get_text": (ctypes.c_char_p, [_POINTER, _INT]),
+    "llama_vocab_is_eog": (_BOOL, [_POINTER, _INT]),
+    "llama_vocab_pad": (_INT, [_POINTER]),
+    "llama_token_to_piece": (_INT, [_POINTER, _INT, ctypes.c_char_p, _INT, _INT, _BOOL]),
     "llama_tokenize": (_INT, [_POINTER, ctypes.c_char_p, _INT, ctypes.POINTER(ctypes.c_int32), _INT, _BOOL, _BOOL]),
 }
 

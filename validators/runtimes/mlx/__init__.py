@@ -18,7 +18,10 @@ import numpy as np
 from gemexport.formats.mlx import read_config
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Floats
+from gemexport.validators.checks.habits import Habits
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
+
+SAMPLING = "give mlx_lm.generate --temp, --top-k and --top-p"
 
 
 def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> MlxRuntime:
@@ -87,6 +90,17 @@ class MlxRuntime:
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that mlx-lm's tokenizer gives, without BOS."""
         return list(self._ask("tokenize", text))
+
+    def habits(self) -> Habits:
+        """What mlx-lm puts before a text, where it stops, how it pads and decodes."""
+        said = self._ask("habits")
+        return Habits(
+            tuple(said["begins"]),
+            frozenset(said["stops"]),
+            said["pad"],
+            lambda ids: str(self._ask("decode", list(ids))),
+            likeliest=SAMPLING,
+        )
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """Conversations as mlx-lm's tokenizer lays them out."""

@@ -104,6 +104,18 @@ class Model:
         """Token ids without BOS."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def habits(self) -> dict[str, Any]:
+        """What mlx-lm puts before a text, where it stops, how it pads."""
+        return {
+            "begins": list(self._tokenizer.encode("")),
+            "stops": sorted(int(token) for token in self._tokenizer.eos_token_ids),
+            "pad": self._tokenizer.pad_token_id,
+        }
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids as a text."""
+        return str(self._tokenizer.decode(ids))
+
     def chat(self, layouts: list[dict[str, Any]]) -> list[str]:
         """Conversations as mlx-lm's tokenizer lays them out."""
         return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]

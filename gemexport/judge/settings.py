@@ -1,0 +1,98 @@
+"""What a program reads in config.json and genai_config.json besides the decoder: special tokens, dtype, cache sizes.
+
+transformers, mlx-lm, vLLM, Optimum and transformers.js take BOS, EOS, the padding and the dtype from config.json, and
+onnxruntime-genai all that it knows from a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.architecture import Architecture
+from gemexport.shared.measured import FactReport
+from gemexport.validators.checks import vocabulary
+from gemexport.validators.checks.vocabulary import GENAI, settings_of
+
+# Of config.json, largest number first: hidden states of a Gemma do not fit into f16.
+REACH = {"float32": 2, "float": 2, "bfloat16": 2, "float16": 1, "half": 1}
+CONFIG = "config.json"
+
+
+def setting_differences(checkpoint: Checkpoint, path: Path) -> tuple[FactReport, ...]:
+    """Every setting beside the decoder's facts that the folder at `path` has otherwise; none of a file.
+
+    Raises InputError for files that are broken.
+    """
+    if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, GENAI)):
+        return ()
+    return (*_config(checkpoint, path), *_genai(checkpoint.architecture, path))
+
+
+def _stops(checkpoint: Checkpoint) -> frozenset[int]:
+    """The tokens at which an answer of the checkpoint ends."""
+    return vocabulary.read_stops(checkpoint.assets) | frozenset(checkpoint.architecture.eos_token_ids)
+
+
+def _config(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
+    config, decoder = settings_of(path, CONFIG), checkpoint.architecture
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        yield from _tokens("", part, decoder)
+        listed = _ids(part.get("eos_token_id"))
+        ends = _stops(checkpoint)
+        if listed and ends and not listed <= ends:
+            yield FactReport(name="eos_token_id", found=_shown(listed), expected=f"some of {_shown(ends)}")
+        yield from _dtype(part, checkpoint.text_config, checkpoint.config)
+
+
+def _tokens(stem: str, said: Mapping[str, Any], decoder: Architecture) -> Iterator[FactReport]:
+    for key, expected in (("bos_token_id", decoder.bos_token_id), ("pad_token_id", decoder.pad_token_id)):
+        found = said.get(key)
+        if isinstance(found, int) and expected is not None and found != expected:
+            yield FactReport(name=f"{stem}{key}", found=str(found), expected=str(expected))
+
+
+def _dtype(said: Mapping[str, Any], *ours: Mapping[str, Any]) -> Iterator[FactReport]:
+    """A dtype that reaches less far than the checkpoint's, in which the same weights may give no numbers."""
+    found, own = _dtype_of(said), next(filter(None, map(_dtype_of, ours)), "bfloat16")
+    if found in REACH and REACH[found] < REACH.get(own, 0):
+        yield FactReport(name="dtype", found=found, expected=own)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+
+
+def _genai(decoder: Architecture, path: Path) -> Iterator[FactReport]:
+    """Sizes by which onnxruntime-genai makes its caches and ends its answers."""
+    said = settings_of(path, GENAI).get("model")
+    inner = said.get("decoder") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(inner, dict):
+        return
+    yield from _tokens(f"{GENAI}: ", said, decoder)
+    owners = [layer for layer in decoder.layers if layer.owns_cache]
+    for key, part, wanted in (
+        ("context_length", said, {decoder.max_positions}),
+        ("head_size", inner, {layer.head_dim for layer in owners}),
+        ("num_key_value_heads", inner, {layer.kv_heads for layer in owners}),
+    ):
+        found = part.get(key)
+        if found is not None and found not in wanted:
+            label = key if part is said else f"decoder.{key}"
+            yield FactReport(name=f"{GENAI}: {label}", found=str(found), expected=_shown(wanted))
+    longest = settings_of(path, GENAI).get("search")
+    limit = longest.get("max_length") if isinstance(longest, dict) else None
+    if isinstance(limit, int) and limit > decoder.max_positions:
+        yield FactReport(name=f"{GENAI}: search.max_length", found=str(limit), expected=f"{decoder.max_positions}")
+
+
+def _ids(listed: Any) -> frozenset[int]:
+    return frozenset(listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else [])
+
+
+def _shown(numbers: frozenset[int] | set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
