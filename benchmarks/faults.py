@@ -87,9 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gemexport-faults-") as folder:
         work = Path(folder)
         found = (
-            matrix(work, asked)
-            if asked.what == "matrix"
-            else clean(work, asked.models, asked.first, asked.run_every)
+            matrix(work, asked) if asked.what == "matrix" else clean(work, asked.models, asked.first, asked.run_every)
         )
     print(f"{time.monotonic() - started:.0f} s")
     return int(found > 0)

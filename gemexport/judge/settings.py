@@ -1,6 +1,6 @@
 """What a program reads in config.json and genai_config.json besides the decoder: special tokens, dtype, cache sizes.
 
-transformers, mlx-lm, vLLM, Optimum and transformers.js take BOS, EOS, the padding and the dtype from config.json, and
+transformers, mlx-lm, vLLM, Optimum and transformers.js take BOS, EOS and the dtype from config.json, and
 onnxruntime-genai all that it knows from a file of its own.
 """
 
@@ -41,7 +41,7 @@ def _config(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
             continue
-        yield from _tokens("", part, decoder)
+        yield from _bos("", part, decoder)
         listed = _ids(part.get("eos_token_id"))
         ends = _stops(checkpoint)
         if listed and ends and not listed <= ends:
@@ -49,11 +49,11 @@ def _config(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
         yield from _dtype(part, checkpoint.text_config, checkpoint.config)
 
 
-def _tokens(stem: str, said: Mapping[str, Any], decoder: Architecture) -> Iterator[FactReport]:
-    for key, expected in (("bos_token_id", decoder.bos_token_id), ("pad_token_id", decoder.pad_token_id)):
-        found = said.get(key)
-        if isinstance(found, int) and expected is not None and found != expected:
-            yield FactReport(name=f"{stem}{key}", found=str(found), expected=str(expected))
+def _bos(stem: str, said: Mapping[str, Any], decoder: Architecture) -> Iterator[FactReport]:
+    key, expected = "bos_token_id", decoder.bos_token_id
+    found = said.get(key)
+    if isinstance(found, int) and expected is not None and found != expected:
+        yield FactReport(name=f"{stem}{key}", found=str(found), expected=str(expected))
 
 
 def _dtype(said: Mapping[str, Any], *ours: Mapping[str, Any]) -> Iterator[FactReport]:
@@ -73,7 +73,7 @@ def _genai(decoder: Architecture, path: Path) -> Iterator[FactReport]:
     inner = said.get("decoder") if isinstance(said, dict) else None
     if not isinstance(said, dict) or not isinstance(inner, dict):
         return
-    yield from _tokens(f"{GENAI}: ", said, decoder)
+    yield from _bos(f"{GENAI}: ", said, decoder)
     owners = [layer for layer in decoder.layers if layer.owns_cache]
     for key, part, wanted in (
         ("context_length", said, {decoder.max_positions}),

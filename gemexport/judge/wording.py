@@ -130,13 +130,17 @@ class Wording:
         bos = ours.ids.get("bos")
         expected = replace(
             habits.of_file(self._assets / FILES[0]),
-            begins=(bos,) if ours.add_bos and bos is not None else (),
+            begins=None if not ours.stated else (bos,) if ours.add_bos and bos is not None else (),
             stops=ours.stops,
             pad=ours.ids.get("pad"),
         )
+
+        def shown(token: int) -> str:
+            return f"{token} ({ours.token(token)})"
+
         texts = [self._texts[text] for text in prompts.prompts() if text in self._texts]
-        done = [*habits.differences(name, expected, found, lambda token: f"{token} ({ours.token(token)})")]
-        left = [*habits.notes(name, expected, found, ours.sampling)]
+        done = [*habits.differences(name, expected, found, shown)]
+        left = [*habits.notes(name, expected, found, shown, ours.sampling)]
         if said := habits.decoded(name, expected, found, texts):
             # Its tables give the checkpoint's texts to others: then it is the program that reads ids otherwise.
             right = read_back is not None and habits.decoded("tokenizers", expected, read_back, texts) is None

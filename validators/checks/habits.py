@@ -36,10 +36,6 @@ def differences(name: str, expected: Habits, found: Habits, shown: Callable[[int
     if found.begins is not None and expected.begins is not None and found.begins != expected.begins and not found.told:
         ours, theirs = (", ".join(map(shown, ids)) or "nothing" for ids in (expected.begins, found.begins))
         yield f"{name} puts {theirs} before a text, the checkpoint {ours}"
-    if None not in (found.pad, expected.pad) and found.pad != expected.pad:
-        assert found.pad is not None
-        assert expected.pad is not None
-        yield f"{name} fills up with {shown(found.pad)}, the checkpoint with {shown(expected.pad)}"
 
 
 def decoded(name: str, expected: Habits, found: Habits, texts: Sequence[Ids]) -> str | None:
@@ -57,8 +53,16 @@ def decoded(name: str, expected: Habits, found: Habits, texts: Sequence[Ids]) ->
     return f"{many}: {theirs[start : start + TEXT]!r} where the checkpoint has {ours[start : start + TEXT]!r}"
 
 
-def notes(name: str, expected: Habits, found: Habits, sampling: Mapping[str, float]) -> Iterator[str]:
-    """A sentence for each thing that the program leaves to its caller and the checkpoint wants, with what to do."""
+def notes(
+    name: str, expected: Habits, found: Habits, shown: Callable[[int], str], sampling: Mapping[str, float]
+) -> Iterator[str]:
+    """A sentence for each thing that the program leaves to its caller and the checkpoint wants, with what to do.
+
+    And for padding, which changes nothing but what stands beside a shorter text: others choose another token for it.
+    """
+    if found.pad is not None and expected.pad is not None and found.pad != expected.pad:
+        does = f"fills shorter texts up with {shown(found.pad)}, the checkpoint with {shown(expected.pad)}"
+        yield f"{name} {does}: mask what is filled up, as its batches do"
     if found.told and expected.begins and found.begins != expected.begins:
         yield f"{name} puts no BOS before a text unless it is told to: {found.told}"
     if found.likeliest and sampling:

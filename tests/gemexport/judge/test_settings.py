@@ -48,7 +48,6 @@ def test_a_right_artefact_has_none(folder: Path, gemma4: Checkpoint) -> None:
         ({"bos_token_id": 5}, "bos_token_id is 5, the checkpoint says 2"),
         ({"eos_token_id": 5}, "eos_token_id is 5, the checkpoint says some of "),
         ({"eos_token_id": [1, 5]}, "eos_token_id is 1 or 5, the checkpoint says some of "),
-        ({"pad_token_id": 7}, "pad_token_id is 7, the checkpoint says 0"),
         ({"dtype": "float16"}, "dtype is float16, the checkpoint says bfloat16"),
     ],
 )
@@ -75,7 +74,6 @@ def test_sizes_of_genai_config_are_compared(gemma4: Checkpoint, tmp_path: Path) 
             "genai_config.json: decoder.num_key_value_heads is 3, the checkpoint says 1",
         ),
         ({"model__bos_token_id": 9}, "genai_config.json: bos_token_id is 9, the checkpoint says 2"),
-        ({"model__pad_token_id": 9}, "genai_config.json: pad_token_id is 9, the checkpoint says 0"),
         ({"search__max_length": 9999}, "genai_config.json: search.max_length is 9999, the checkpoint says 4096"),
     ):
         assert said(gemma4, edited(own, "genai_config.json", **changes)) == [told]

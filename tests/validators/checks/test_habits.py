@@ -25,7 +25,6 @@ def shown(token: int) -> str:
         ({"stops": frozenset()}, "it does not end an answer at <1>, <106>"),
         ({"begins": ()}, "it puts nothing before a text, the checkpoint <2>"),
         ({"begins": (2, 2)}, "it puts <2>, <2> before a text, the checkpoint <2>"),
-        ({"pad": 3}, "it fills up with <3>, the checkpoint with <0>"),
     ],
 )
 def test_what_a_program_does_otherwise_is_named(change: dict[str, object], told: str) -> None:
@@ -51,11 +50,16 @@ def test_texts_that_read_otherwise_are_shown_from_where_they_do() -> None:
 def test_what_its_caller_has_to_do_is_noted() -> None:
     leaves = replace(SAID, begins=(), told="tell it", likeliest="say --temp")
     assert list(differences("it", SAID, leaves, shown)) == []
-    assert list(notes("it", SAID, leaves, {"top_k": 64})) == [
+    assert list(notes("it", SAID, leaves, shown, {"top_k": 64})) == [
         "it puts no BOS before a text unless it is told to: tell it",
         "it takes the likeliest token unless told to sample, as the checkpoint is (top_k 64): say --temp",
     ]
-    assert list(notes("it", SAID, leaves, {})) == ["it puts no BOS before a text unless it is told to: tell it"]
+    assert list(notes("it", SAID, leaves, shown, {})) == ["it puts no BOS before a text unless it is told to: tell it"]
+
+
+def test_another_padding_is_noted() -> None:
+    (told,) = notes("it", SAID, replace(SAID, pad=3), shown, {})
+    assert told.startswith("it fills shorter texts up with <3>, the checkpoint with <0>: ")
 
 
 def test_a_tokenizer_file_says_what_programs_do_that_take_it(gemma4: Checkpoint) -> None:
