@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 PARTIAL = ".partial"
+OLD = ".old"  # before that, of what is being replaced
 LOCK = "lock"  # file in a folder of folders that are made once
 _REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
@@ -42,11 +43,10 @@ def atomic(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
+        abandon(path)
         yield partial
         if path.is_dir() and not path.is_symlink():
-            old = path.with_name(f"{path.name}.old{PARTIAL}")
-            remove(old)
+            old = path.with_name(f"{path.name}{OLD}{PARTIAL}")
             os.replace(path, old)
             os.replace(partial, path)
             remove(old)
@@ -60,9 +60,15 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+def abandon_all(folder: Path) -> None:
+    """`abandon` whatever processes that are gone left in a folder; nothing happens where there is none."""
+    for left in sorted(folder.glob(f"*{PARTIAL}")):
+        abandon(left.with_name(left.name.removesuffix(PARTIAL).removesuffix(OLD)))
+
+
 def abandon(path: Path) -> None:
     """Remove what a process that is gone left of an `atomic` for `path`; what it was about to replace is back."""
-    old = path.with_name(f"{path.name}.old{PARTIAL}")
+    old = path.with_name(f"{path.name}{OLD}{PARTIAL}")
     if old.exists() and not path.exists():
         os.replace(old, path)
     for left in (old, path.with_name(f"{path.name}{PARTIAL}")):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.storage.errors import InputError
-from gemexport.formats.storage.files import PARTIAL, atomic, explained, locked, remove
+from gemexport.formats.storage.files import PARTIAL, abandon_all, atomic, explained, locked, remove
 from gemexport.shared import scratch
 from gemexport.shared.place import FLEETING, GRIDS, RANGES, SOURCE, VECTORS, WORK
 
@@ -60,7 +60,7 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
     if marker.is_file():
         if not fresh:
             _check_owner(out, marker, owner)
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path != work for path in out.iterdir()):
         raise InputError(out, "is not empty and not an output folder of gemexport", "choose another folder with -o")
     elif out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose another folder with -o")
@@ -79,6 +79,8 @@ def claim(out: Path, checkpoint: Checkpoint, fresh: bool) -> Iterator[Path]:
         partial_sources, fleeting = (work / SOURCE).glob(f"*{PARTIAL}"), [work / name for name in FLEETING]
         for left in [*partial_sources, *fleeting, work / scratch.FOLDER]:  # by a run that was killed
             remove(left)
+        for folder in (out, *(path for path in out.iterdir() if path.is_dir() and path != work)):
+            abandon_all(folder)
         with atomic(marker) as partial:
             partial.write_text(owner.model_dump_json(indent=1) + "\n", "utf-8")
         yield work

@@ -1,23 +1,27 @@
 """Conversations laid out by a chat template: what the checkpoint's gives, and what an artefact makes of the same ones.
 
-The checkpoint's template is rendered as transformers does it, in Jinja's sandbox; no other code of a checkpoint runs.
+Templates are rendered as transformers does it, in Jinja's sandbox and under limits; no other code of a checkpoint runs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.assets.templates import REMEDY
 from gemexport.formats.checkpoint import is_gguf
+from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.limited import ExceededError, call
 from gemexport.formats.storage.reading import read_text
 from gemexport.validators.checks.vocabulary import content, settings_of
 from gemexport.validators.runtimes.protocol import Layout
 
 _AS_PYTHON = "{'type': 'text'"  # a list printed as it is, by a template that expects a text
 REFUSED = "refused: "  # begins what stands for a text where an engine gives none
+SECONDS = 5.0  # for all conversations; Gemma's own template takes a tenth of one
 
 _WEATHER = {
     "type": "function",
@@ -127,29 +131,23 @@ CONVERSATIONS = (
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and the special tokens that it may name."""
+    """A chat template, the special tokens that it may name, and where it is from."""
 
     source: str
     tokens: Mapping[str, str]
+    path: Path = field(default=Path("the chat template"), compare=False)
 
-    def render(self, layout: Layout) -> str:
-        """A conversation as transformers lays it out; REFUSED and the reason where the template does not take it."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render(self, layouts: Sequence[Layout]) -> list[str]:
+        """Conversations as transformers lays them out; REFUSED and the reason for each that the template does not take.
 
-        tokens: dict[str, Any] = dict(self.tokens)
+        All of them in one process, with limits: InputError for a template that takes more time or memory than any does.
+        """
+        argument = {"source": self.source, "tokens": dict(self.tokens), "layouts": [dict(layout) for layout in layouts]}
         try:
-            found: Any = render_jinja_template(
-                conversations=[list(layout["messages"])],
-                tools=list(layout["tools"]) or None,
-                chat_template=self.source,
-                add_generation_prompt=layout["add_generation_prompt"],
-                enable_thinking=layout["thinking"],
-                **tokens,
-            )
-        except Exception as error:  # a template may raise anything, and refuses conversations by raising
-            return f"{REFUSED}{error}".splitlines()[0]
-        texts = found[0] if isinstance(found, tuple) else found
-        return str(texts[0])
+            found: list[str] = call("gemexport.validators.checks.rendering", argument, seconds=SECONDS)
+        except ExceededError as error:
+            raise InputError(self.path, f"the chat template {error} to lay out conversations", REMEDY) from error
+        return found
 
 
 def apply(apply_chat_template: Callable[..., Any], layout: Layout) -> str:
@@ -182,7 +180,7 @@ def template(folder: Path) -> Template | None:
     if not isinstance(source, str):
         return None
     named = {name: content(settings.get(name)) for name in settings if name.endswith("_token")}
-    return Template(source, {name: text for name, text in named.items() if text is not None})
+    return Template(source, {name: text for name, text in named.items() if text is not None}, folder)
 
 
 def _gguf_template(path: Path) -> Template | None:
@@ -196,7 +194,8 @@ def _gguf_template(path: Path) -> Template | None:
         return None
     keys = {"bos_token": Keys.Tokenizer.BOS_ID, "eos_token": Keys.Tokenizer.EOS_ID}
     ids = {name: metadata.get(key) for name, key in keys.items()}
-    return Template(source, {name: texts[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(texts)})
+    named = {name: texts[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(texts)}
+    return Template(source, named, path)
 
 
 @dataclass(frozen=True)
@@ -223,28 +222,30 @@ def taken(own: Template) -> list[tuple[Conversation, str]]:
     Not those that it refuses, nor those with tools or a content in parts where it knows nothing of these: engines then
     make up something.
     """
+    layouts = [conversation.layout() for conversation in CONVERSATIONS]
+    plain: list[Layout] = [{**layout, "tools": []} for layout in layouts if layout["tools"]]
+    texts = own.render([*layouts, *plain])
+    without = iter(texts[len(layouts) :])
     found = []
-    for conversation in CONVERSATIONS:
-        text = own.render(conversation.layout())
-        plain = {**conversation.layout(), "tools": []}
-        ignored = conversation.tools and own.render(plain) == text
+    for conversation, text in zip(CONVERSATIONS, texts, strict=False):
+        ignored = bool(conversation.tools) and next(without) == text
         if not (text.startswith(REFUSED) or ignored or _AS_PYTHON in text):
             found.append((conversation, text))
     return found
 
 
 def compare(
-    expected: Sequence[tuple[Conversation, str]], found: Sequence[str], read_back: Template | None
+    expected: Sequence[tuple[Conversation, str]], found: Sequence[str], read_back: Sequence[str] | None
 ) -> ChatComparison:
     """The checkpoint's layouts against an engine's, one by one.
 
-    `read_back` is the artefact's template: where transformers makes the checkpoint's layout of it, a difference is the
-    engine's own.
+    `read_back` is what transformers makes of the artefact's template: where that is the checkpoint's layout, a
+    difference is the engine's own.
     """
     differences = []
-    for (conversation, text), other in zip(expected, found, strict=True):
+    for i, ((conversation, text), other) in enumerate(zip(expected, found, strict=True)):
         if text != other:
-            right = read_back is not None and read_back.render(conversation.layout()) == text
+            right = read_back is not None and read_back[i] == text
             differences.append(Difference(conversation.name, text, other, right))
     return ChatComparison(len(expected), tuple(differences))
 

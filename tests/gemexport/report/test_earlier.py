@@ -175,3 +175,24 @@ def test_what_a_killed_run_left_of_its_reference_is_nobodys(tiny_gemma3: Path, t
         assert not left.exists()
 
     export(tiny_gemma3, out, "gguf", progress=look)
+
+
+def test_what_killed_runs_left_goes_and_what_they_had_put_aside_is_back(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """Of formats that this run does not write, too. A folder is replaced in two renames: a run may end between them."""
+    out = tmp_path / "out"
+    export(tiny_gemma3, out, "mlx")
+    before = sums(out)
+    os.replace(out / "mlx" / "4bit", out / "mlx" / "4bit.old.partial")
+    (out / "mlx" / "4bit.partial").mkdir()
+    (out / "mlx" / "4bit.partial" / "model.safetensors").write_bytes(bytes(1000))
+    (out / "report.html.partial").touch()
+    report = export(tiny_gemma3, out, "gguf")
+    assert status(report)["mlx 4bit"] == (PLAIN, True)
+    assert before.items() <= sums(out).items()
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_run_that_was_killed_before_it_had_a_name_is_nobodys(tiny_gemma3: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".gemexport").mkdir(parents=True)
+    (tmp_path / "out" / ".gemexport" / "lock").touch()
+    assert export(tiny_gemma3, tmp_path / "out", "gguf").artifacts[0].path is not None

@@ -10,6 +10,7 @@ import pytest
 
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, taken, template
 from gemexport.validators.runtimes import llama_cpp
 from gemexport.validators.runtimes.llama_cpp import chat as llama_chat
@@ -52,18 +53,18 @@ def test_a_template_is_not_asked_for_what_it_does_not_know(tiny_gemma4: Path) ->
 def test_a_changed_role_marker_is_named() -> None:
     own, other = Template(KNOWING, {}), Template(KNOWING.replace("'<' + m.role", "'< ' + m.role"), {})
     expected = taken(own)
-    wrong = [other.render(conversation.layout()) for conversation, _ in expected]
-    found = compare(expected, wrong, other)
+    wrong = other.render([conversation.layout() for conversation, _ in expected])
+    found = compare(expected, wrong, wrong)
     assert found.conversations == len(found.differences) == len(CONVERSATIONS)
     assert not any(difference.runtime for difference in found.differences)
-    assert compare(expected, [text for _, text in expected], own).differences == ()
+    assert compare(expected, [text for _, text in expected], None).differences == ()
 
 
 def test_an_engine_that_errs_with_the_right_template_is_told_apart() -> None:
     own = Template(KNOWING, {})
     expected = taken(own)
     texts = [text for _, text in expected]
-    (difference,) = compare(expected, ["!", *texts[1:]], own).differences
+    (difference,) = compare(expected, ["!", *texts[1:]], texts).differences
     assert (difference.conversation, difference.found, difference.runtime) == ("user", "!", True)
 
 
@@ -103,7 +104,7 @@ def test_llama_cpps_engine_lays_out_the_same(tiny_gemma4: Path, tmp_path: Path, 
     finally:
         runtime.close()
     assert texts is not None
-    assert compare(expected, texts, own).differences == ()
+    assert compare(expected, texts, None).differences == ()
 
 
 def test_calls_are_json_in_a_string_for_llama_cpp() -> None:
@@ -117,3 +118,22 @@ def test_a_server_that_dies_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(RuntimeError, match="status"):
         llama_chat.render(tmp_path / "x.gguf", [CONVERSATIONS[0].layout()], "")
+
+
+@pytest.mark.parametrize(
+    ("source", "limit"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 s"),
+        ("{{ 'x' * 999999999 }}{{ ('y' * 99999999) ~ ('z' * 99999999) }}", "takes more than 512 MB"),
+        ("{% for i in range(9999) %}{{ 'xxxxxxxxxx' * 60 }}{% endfor %}", "makes more than 16 MB"),
+    ],
+)
+@pytest.mark.parametrize("when", ["", "{% if tools %}"])
+def test_no_template_takes_more_than_its_limits(source: str, limit: str, when: str, tmp_path: Path) -> None:
+    """Whatever the conversation is in which it begins to."""
+    hungry = f"{when}{source}{'{% endif %}' if when else ''}{{{{ messages | length }}}}"
+    (tmp_path / "chat_template.jinja").write_text(hungry)
+    own = template(tmp_path)
+    assert own is not None
+    with pytest.raises(InputError, match=f"{tmp_path}: the chat template {limit} to lay out conversations; use the"):
+        taken(own)
