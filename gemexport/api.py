@@ -28,6 +28,7 @@ def export(
     tokens: int = 512,
     validate: bool = True,
     allow_partial: bool = False,
+    max_kld: float | None = None,
     fresh: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     ple_codec: str | None = None,
@@ -42,7 +43,8 @@ def export(
     `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats
     that hold one (docs/ple-codec.md). `progress` is called with an `Advance` whenever a step starts, advances or ends;
     what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere. With
-    `allow_partial` the report is `ok` also where something was not judged, and nothing is known to be wrong.
+    `allow_partial` the report is `ok` also where something was not judged, and nothing is known to be wrong; `max_kld`
+    is the mean loss in nats that may be, in place of the recipe's and of what is called `poor` (docs/bounds.md).
 
     Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when
     the request or the checkpoint is at fault, RuntimeError when a step fails without which there is nothing; an
@@ -54,7 +56,8 @@ def export(
     asked = request(
         model=model, out=out, formats=formats, variants=variants, recipe=recipe, jobs=jobs, memory=memory,
         adapter=adapter, compress=compress, compress_python=compress_python, calibration=calibration, tokens=tokens,
-        validate=validate, allow_partial=allow_partial, fresh=fresh, options=options, ple_codec=ple_codec,
+        validate=validate, allow_partial=allow_partial, max_kld=max_kld, fresh=fresh, options=options,
+        ple_codec=ple_codec,
     )  # fmt: skip
     with listening(progress) as events:
         return run(asked, events)
@@ -68,6 +71,7 @@ def validate(
     tokens: int = 512,
     memory: int | str | None = None,
     adapter: Adapters = None,
+    max_kld: float | None = None,
     qnn_context: str | Path | None = None,
     qnn_arch: str | None = None,
     progress: Listener | None = None,
@@ -84,7 +88,7 @@ def validate(
 
     path = Path(artifact)
     target = recognise(path)
-    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
+    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld)
     context = None if qnn_context is None else Path(qnn_context)
     with listening(progress) as events:
         return judge(path, target, asked, events, qnn_context=context, qnn_arch=qnn_arch)

@@ -50,6 +50,10 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens that logits are compare
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Exit status 0 also where something was not judged, and nothing failed.")
 ]
+MaxKld = Annotated[
+    float | None,
+    typer.Option(metavar="NATS", help="The mean loss that may be; default: the recipe's, or what is not called poor."),
+]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
 Fresh = Annotated[
     bool,
@@ -118,6 +122,7 @@ def export_all(
     tokens: Tokens = 512,
     no_validate: NoValidate = False,
     allow_partial: AllowPartial = False,
+    max_kld: MaxKld = None,
     fresh: Fresh = False,
     ple_codec: PleCodec = None,
     as_json: Json = False,
@@ -127,7 +132,7 @@ def export_all(
         as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip),
         variants=split_variants(variants), adapter=adapter, compress=compress, compress_python=compress_python,
         calibration=calibration, recipe=recipe, jobs=jobs, memory=memory, tokens=tokens, validate=not no_validate,
-        allow_partial=allow_partial, fresh=fresh, ple_codec=ple_codec,
+        allow_partial=allow_partial, max_kld=max_kld, fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
 
 
@@ -136,7 +141,8 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "out": (Out, None), "adapter": (Adapter, None), "compress": (Compress, None),
     "compress_python": (CompressPython, None), "calibration": (Calibration, None), "recipe": (RecipeName, "default"),
     "memory": (Memory, None), "tokens": (Tokens, 512), "no_validate": (NoValidate, False),
-    "allow_partial": (AllowPartial, False), "fresh": (Fresh, False), "as_json": (Json, False),
+    "allow_partial": (AllowPartial, False), "max_kld": (MaxKld, None), "fresh": (Fresh, False),
+    "as_json": (Json, False),
 }  # fmt: skip
 
 
@@ -188,6 +194,7 @@ def validate(
     memory: Memory = None,
     tokens: Tokens = 512,
     allow_partial: AllowPartial = False,
+    max_kld: MaxKld = None,
     qnn_context: Annotated[
         Path | None,
         typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
@@ -203,7 +210,7 @@ def validate(
     from gemexport.run import validate as judge
 
     target = recognise(artifact)
-    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens)
+    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld)
     with watching(as_json) as events:
         report = judge(artifact, target, asked, events, qnn_context=qnn_context, qnn_arch=qnn_arch)
     if as_json:

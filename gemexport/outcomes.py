@@ -12,6 +12,7 @@ from gemexport.exporters.result import Export
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.search import GridIndex
 from gemexport.judge.diagnosis import rounded_as_run
+from gemexport.judge.loss import judged_loss
 from gemexport.judge.npu import npu_bounds
 from gemexport.judge.verdict import bounds
 from gemexport.report.checksums import artifact_sha256, describe_files
@@ -68,7 +69,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
         return ArtifactReport(**base, status="written", reason="not validated (--no-validate)", seconds=seconds)
     found = judged.value
     npu: NpuReport | None = compiled.value
-    held = bounds(found, floors, asked.recipe, step.target.holds(step.variant), step.target.plain(step.variant)) + (
+    held = bounds(found, floors, asked.budget, step.target.holds(step.variant), step.target.plain(step.variant)) + (
         npu_bounds(npu) if npu else ()
     )
     status, reason = verdict(held, found.unjudged)
@@ -88,6 +89,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
         facts=found.facts,
         tokenizer=found.tokenizer,
         chat=found.chat,
+        loss=judged_loss(found, floors),
         logits=logits,
         more_logits=found.more_logits,
         departs=found.departs,

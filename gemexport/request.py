@@ -53,6 +53,12 @@ def _memory(given: Any) -> Any:
     return size
 
 
+def _budget(nats: float | None) -> float | None:
+    if nats is not None and not nats >= 0:
+        raise InputError(f"--max-kld {nats}", "is no divergence", "give nats, 0 or more, such as 0.02")
+    return nats
+
+
 def _there(calibration: Path) -> Path:
     if not calibration.is_file():
         raise InputError(calibration, "there is no such file", "give a text file in UTF-8")
@@ -88,6 +94,7 @@ class Request:
     )  # bytes
     tokens: Annotated[int, AfterValidator(_at_least(2))] = DEFAULT_TOKENS
     validate: bool = True
+    max_kld: Annotated[float | None, AfterValidator(_budget)] = None  # nats, in place of the recipe's
     allow_partial: bool = False  # whether all is well where something was not judged, and nothing is known to be wrong
     fresh: bool = False
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of exporters, by format
@@ -100,6 +107,11 @@ class Request:
         """Where the steps of a run of the model, which was opened as `checkpoint`, find each other's results."""
         compressed = work / FOLDER / checkpoint.name if self.compression else None
         return Place(self.model, work, self.tokens, self.adapter, compressed, stamps=checkpoint.stamps)
+
+    @property
+    def budget(self) -> Recipe:
+        """The recipe with the loss that may be."""
+        return self.recipe if self.max_kld is None else self.recipe.model_copy(update={"max_kld": self.max_kld})
 
     def checkpoint(self) -> Checkpoint:
         """The model, with its adapter merged in; what lies beside its weights is judged when it is wanted."""

@@ -122,6 +122,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
         own = bool(checkpoint.files)
         noises = {noise for step in affordable for noise in step.target.noises_of("" if own else step.variant)}
+        noises.add("bf16")  # which tells what of the loss is noise
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
         total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)

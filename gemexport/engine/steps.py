@@ -58,7 +58,8 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
 
     checkpoint = place.plain()
     tensors = dict(checkpoint.tensors)
-    sequences = place.sequences(checkpoint)
+    passages = place.passages(checkpoint)
+    sequences = [passage.tokens for passage in passages]
     wanted, played = [(place.source(), sequences)], {}
     for arithmetic in noises:
         # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
@@ -77,7 +78,8 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
         for whole, sequence in zip(sequences, judged, strict=False):
             total.add(exact.logits(whole)[: len(sequence)], noisy.logits(sequence), sequence)
         remove(noisy.folder)
-        floors[arithmetic] = Divergence.of(total)
+        kinds = [(passage.kind, len(tokens)) for passage, tokens in zip(passages, judged, strict=False)]
+        floors[arithmetic] = Divergence.of(total, kinds)
     with atomic(place.work / FLOORS) as partial:
         partial.write_text(json.dumps({name: found.kld_mean for name, found in floors.items()}), "utf-8")
     return floors

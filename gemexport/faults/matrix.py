@@ -45,7 +45,7 @@ OF_THE_OPERATOR = {
 }
 PARTS = {
     "weights": "weights", "metadata": "metadata", "tokenizer": "tokenizer", "chat": "chat template",
-    "conversion": "logits", "greedy": "greedy decoding",
+    "conversion": "logits", "loss": "loss", "greedy": "greedy decoding",
 }  # fmt: skip
 TOKENS = 80  # of the tests' models, whose sliding window is 8
 

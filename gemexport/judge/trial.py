@@ -69,7 +69,9 @@ class Trial:
         self._played = place.floors().get(target.played)
         self._tie = tie(self._played)
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
-        self._sequences = place.sequences(checkpoint)
+        passages = place.passages(checkpoint)
+        self._sequences = [passage.tokens for passage in passages]
+        self._kinds = [(passage.kind, len(passage.tokens)) for passage in passages]
         self._prompt = self._sequences[0][:GREEDY_PROMPT]
         stored = dict(target.reader().tensors(path))
         read_back = {name: stored[name] for name in checkpoint.tensors}
@@ -143,7 +145,7 @@ class Trial:
             tokens=conversion.positions,
             top_k=found.top_k,
             conversion=Figures.of(conversion),
-            loss=Figures.of(found.loss),
+            loss=Figures.of(found.loss, self._kinds),
             greedy=self._greedy(judged, len(found.continuation)),
             speed=found.speed,
         )

@@ -43,8 +43,8 @@ def validate(
 
     `asked` is what the exporter was asked for; None where somebody else may have made the artefact. `frugal`: its
     program takes as little memory as it can, and others are not tried. Progress in weights, and as many for all
-    sequences. InputError where the artefact cannot be read; any other part that cannot be
-    judged leaves the rest (`Validation.unjudged`), one that takes the process along too.
+    sequences. InputError where the artefact cannot be read; any other part that cannot be judged leaves the rest
+    (`Validation.unjudged`), one that takes the process along too.
     """
     attempts, unfinished = Attempts(), Unfinished.of(place.work, path)
     unfinished.forget()

@@ -23,6 +23,7 @@ from gemexport.judge.bounds import (
     f32_limit,
 )
 from gemexport.judge.diagnosis import diagnose
+from gemexport.judge.loss import judged_loss, loss_bounds
 from gemexport.shared.bound import Bound
 from gemexport.shared.measured import (
     ChatReport,
@@ -64,9 +65,9 @@ def bounds(
         if logits is not None:
             second = found.logits is not None and logits.runtime != found.logits.runtime
             result += _conversion(logits, floors, found, f", {logits.runtime}" if second else "")
-    if recipe.max_kld is not None and found.logits is not None and found.logits.loss is not None:
-        origin = f"the budget of the recipe {recipe.name}"
-        result.append(Bound.at_most("loss.kld_mean", found.logits.loss.kld_mean, recipe.max_kld, origin))
+    loss = judged_loss(found, floors)
+    if loss is not None:
+        result += loss_bounds(loss, recipe)
     return tuple(result)
 
 

@@ -21,9 +21,9 @@ from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.storage.safetensors import read_file, read_metadata
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, recognise
-from gemexport.report.render import STYLES, number, quantity, share, size
+from gemexport.report.render import LOSS_STYLES, number, quantity, share, size, style_of
 from gemexport.report.schema import ArtifactReport
-from gemexport.shared.measured import NpuReport
+from gemexport.shared.measured import LossReport, NpuReport
 
 
 def inspect_path(path: Path, as_json: bool, adapter: Adapters = None) -> None:
@@ -196,7 +196,7 @@ def _summary(tensors: Mapping[str, Tensor], grids: Mapping[str, str]) -> list[di
 def print_verdict(report: ArtifactReport) -> None:
     """Print the judgement on one artefact: what was measured, and the bounds that it was held to."""
     console = Console(highlight=False)
-    style = f"bold {STYLES[report.status]}"
+    style = f"bold {style_of(report)}"
     console.print(f"[{style}]{report.status}[/]  {report.format} {_plain(str(report.path))}", soft_wrap=True)
     if report.reason:
         console.print(_plain(report.reason), style=style, soft_wrap=True)
@@ -219,6 +219,8 @@ def print_verdict(report: ArtifactReport) -> None:
                     f"{logits.arithmetic}",
                     soft_wrap=True,
                 )
+    if report.loss:
+        _print_loss(report.loss, console)
     if report.npu:
         _print_npu(report.npu, console)
     for note in report.notes:
@@ -226,6 +228,18 @@ def print_verdict(report: ArtifactReport) -> None:
     for bound in report.bounds:
         mark, style = ("held", "") if bound.held else ("BROKEN", "red")
         console.print(f"  {mark:<7} {_plain(str(bound))}", soft_wrap=True, style=style)
+
+
+def _print_loss(loss: LossReport, console: Console) -> None:
+    """Print what the loss is called, and its figures by kind of text."""
+    style = LOSS_STYLES[loss.word]
+    console.print(f"the loss is [{style}]{loss.word}[/], in {_plain(loss.runtime)}, {loss.arithmetic}", soft_wrap=True)
+    for part in loss.kinds:
+        console.print(
+            f"  {part.kind:<10}KLD {number(part.kld_mean)} nats (PyTorch's bf16: {number(part.noise)}), "
+            f"{share(part.changed)} of {part.tokens} tokens changed: [{LOSS_STYLES[part.word]}]{part.word}[/]",
+            soft_wrap=True,
+        )
 
 
 def _print_npu(npu: NpuReport, console: Console) -> None:

@@ -34,6 +34,7 @@ EXCERPT = 400  # letters of a conversation that are shown
 STYLES: Mapping[str, str] = {
     "pass": "green", "partial": "yellow", "fail": "bold red", "error": "bold red", "written": "dim", "skipped": "dim",
 }  # fmt: skip
+LOSS_STYLES: Mapping[str, str] = {"lossless": "green", "near": "green", "lossy": "yellow", "poor": "bold red"}
 _MARKS: Mapping[str, str] = {
     "pass": "✅ pass", "partial": "⚠️ partial", "fail": "❌ **fail**", "error": "❌ **error**", "written": "📝 written",
     "skipped": "⏭️ skipped",
@@ -83,7 +84,9 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
     title = _line(headings, widths, "bold", "bold") + (Text("  path", "bold") if beside else "")
     console.print(title, soft_wrap=True)
     for artifact, row, path in zip(report.artifacts, rows, paths, strict=True):
-        line = _line(row, widths, "", STYLES[artifact.status])
+        line = _line(row, widths, "", style_of(artifact))
+        if artifact.loss:
+            _colour(line, sum(widths[:-1]) + 2 * (len(widths) - 2), artifact.loss.word)
         below = [Text(f"  {shown(artifact.run)}", "dim")] if artifact.run else []
         if path and beside:
             line += Text(f"  {path}")
@@ -105,9 +108,30 @@ def _terminal_row(artifact: ArtifactReport) -> tuple[str, ...]:
         size(artifact.bytes),
         share(artifact.weights.exact_fraction if artifact.weights else None),
         number(logits.conversion.kld_mean if logits and logits.conversion else None),
-        number(logits.loss.kld_mean if logits and logits.loss else None),
+        loss(artifact),
         artifact.status,
     )
+
+
+def style_of(artifact: ArtifactReport) -> str:
+    """The style of a verdict's word: green where nothing is wrong and next tokens are the source's."""
+    if artifact.status == "pass" and artifact.loss and artifact.loss.word == "lossy":
+        return LOSS_STYLES["lossy"]
+    return STYLES[artifact.status]
+
+
+def loss(artifact: ArtifactReport) -> str:
+    """The loss in nats and what it is called: `0.0035 near`."""
+    logits = artifact.logits
+    if artifact.loss is None:
+        return number(logits.loss.kld_mean if logits and logits.loss else None)
+    return f"{number(artifact.loss.kld_mean)} {artifact.loss.word}"
+
+
+def _colour(line: Text, end: int, word: str) -> None:
+    """Give the word that ends in this column its colour; columns are letters here, names may be wider."""
+    at = line.plain.rfind(word, 0, end)
+    line.stylize(LOSS_STYLES[word], at, at + len(word))
 
 
 def _line(cells: Iterable[str], widths: list[int], style: str, last: str) -> Text:
@@ -366,9 +390,10 @@ def excerpts(difference: ChatDifference) -> tuple[tuple[str, str], ...]:
     return tuple((who, f"{'…' if start else ''}{text[start : start + EXCERPT]}") for who, text in sides)
 
 
-def mark(status: str) -> str:
-    """A status in Markdown, with a sign that is green for `pass` alone."""
-    return _MARKS[status]
+def mark(artifact: ArtifactReport) -> str:
+    """A verdict in Markdown, with a sign that is green where nothing is wrong and next tokens are the source's."""
+    lossy = artifact.status == "pass" and style_of(artifact) != STYLES["pass"]
+    return "🟡 pass" if lossy else _MARKS[artifact.status]
 
 
 def anchor(artifact: ArtifactReport) -> str:
@@ -408,6 +433,7 @@ def _environment(html: bool) -> Environment:
     parts: tuple[Any, ...] = (
         anchor,
         mark,
+        loss,
         kind,
         by_error,
         runs,

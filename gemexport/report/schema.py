@@ -22,6 +22,7 @@ from gemexport.shared.measured import (
     FactReport,
     GridReport,
     LogitsReport,
+    LossReport,
     NpuReport,
     ReportModel,
     TokenizerReport,
@@ -153,6 +154,7 @@ class ArtifactReport(ReportModel):
     facts: tuple[FactReport, ...] = ()
     tokenizer: TokenizerReport | None = None
     chat: ChatReport | None = None
+    loss: LossReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
     departs: DepartureReport | None = None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -192,22 +193,73 @@ class ChatReport(ReportModel):
     differences: tuple[ChatDifference, ...] = ()
 
 
-class Divergence(ReportModel):
+class Figures(ReportModel):
     """Two models on the same tokens: KL divergence in nats, shares from 0 to 1, a ratio of perplexities.
 
-    `top1_but_ties` counts choices between tokens that are all but equally likely as agreement; None if nobody asked.
+    `changed` is the share of positions at which the second's likeliest token is another one, and not one that the first
+    finds as likely but for a tenth.
     """
 
     kld_mean: float
     kld_max: float
     top1_agreement: float
-    top1_but_ties: float | None = None
+    changed: float | None = None
     perplexity_ratio: float
 
+
+class KindReport(Figures):
+    """The same on one kind of text, over `tokens` positions."""
+
+    kind: str
+    tokens: int
+
+
+class Divergence(Figures):
+    """The same over all texts, and by kind where they are of several.
+
+    `top1_but_ties` counts choices between tokens that are all but equally likely as agreement; None if nobody asked.
+    """
+
+    top1_but_ties: float | None = None
+    kinds: tuple[KindReport, ...] = ()
+
     @classmethod
-    def of(cls, total: divergence.Divergence) -> Divergence:
-        """The figures of what was added up over positions."""
-        return cls.model_validate(total, from_attributes=True)
+    def of(cls, total: divergence.Divergence, kinds: Sequence[tuple[str, int]] = ()) -> Divergence:
+        """The figures of what was added up over sequences, whose kinds and lengths may be given."""
+        whole = cls.model_validate(total, from_attributes=True)
+        parts = [
+            KindReport(kind=kind, tokens=part.positions, **dict(Figures.model_validate(part, from_attributes=True)))
+            for kind, part in total.by_kind(kinds).items()
+        ]
+        return whole.model_copy(update={"kinds": tuple(parts)})
+
+
+LossWord = Literal["lossless", "near", "lossy", "poor"]
+
+
+class KindLossReport(ReportModel):
+    """The loss on one kind of text in a word, beside what PyTorch's bf16 costs the source there (`noise`, in nats)."""
+
+    kind: str
+    tokens: int
+    word: LossWord
+    kld_mean: float
+    changed: float
+    noise: float
+
+
+class LossReport(ReportModel):
+    """What an artefact's numbers cost, in a word: that of the kind of text which fares worst.
+
+    Measured where its program computes most exactly: `runtime` in `arithmetic`.
+    """
+
+    word: LossWord
+    kind: str
+    kld_mean: float
+    runtime: str
+    arithmetic: Arithmetic
+    kinds: tuple[KindLossReport, ...]
 
 
 class GreedyReport(ReportModel):

@@ -17,6 +17,7 @@ from gemexport.formats.stamps import NOTHING, Stamps
 from gemexport.formats.tensor import Tensor
 
 if TYPE_CHECKING:
+    from gemexport.validators.checks.prompts import Passage
     from gemexport.validators.reference import Reference
     from gemexport.validators.reference.arithmetic import Arithmetic
     from gemexport.validators.reference.store import ReferenceStore
@@ -81,11 +82,15 @@ class Place:
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
         """The token sequences that every model is judged on."""
+        return [passage.tokens for passage in self.passages(checkpoint)]
+
+    def passages(self, checkpoint: Checkpoint) -> list[Passage]:
+        """The same with what kind of text each is of."""
         from gemexport.shared.texts import encoded
         from gemexport.validators.checks import prompts
 
         ids = encoded(checkpoint, self.work)
-        return prompts.sequences([ids[text] for text in prompts.prompts()], checkpoint.architecture, self.tokens)
+        return prompts.passages(ids, checkpoint.architecture, self.tokens)
 
     def store(
         self,

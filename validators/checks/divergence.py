@@ -5,6 +5,7 @@ Logits come in as float32 and are judged in float64. `p` is the reference, `q` t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numba
@@ -16,6 +17,9 @@ from gemexport.formats.storage.parallel import ordered
 from gemexport.formats.tensor import Floats
 from gemexport.validators.runtimes.protocol import Logits, TopLogits
 
+# By how many nats p must find q's choice less likely than its own for the two to be told apart by a reader: a tenth.
+# Less is a choice that another order of sums or PyTorch's bf16 makes as well (3 % of a small model's tokens).
+CHANGED_NATS = 0.1
 # KL divergence in nats; by how many nats p finds q's choice less likely than its own; nll_q - nll_p of the next token
 # (NaN: unknown).
 Row = tuple[float, float, float]
@@ -125,9 +129,10 @@ class Divergence:
     kld_max: float = 0.0
     agreed: int = 0
     tied: int = 0  # those that agreed, and those whose choices are a tie
+    others: int = 0  # those at which q's choice is another in earnest
     predicted: int = 0
     excess_sum: float = 0.0
-    rows: list[float] = field(default_factory=list, repr=False)  # KL divergence of each position
+    rows: list[Row] = field(default_factory=list, repr=False)  # of each position
 
     def add(self, p: Floats, q: Logits, tokens: list[int]) -> None:
         """Add a sequence: logits of both models after each of `tokens`, the next token being the prediction's aim."""
@@ -138,17 +143,33 @@ class Divergence:
                 return _top(p[i], q.ids[i], q.logprobs[i], following[i])
             return _full(p[i], q[i], following[i])
 
-        for kld, gap, excess in ordered(one, range(len(tokens))):
-            self.positions += 1
-            self.kld_sum += kld
-            self.rows.append(kld)
-            # A NaN must reach the verdict; max() may drop it.
-            self.kld_max = float(np.maximum(self.kld_max, kld))
-            self.agreed += gap == 0
-            self.tied += gap <= (self.tie or 0)
-            if not np.isnan(excess):
-                self.predicted += 1
-                self.excess_sum += excess
+        for row in ordered(one, range(len(tokens))):
+            self._count(row)
+
+    def _count(self, row: Row) -> None:
+        kld, gap, excess = row
+        self.positions += 1
+        self.kld_sum += kld
+        self.rows.append(row)
+        # A NaN must reach the verdict; max() may drop it.
+        self.kld_max = float(np.maximum(self.kld_max, kld))
+        self.agreed += gap == 0
+        self.tied += gap <= (self.tie or 0)
+        self.others += not gap <= CHANGED_NATS
+        if not np.isnan(excess):
+            self.predicted += 1
+            self.excess_sum += excess
+
+    def by_kind(self, kinds: Sequence[tuple[str, int]]) -> dict[str, Divergence]:
+        """The same of the positions of each kind, `kinds` being those of the sequences that were added, and lengths."""
+        found: dict[str, Divergence] = {}
+        start = 0
+        for kind, length in kinds:
+            part = found.setdefault(kind, Divergence(self.tie))
+            for row in self.rows[start : start + length]:
+                part._count(row)
+            start += length
+        return found
 
     @property
     def kld_mean(self) -> float:
@@ -159,6 +180,11 @@ class Divergence:
     def top1_agreement(self) -> float:
         """Share of positions at which both models think the same token likeliest."""
         return self.agreed / max(self.positions, 1)
+
+    @property
+    def changed(self) -> float:
+        """Share of positions at which p finds q's choice less likely than its own by more than CHANGED_NATS."""
+        return self.others / max(self.positions, 1)
 
     @property
     def top1_but_ties(self) -> float | None:

@@ -1,14 +1,21 @@
-"""The built-in texts: prompts in several languages and code for the logits, and hard cases for tokenizers."""
+"""The built-in texts: of several kinds for the logits, and hard cases for tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import zip_longest
 
 from gemexport.formats.gemma.architecture import Architecture
 
 SEPARATOR = "\n%%\n"
+# What compression harms first is not what it harms most: code, long documents, scripts other than Latin.
+DOCUMENT, SHORT = "document", ("prose", "code", "scripts")
+KINDS = (DOCUMENT, *SHORT)
+MIXED = "mixed"
+LEAST = 104  # tokens of each kind: a hundred of text, and BOS
 
 HARD_TEXTS: tuple[str, ...] = (
     "Café déjà vu — 123 😊",
@@ -51,10 +58,17 @@ HARD_TEXTS: tuple[str, ...] = (
 
 
 @cache
-def prompts() -> tuple[str, ...]:
-    """The built-in texts, some twenty-five, a few hundred characters each."""
-    text = files("gemexport.validators.checks").joinpath("texts/prompts.txt").read_text("utf-8")
+def texts(kind: str) -> tuple[str, ...]:
+    """The built-in texts of one of KINDS, in the order in which they are read."""
+    text = files("gemexport.validators.checks").joinpath(f"texts/{kind}.txt").read_text("utf-8")
     return tuple(text.rstrip("\n").split(SEPARATOR))
+
+
+@cache
+def prompts() -> tuple[str, ...]:
+    """All built-in texts, some fifty, most of a few hundred characters: one of each kind in turn, documents last."""
+    kinds = [texts(kind) for kind in (*SHORT, DOCUMENT)]
+    return tuple(text for row in zip_longest(*kinds[:-1]) for text in row if text is not None) + kinds[-1]
 
 
 def sequence_length(architecture: Architecture, tokens: int) -> int:
@@ -63,13 +77,44 @@ def sequence_length(architecture: Architecture, tokens: int) -> int:
     return min(tokens, max(256, wanted) if wanted <= 2048 else 256)
 
 
-def sequences(texts: Sequence[Sequence[int]], architecture: Architecture, tokens: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Passage:
+    """A sequence of token ids that logits are judged on, and its kind: one of KINDS, or MIXED."""
+
+    kind: str
+    tokens: list[int]
+
+
+def passages(encoded: Mapping[str, Sequence[int]], architecture: Architecture, tokens: int) -> list[Passage]:
+    """`tokens` tokens of the built-in texts in all, given the ids of each text, by kind: the document first.
+
+    A hundred of each kind at least; below that all texts are of one kind, MIXED.
+    """
+    if tokens < len(KINDS) * LEAST:
+        return [Passage(MIXED, found) for found in sequences([encoded[t] for t in prompts()], architecture, tokens)]
+    # The document is long enough to leave the sliding window behind, where that leaves the others their share.
+    long = min(max(tokens // len(KINDS), sequence_length(architecture, tokens)), tokens - len(SHORT) * LEAST)
+    each, over = divmod(tokens - long, len(SHORT))
+    counts = {DOCUMENT: long + over, **dict.fromkeys(SHORT, each)}
+    longest = sequence_length(architecture, tokens)
+    return [
+        Passage(kind, found)
+        for kind, count in counts.items()
+        for found in sequences([encoded[text] for text in texts(kind)], architecture, count, longest)
+    ]
+
+
+def sequences(
+    texts: Sequence[Sequence[int]], architecture: Architecture, tokens: int, longest: int | None = None
+) -> list[list[int]]:
     """Token sequences of `tokens` tokens in all, made of the token ids of `texts` in turn, each beginning with BOS.
+
+    None is longer than `longest`, by default what leaves the sliding window behind.
 
     The texts repeat when they are too few; the last sequence may be shorter.
     """
     start = [architecture.bos_token_id] if architecture.bos_token_id is not None else []
-    length = sequence_length(architecture, tokens)
+    length = longest or sequence_length(architecture, tokens)
     stream = [token for text in texts for token in text if token < architecture.vocab_size]
     if not stream:
         raise ValueError("the texts have no tokens")

@@ -33,7 +33,9 @@ from gemexport.shared.measured import (
     FactReport,
     GreedyReport,
     GridReport,
+    KindLossReport,
     LogitsReport,
+    LossReport,
     Pace,
     SpeedReport,
     TensorReport,
@@ -499,3 +501,27 @@ def test_names_of_strangers_do_nothing_to_a_terminal_or_a_page() -> None:
     assert f"<code>run {escaped}\\nc</code>" in page
     for text in (table, markdown, page):
         assert not set("\x1b\x07\u202e\udcff") & set(text.removesuffix("\n"))
+
+
+def test_a_loss_is_called_by_its_name_in_its_colour_everywhere() -> None:
+    kinds = tuple(
+        KindLossReport(kind=kind, tokens=104, word=word, kld_mean=kld, changed=kld / 2, noise=0.001)
+        for kind, word, kld in (("code", "lossy", 0.125), ("prose", "near", 0.0123))
+    )
+    loss = LossReport(word="lossy", kind="code", kld_mean=0.0456, runtime="x", arithmetic="f32", kinds=kinds)
+    sample = sample_report(2)
+    artifacts = (sample.artifacts[0].model_copy(update={"loss": loss, "status": "pass", "reason": None}),)
+    report = sample.model_copy(update={"artifacts": artifacts})
+    console = Console(record=True, width=200, force_terminal=True, file=io.StringIO())
+    render.print_table(report, console)
+    row = next(line for line in console.export_text(styles=True).splitlines() if "Q4_0" in line)
+    assert "0.046 \x1b[33mlossy\x1b[0m" in row
+    assert re.search(r"\x1b\[33m\s*pass", row)
+    assert "\x1b[32m" not in row
+    markdown, page = render.render_markdown(report), render.render_html(report)
+    assert "| 0.046 lossy |" in markdown
+    assert "| 🟡 pass |" in markdown
+    assert "✅" not in markdown
+    assert "0.12, 6.25 % changed: lossy (bf16 0.001)" in markdown
+    assert '<span class="word lossy">lossy</span>, which code texts decide' in page
+    assert '<span class="verdict pass lossy">pass</span>' in page

@@ -96,6 +96,22 @@ def test_a_choice_between_tokens_that_are_all_but_as_likely_is_a_tie(tops: bool)
     assert Divergence().top1_but_ties is None
 
 
+def test_kinds_have_the_positions_of_their_sequences() -> None:
+    """A choice that p finds a tenth less likely is another token; a nearer one is not."""
+    vocabulary = np.log(np.array([0.4, 0.38, 0.12, 0.1], np.float32))
+    p = np.tile(vocabulary, (3, 1))
+    near, far = p[:, [1, 0, 2, 3]], p[:, [2, 1, 0, 3]]
+    total = Divergence()
+    for q in (near, far, near):
+        total.add(p, q, [1, 2, 3])
+    found = total.by_kind([("code", 3), ("prose", 3), ("code", 3)])
+    assert {kind: (part.positions, part.changed) for kind, part in found.items()} == {"code": (6, 0), "prose": (3, 1)}
+    assert found["code"].kld_mean == pytest.approx(float(np.sum(np.exp(p[0]) * (p[0] - near[0]))), rel=1e-4)
+    assert found["code"].kld_sum + found["prose"].kld_sum == pytest.approx(total.kld_sum)
+    assert total.changed == pytest.approx(1 / 3)
+    assert total.top1_agreement == 0
+
+
 def test_nan_reaches_the_figures() -> None:
     damaged = logits(1)
     damaged[2, 7] = np.nan

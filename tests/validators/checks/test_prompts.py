@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.validators.checks.prompts import HARD_TEXTS, prompts, sequences
+from gemexport.validators.checks.prompts import HARD_TEXTS, KINDS, MIXED, passages, prompts, sequences, texts
 
 
 def test_there_are_texts_in_many_scripts() -> None:
@@ -30,3 +30,35 @@ def test_sequences_have_as_many_tokens_as_asked_for_and_begin_with_bos(tiny_gemm
 def test_sequences_leave_the_sliding_window(tiny_gemma4: Path) -> None:
     decoder = open_checkpoint(tiny_gemma4).architecture.model_copy(update={"sliding_window": 512})
     assert len(sequences([list(range(10, 400))], decoder, 2048)[0]) > 512
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window"), [(416, 512), (512, 8), (512, 512), (2048, 512), (2048, 1024), (9000, 4096)]
+)
+def test_every_kind_of_text_has_a_hundred_tokens_and_the_document_leaves_the_window(
+    tiny_gemma4: Path, tokens: int, window: int
+) -> None:
+    decoder = open_checkpoint(tiny_gemma4).architecture.model_copy(update={"sliding_window": window})
+    ids = {text: [10 + i % 200 for i in range(len(text) // 4)] for text in prompts()}
+    found = passages(ids, decoder, tokens)
+    counts = {kind: sum(len(item.tokens) for item in found if item.kind == kind) for kind in KINDS}
+    assert sum(counts.values()) == sum(len(item.tokens) for item in found) == tokens
+    assert min(counts.values()) > 100
+    assert all(item.tokens[0] == decoder.bos_token_id for item in found)
+    assert found[0].kind == "document"
+    if tokens == 2048:
+        assert len(found[0].tokens) > window
+
+
+def test_too_few_tokens_for_a_verdict_by_kind_are_of_one(tiny_gemma4: Path) -> None:
+    decoder = open_checkpoint(tiny_gemma4).architecture
+    ids = {text: [7] * len(text) for text in prompts()}
+    found = passages(ids, decoder, 415)
+    assert {item.kind for item in found} == {MIXED}
+    assert sum(len(item.tokens) for item in found) == 415
+
+
+def test_a_hundred_tokens_of_other_scripts_are_of_several() -> None:
+    start = "".join(texts("scripts")[:4])
+    assert all(sample in start for sample in ("дождь", "图书馆", "القطار", "बारिश"))
+    assert sorted(prompts()) == sorted(text for kind in KINDS for text in texts(kind))
