@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.activations import Activations, LinearActivations, Quantizer
-from gemexport.formats.checkpoint import Source
+from gemexport.formats.checkpoint import READERS, Source, quantization_method
 from gemexport.formats.checkpoint import read_config as read_json
 from gemexport.formats.compressed_tensors.activations import caches, quantizer
 from gemexport.formats.compressed_tensors.settings import Args, Quantization, Scheme, quantization
@@ -41,9 +42,14 @@ Read = Callable[[int, int], Floats]
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of the decoder in folder `path` under its canonical name, mapped; also of other tools' folders.
 
-    Raises InputError when a file is broken, a tensor is missing, or the quantization is none that is known here.
+    That may be one of GPTQ or AWQ, which vLLM and transformers take as well. Raises InputError when a file is broken, a
+    tensor is missing, or the quantization is none that is known here.
     """
-    return dict(source(Path(path), read_config(Path(path))).tensors)
+    folder = Path(path)
+    config = read_json(folder)
+    reader = READERS.get(str(quantization_method(config)))
+    found: Source = import_module(reader).source(folder, config) if reader else source(folder, read_config(folder))
+    return dict(found.tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

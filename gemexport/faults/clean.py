@@ -109,7 +109,8 @@ def drawn(seed: int) -> Model:
     recipe = RECIPES[str(stream.choice(sorted(RECIPES)))]
     if kind == "mobile":
         return Model(seed, "gemma4", kind, size, recipe)
-    family: demo.FamilyName = "gemma4" if stream.random() < 0.5 else "gemma3"
+    newer = bool(stream.random() < 0.5)
+    family: demo.FamilyName = "gemma4" if newer else "gemma3"
     return Model(
         seed=seed,
         family=family,
@@ -118,7 +119,7 @@ def drawn(seed: int) -> Model:
         recipe=recipe.model_copy(update={"requantize_mixed": bool(stream.random() < 0.5)}),
         rule=None if kind == "plain" else str(stream.choice(RULES)),
         plain=LEFT_PLAIN[stream.integers(len(LEFT_PLAIN))] if kind == "partly" else (),
-        experts=family == "gemma4" and bool(stream.random() < 0.3),
+        experts=newer and bool(stream.random() < 0.3),
         dtype=DTYPES[stream.integers(len(DTYPES))],
     )
 

@@ -9,7 +9,12 @@ from gemexport.formats.gemma.names import role_of
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.tensor import DType, Grid
 from gemexport.judge.bounds import (
+    BLOCK_EXCESS,
+    BLOCK_GAIN,
+    BLOCK_MANY,
+    BLOCK_MEDIAN,
     BLOCK_STEPS,
+    BLOCK_USUAL,
     CODEC_ROOM,
     F32_FACTOR,
     F32_TOP1,
@@ -154,10 +159,38 @@ def _near(tensors: Sequence[TensorReport], holds: Holds, plain: DType | None) ->
         worst, limit, name = _farthest((item.rms_relative_error or 0.0, REQUANTIZED_RMS, item.name) for item in anew)
         origin = "a matrix that was quantized anew is still nearer to the source's than another one would be"
         result.append(Bound.at_most("weights.rms_relative_error", worst, limit, origin, name))
+    result += _blocks([item for item in anew if item.blocks is not None])
     if moved:
         error, limit, name = _farthest((item.max_relative_error, _step_limit(item), item.name) for item in moved)
         origin = "steps of the wider codes that the format has instead: half of one, and of blocks what clipping adds"
         result.append(Bound.at_most("weights.max_relative_error of requantized tensors", error, limit, origin, name))
+    return result
+
+
+def _blocks(tensors: Sequence[TensorReport]) -> list[Bound]:
+    """Somebody else's codes are what their kind of block can do: each of them, most, and the one in the middle."""
+    gains: list[tuple[float, float, str]] = []
+    manies, medians, excesses = gains.copy(), gains.copy(), gains.copy()
+    for item in tensors:
+        blocks = item.blocks
+        assert blocks is not None
+        row, column = blocks.at
+        where = f"{item.name} (row {row}, from column {column}: its values times {blocks.factor:.3g} would be nearer)"
+        gains.append((blocks.gain, max(BLOCK_GAIN, BLOCK_USUAL * blocks.gain_usual), where))
+        manies.append((blocks.many, max(1.0, BLOCK_MANY * blocks.blocks), item.name))
+        medians.append((blocks.gain_median, BLOCK_MEDIAN, where))
+        excesses.append((blocks.excess, max(BLOCK_EXCESS, BLOCK_USUAL * blocks.excess_usual), item.name))
+    origins = {
+        "block gain": (gains, "no other scale would make the error of a block so many times less"),
+        "blocks with a gain of 4": (manies, "as many as chance and importances bring about"),
+        "median block gain": (medians, "no other scales would make the error of most blocks so many times less"),
+        "block excess": (excesses, "the error of a block is near the least that its kind of block can reach"),
+    }
+    result = []
+    for name, (found, origin) in origins.items():
+        if found:
+            value, limit, where = _farthest(found)
+            result.append(Bound.at_most(f"weights.{name}", value, limit, origin, where))
     return result
 
 

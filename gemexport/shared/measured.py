@@ -62,6 +62,26 @@ class GridReport(ReportModel):
         return Grid(**dict(self))
 
 
+class BlocksReport(ReportModel):
+    """Somebody else's codes of a tensor, block by block, against the best that such a block can do.
+
+    `excess` is a block's error over the least, `gain` over what another scale would leave of it: the largest of the
+    `blocks`, the `usual` one that all but one in a thousand stay below, the median; `many` have a gain of 4 and more.
+    The largest gain is `at` this row and column, whose values should be multiplied by `factor`.
+    """
+
+    blocks: int
+    gain_median: float
+    gain_usual: float
+    gain: float
+    many: int
+    excess_median: float
+    excess_usual: float
+    excess: float
+    at: tuple[int, int]
+    factor: float
+
+
 class TensorReport(ReportModel):
     """One tensor read back from the artefact and compared with the source's, under its canonical name."""
 
@@ -84,6 +104,7 @@ class TensorReport(ReportModel):
     fitted_rms: float | None = None
     kept: int | None = None
     broken_at: tuple[int, int] | None = None
+    blocks: BlocksReport | None = None
 
 
 class WeightsReport(ReportModel):

@@ -22,6 +22,7 @@ from gemexport.formats.grids.lattice import edges, jit
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.parallel import by_rows
 from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, expand, round_to
+from gemexport.validators.checks.blocks import BlockComparison, Blocks, Judged, judge
 from gemexport.validators.checks.evaluated import PIECE, evaluate, numbers_of
 from gemexport.validators.checks.kept import Held, Kept, held_of
 
@@ -52,6 +53,7 @@ class TensorComparison:
     fitted_rms: float | None = None  # the error that the artefact says the codec's fit measured
     kept: int | None = None  # weights that are, to the bit, what was promised; None: nothing was
     broken_at: tuple[int, int] | None = None  # row and column of the first that is not
+    blocks: BlockComparison | None = None  # of codes that nothing was promised of and that are not all exact
 
     @property
     def exact_fraction(self) -> float:
@@ -232,6 +234,7 @@ def _tensor(
         fitted_rms=stored.fitted_rms,
         kept=promised.kept if due else None,
         broken_at=promised.broken_at if due else None,
+        blocks=None if due or exact == _count(source) else _blocks(source, stored, threads),
     )
 
 
@@ -252,6 +255,21 @@ def _slice(
         held = held_of(promise, stored, own, found, ours)
     as_run = _exact_as_run(wanted.values, source.dtype, stored, bounds)
     return numbers, same, scales_kept, as_run, values.data, held
+
+
+def _blocks(source: Tensor, stored: Tensor, threads: int | None) -> BlockComparison | None:
+    """What somebody else's blocks are like; None where there are none. Reads both tensors a second time."""
+    grid = stored.grid
+    if grid is None or grid.kind == "vectors":
+        return None
+
+    def judged(bounds: tuple[int, int]) -> Judged:
+        return judge(source.rows(*bounds).values, stored.rows(*bounds).values, grid)
+
+    blocks = Blocks(grid)
+    for part in by_rows(judged, source, threads):
+        blocks.add(part)
+    return blocks.comparison()
 
 
 def _same_codes(wanted: Rows, found: Rows, source: Tensor, stored: Tensor) -> bool:

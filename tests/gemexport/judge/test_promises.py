@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,79 @@ def test_codes_and_roundings_that_a_variant_asks_for_are_promised_too(artefacts:
     assert all(item.kept == item.compared for item in report.tensors)
     found = said(artefacts.report("gguf", "Q4_0", clean))  # what was not asked for; but the source's values are as good
     assert [line.partition(":")[0] for line in found] == ([] if variant in ("BF16", "F32") else ["weights.kept"])
+
+
+def ggml_blocks(artefacts: Artefacts, path: Path) -> None:
+    """Put llama-quantize's own Q4_0 in the place of ours."""
+    from gguf.constants import GGMLQuantizationType
+
+    from gemexport.faults.stored import writable
+    from gemexport.formats.gguf import stored_tensors
+    from gemexport.formats.gguf.parts import read_parts
+    from gemexport.formats.gguf.quantizer import quantize
+
+    source = artefacts.place.plain().tensors
+    for name, tensor in stored_tensors(read_parts(path)).items():
+        if tensor.type == GGMLQuantizationType.Q4_0:
+            rows = tensor.shape[0]
+            writable(tensor.blocks(0, rows))[:] = quantize(tensor.type, source[name].rows(0, rows).values)
+
+
+def mlx_blocks(artefacts: Artefacts, path: Path) -> None:
+    """Put mlx's own 4 bits in groups of 32 in the place of ours."""
+    import mlx.core as mx
+
+    source = artefacts.place.plain()
+    for name in source.tensors:
+        if source.model.specs[name].role.is_matrix and name != CANONICAL.name(Role.EMBEDDING):  # which has 8 bits
+            values = mx.array(source.tensors[name].numpy()).astype(mx.bfloat16)
+            packed, *beside = (np.array(a) for a in _mlx(mx, values))
+            place = PLACES["mlx"](path, name)
+            numbers = place.read()
+            fields = packed.view(np.uint8)
+            numbers.codes = np.stack([fields & 15, fields >> 4], axis=2).reshape(numbers.codes.shape)
+            numbers.scales = [like(a, b) for a, b in zip(beside, numbers.scales, strict=True)]
+            place.write(numbers)
+
+
+def _mlx(mx: Any, values: Any) -> list[Any]:
+    packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
+    return [packed, scales.astype(mx.float32), biases.astype(mx.float32)]
+
+
+@pytest.mark.parametrize("recode", [("gguf", "Q4_0", ggml_blocks), ("mlx", "4bit", mlx_blocks)])
+def test_one_scale_in_somebody_elses_file_is_named(artefacts: Artefacts, recode: tuple[str, str, Any]) -> None:
+    target, variant, put = recode
+    pytest.importorskip("libggml" if target == "gguf" else "mlx.core")
+    path = artefacts.broken(target, variant, FITTED, lambda numbers: None)
+    put(artefacts, path)
+    before = said(artefacts.report(target, variant, path, known=False))
+
+    def halve(numbers: Numbers) -> None:
+        numbers.scales[0][3, 1] = like(floats(numbers.scales[0][3:4, 1]) / np.float32(2), numbers.scales[0])[0]
+
+    place = PLACES[target](path, FITTED)
+    numbers = place.read()
+    halve(numbers)
+    place.write(numbers)
+    after = said(artefacts.report(target, variant, path, known=False))
+    found, *_ = [line for line in after if line not in before]
+    assert f"{FITTED} (row 3, from column 32" in found
+    # On a lattice another program's codes are no codes of the checkpoint's; off it there is nothing to say.
+    assert {line.partition(":")[0] for line in before} <= {"weights.exact_fraction"}
+
+
+def test_one_scale_in_a_file_of_k_quants_is_named(artefacts: Artefacts) -> None:
+    pytest.importorskip("libggml")
+    from gemexport.faults.stored import writable
+    from gemexport.formats.gguf import stored_tensors
+    from gemexport.formats.gguf.parts import read_parts
+
+    path = artefacts.broken("gguf", "Q4_K_M", NORM, lambda numbers: None)
+    assert said(artefacts.report("gguf", "Q4_K_M", path, known=False)) == []
+    tensor = stored_tensors(read_parts(path))[FITTED]
+    assert tensor.type.name == "Q5_0"  # rows of 64 weights are no K-quants
+    blocks = writable(tensor.blocks(0, tensor.shape[0]))
+    blocks[3, 22:24] = (blocks[3, 22:24].copy().view("<f2") / np.float16(2)).view(np.uint8)
+    found, *_ = said(artefacts.report("gguf", "Q4_K_M", path, known=False))
+    assert f"{FITTED} (row 3, from column 32" in found
