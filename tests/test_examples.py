@@ -82,3 +82,17 @@ def test_python_api(tiny_gemma4: Path, tmp_path: Path) -> None:
     assert "judged again: pass" in done.stdout
     report = json.loads((tmp_path / "out" / "run" / "report.json").read_text("utf-8"))
     assert report["artifacts"][0]["weights"]["exact_fraction"] == 1.0
+
+
+def test_the_swift_example_keeps_the_contract() -> None:
+    """Names and numbers that Core ML and our evaluator go by; there is no compiler for it here."""
+    from gemexport.exporters import coreml
+    from gemexport.exporters.coreml import backend
+    from gemexport.formats.assets.stops import GENERATION
+    from gemexport.validators.runtimes.coreml.feeds import MASKED
+
+    text = "".join(file.read_text("utf-8") for file in sorted((EXAMPLES / "swift" / "Sources").rglob("*.swift")))
+    names = (backend.INPUT_IDS, backend.FULL_MASK, backend.SLIDING_MASK, backend.LOGITS, GENERATION)
+    for name in (*names, coreml.SLIDING_WINDOW, "keyCache", "eos_token_id", "top_k", "top_p"):
+        assert f'"{name}"' in text
+    assert f"repeating: {MASKED:.0f}" in text

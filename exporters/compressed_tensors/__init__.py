@@ -52,6 +52,7 @@ from gemexport.formats.tensor import DType, Grid, Plain, Tensor, round_to, slice
 
 VARIANTS: tuple[str, ...] = ("w4a16", "bf16")
 METADATA = {"format": "pt"}  # of the weights
+NO_VLLM = "vLLM does not load that"  # in a note on embeddings
 
 
 @dataclass
@@ -118,7 +119,8 @@ def _run(path: Path, notes: list[str]) -> str:
     if experts.TOLD in notes:
         return f"vllm serve {quote(str(path))}"
     call = f'pipeline("text-generation", {json.dumps(str(path))})("The capital of France is")[0]["generated_text"]'
-    return f"python -c {quote(f'from transformers import pipeline; print({call})')}"
+    ours = f"python -c {quote(f'from transformers import pipeline; print({call})')}"
+    return ours if any(NO_VLLM in note for note in notes) else f"{ours}  # or: vllm serve {quote(str(path))}"
 
 
 def supports(model: Model, variant: str) -> str | None:
@@ -219,7 +221,10 @@ def _fit_loader(checkpoint: Checkpoint, tensors: dict[str, Tensor], given: Activ
     wanted = bool(embeddings) or _widened(tensors, plan)
     plan.unpack_early = shifted or shared or (wanted and not several and not given)
     if plan.unpack_early:
-        return _keep_one_scheme(tensors, plan)
+        left = _keep_one_scheme(tensors, plan)
+        if shared and EMBEDDING in plan.packed:
+            plan.notes.append(f"{EMBEDDING} is packed and the head too; {NO_VLLM} (--no-pack-embeddings)")
+        return left
     others = {}
     for name in embeddings:
         scheme = plan.packed.pop(name)
@@ -232,7 +237,7 @@ def _fit_loader(checkpoint: Checkpoint, tensors: dict[str, Tensor], given: Activ
     if written:
         plan.notes.append(
             f"{' and '.join(written)}: a byte for each code, which transformers loads beside "
-            f"{'several schemes' if several else 'static activations'} and vLLM does not (--no-pack-embeddings)"
+            f"{'several schemes' if several else 'static activations'}; {NO_VLLM} (--no-pack-embeddings)"
         )
     if _widened(tensors, plan) or not rounding.held(given, plan.model):
         why = "activations are static" if given else "modules have several schemes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,17 @@ def test_same_input_same_bytes(gemma4: Checkpoint, tmp_path: Path) -> None:
 def test_unpacked_embeddings_are_noted(gemma4: Checkpoint, tmp_path: Path) -> None:
     notes = exporter.export(gemma4, tmp_path / "out").notes
     assert [note.split()[0] for note in notes] == [EMBEDDINGS, PER_LAYER]
-    assert exporter.export(gemma4, tmp_path / "packed", pack_embeddings=True).notes == []
+    notes = exporter.export(gemma4, tmp_path / "packed", pack_embeddings=True).notes
+    assert notes == [f"{EMBEDDINGS} is packed and the head too; vLLM does not load that (--no-pack-embeddings)"]
+
+
+def test_what_vllm_loads_has_its_line_too(gemma4: Checkpoint, tmp_path: Path) -> None:
+    """A comment to the shell, so that the line runs as it stands."""
+    path = tmp_path / "my out"
+    ours, theirs = exporter.export(gemma4, path).run.split("  # or: ")
+    assert ours.startswith("python -c ")
+    assert theirs == f"vllm serve {shlex.quote(str(path))}"
+    assert "vllm" not in exporter.export(gemma4, path, pack_embeddings=True).run
 
 
 @pytest.mark.parametrize("pack_embeddings", [False, True])
@@ -99,7 +110,7 @@ def test_mixed_schemes_are_said_by_module(gemma3: Checkpoint, tmp_path: Path) ->
     assert all(item.exact_fraction == 1.0 for item in found.tensors)
     # Unpacking while loading knows one scheme, so what differs from it is left unpacked.
     export = exporter.export(checkpoint, tmp_path / "packed", pack_embeddings=True)
-    assert [note.split()[0] for note in export.notes] == [GATE, UP]
+    assert [note.split()[0] for note in export.notes] == [EMBEDDINGS, GATE, UP]
     assert compressed_tensors.tensors(export.path)[GATE].grid is None
     ignored = _config(export.path)["quantization_config"]["ignore"]
     assert ignored == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
