@@ -24,6 +24,7 @@ TYPES = {
     kind
     for family in FAMILIES
     for kind in (family.name, family.text_type, family.whole_type, family.reference_type, family.gguf, family.mlx_type)
+    if kind
 }
 # What tensors are called: each whole name, and the words of which they are made, where these are nobody else's.
 WORDS = {word for role in Role for word in re.split(r"[.{}]+", CANONICAL.stem(role)) if "_" in word}

@@ -1,6 +1,6 @@
 """The metadata that tells llama.cpp which Gemma decoder a GGUF file holds.
 
-llama.cpp's graphs for Gemma 3 and Gemma 4 (src/models/gemma3.cpp, gemma4.cpp) have some choices built in: which layer a
+llama.cpp's graphs for Gemma 2, 3 and 4 (src/models/gemma2.cpp and its like) have some choices built in: which layer a
 shared layer takes its keys from, the attention scale, which layers slide. What they cannot express is refused here.
 """
 
@@ -38,8 +38,12 @@ def problem(model: Model) -> str | None:
     ropes = {sliding: {layer.rope for layer in decoder.layers if layer.sliding == sliding} for sliding in (True, False)}
     in_part = [layer for layer in decoder.layers if layer.rope.rotary_dims != layer.head_dim]
     tables = decoder.per_layer
+    if (own := model.family.gguf_problem(flat_facts(decoder))) is not None:
+        return own
     problems = {
-        "its attention scores are soft-capped": decoder.attention_softcap is not None,
+        "its attention scores are soft-capped": decoder.attention_softcap is not None
+        and not model.family.caps_attention,
+        "its attention scale is not the one that is built in": not decoder.qk_norm and q_norm_factor(model) != 1.0,
         "it has fewer than two layers that compute keys and values": len(owners) < model.family.gguf_owners,
         "layers of one attention type differ in their RoPE": any(len(rope) > 1 for rope in ropes.values()),
         "the RoPE of its sliding layers is scaled": any(rope.factor != 1.0 for rope in ropes[True]),

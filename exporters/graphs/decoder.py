@@ -1,4 +1,4 @@
-"""The Gemma 3 and Gemma 4 text decoder, written once over a small set of operations.
+"""The text decoder of Gemma 2, 3 and 4, written once over a small set of operations.
 
 ONNX and Core ML need a graph: each gives a `Backend` that spells these operations in its own
 operators, and calling `logits(architecture, backend)` makes the graph. A backend that computes
@@ -134,12 +134,12 @@ def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: L
     """One layer: attention, MLP and what the layer is told of the token, each added to the residual."""
     i = layer.index
     h = attention(a, b, norm(a, b, x, name(Role.INPUT_NORM, i)), layer)
-    x = b.add(x, norm(a, b, h, name(Role.POST_ATTENTION_NORM, i)))
+    x = b.add(x, norm(a, b, h, name(Role.POST_ATTENTION_NORM, i)) if a.post_norms else h)
     h = mlp(b, norm(a, b, x, name(Role.PRE_MLP_NORM, i)), i)
     if a.experts is not None:
         h = norm(a, b, h, name(Role.POST_DENSE_NORM, i))
         h = b.add(h, norm(a, b, experts(a, b, x, i), name(Role.POST_EXPERTS_NORM, i)))
-    x = b.add(x, norm(a, b, h, name(Role.POST_MLP_NORM, i)))
+    x = b.add(x, norm(a, b, h, name(Role.POST_MLP_NORM, i)) if a.post_norms else h)
     if told is not None:
         h = b.mul(b.gelu(b.linear(x, name(Role.PER_LAYER_GATE, i))), told)
         h = b.linear(h, name(Role.PER_LAYER_PROJECTION, i))
@@ -148,14 +148,16 @@ def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: L
 
 
 def attention(a: Architecture, b: Backend[V], x: V, layer: Layer) -> V:
-    """Attention with normed queries and keys; a layer with another's keys and values only asks."""
+    """Attention, of most families with normed queries and keys; a layer with another's keys and values only asks."""
     i = layer.index
-    q = norm(a, b, b.split(b.linear(x, name(Role.Q, i)), a.heads), name(Role.Q_NORM, i))
+    q = b.split(b.linear(x, name(Role.Q, i)), a.heads)
+    q = norm(a, b, q, name(Role.Q_NORM, i)) if a.qk_norm else q
     if layer.owns_cache:
         k = b.split(b.linear(x, name(Role.K, i)), layer.kv_heads)
         v = k if layer.k_eq_v else b.split(b.linear(x, name(Role.V, i)), layer.kv_heads)
         v = b.rms_norm(v, None, a.rms_norm_eps, 0.0) if a.value_norm else v
-        b.remember(b.rotary(norm(a, b, k, name(Role.K_NORM, i)), layer), v, layer)
+        k = norm(a, b, k, name(Role.K_NORM, i)) if a.qk_norm else k
+        b.remember(b.rotary(k, layer), v, layer)
     h = b.attention(b.rotary(q, layer), layer, a.attention_scale, a.attention_softcap)
     return b.linear(b.merge(h), name(Role.O, i))
 

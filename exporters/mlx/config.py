@@ -45,6 +45,6 @@ def problem(model: Model) -> str | None:
         assert other is not None
         if (layer.head_dim, layer.kv_heads, layer.rope) != (other.head_dim, other.kv_heads, other.rope):
             return f"has layers of one attention type that differ ({other.index}, {layer.index})"
-    if decoder.attention_softcap is not None:
+    if decoder.attention_softcap is not None and not model.family.caps_attention:
         return "has a soft cap"
     return model.family.mlx_problem(flat_facts(decoder))

@@ -113,6 +113,8 @@ class Architecture(BaseModel):
     value_norm: bool  # values are RMS-normed, without a weight
     experts: Experts | None  # in every layer
     layer_scalar: bool  # each layer's output is multiplied by a scalar
+    qk_norm: bool = True  # queries and keys are RMS-normed
+    post_norms: bool = True  # what attention and MLP add to the residual is RMS-normed
     max_positions: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -138,14 +140,17 @@ class Architecture(BaseModel):
         shapes: dict[Role, Shape] = {
             Role.INPUT_NORM: (hidden,),
             Role.Q: (query, hidden),
-            Role.Q_NORM: (layer.head_dim,),
         }
+        if self.qk_norm:
+            shapes[Role.Q_NORM] = (layer.head_dim,)
         if layer.owns_cache:
             shapes[Role.K] = (keys, hidden)
-            shapes[Role.K_NORM] = (layer.head_dim,)
+            if self.qk_norm:
+                shapes[Role.K_NORM] = (layer.head_dim,)
             if not layer.k_eq_v:
                 shapes[Role.V] = (keys, hidden)
-        return shapes | {Role.O: (hidden, query), Role.POST_ATTENTION_NORM: (hidden,)}
+        shapes[Role.O] = (hidden, query)
+        return shapes | {Role.POST_ATTENTION_NORM: (hidden,)} if self.post_norms else shapes
 
     def _mlp(self, layer: Layer) -> dict[Role, Shape]:
         hidden, wide, experts = self.hidden_size, layer.intermediate_size, self.experts
@@ -166,7 +171,7 @@ class Architecture(BaseModel):
                 Role.EXPERT_DOWN: (experts.count, hidden, experts.intermediate_size),
                 Role.POST_EXPERTS_NORM: (hidden,),
             }
-        return shapes | {Role.POST_MLP_NORM: (hidden,)}
+        return shapes | {Role.POST_MLP_NORM: (hidden,)} if self.post_norms else shapes
 
     def _told(self) -> dict[Role, Shape]:
         """What a layer does with its per-layer input, and its scalar."""

@@ -78,6 +78,7 @@ def flat_facts(decoder: Architecture) -> Flat:
         "max_positions": decoder.max_positions,
         "rms_norm_eps": decoder.rms_norm_eps,
         "final_softcap": decoder.final_softcap,
+        "attention_softcap": decoder.attention_softcap,
         "tied": decoder.tied,
         "sliding": [layer.sliding for layer in decoder.layers],
         "sliding_window": decoder.sliding_window if sliding else 0,
@@ -138,6 +139,7 @@ CONFIG = {
     "max_positions": "max_position_embeddings",
     "rms_norm_eps": "rms_norm_eps",
     "final_softcap": "final_logit_softcapping",
+    "attention_softcap": "attn_logit_softcapping",
     "tied": "tie_word_embeddings",
     "shared": "num_kv_shared_layers",
     "k_eq_v": "attention_k_eq_v",
@@ -175,7 +177,6 @@ _SPELT = {
     "rope.rotary_dims": "partial_rotary_factor of {type}: the dimensions that rotate",
     "sliding": "layer_types: sliding",
     "kv_heads": "num_key_value_heads",
-    "attention_softcap": "attn_logit_softcapping",
     "attention_scale": "query_pre_attn_scalar: the attention scale",
 }
 

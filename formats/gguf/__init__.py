@@ -213,7 +213,7 @@ def family_of(parts: Parts) -> Family[Any]:
     name = str(parts.metadata.get(Keys.General.ARCHITECTURE))
     family = by_gguf(name)
     if family is None:
-        known = " or ".join(dict.fromkeys(family.gguf for family in FAMILIES))
+        known = " or ".join(dict.fromkeys(family.gguf for family in FAMILIES if family.gguf))
         raise InputError(parts.path, f"the architecture {name!r} is not known", f"give a GGUF file of {known}")
     return family
 

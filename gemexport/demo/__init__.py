@@ -39,7 +39,7 @@ __all__ = [
     "write_generation_config",
 ]
 
-FamilyName = Literal["gemma3", "gemma4"]
+FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "vaultgemma"]
 TOWER = "model.vision_tower.patch_embedder.input_proj.weight"
 
 

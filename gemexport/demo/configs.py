@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.families.gemma2 import Gemma2
 from gemexport.formats.gemma.families.gemma3 import Gemma3
 from gemexport.formats.gemma.families.gemma4 import Gemma4
+from gemexport.formats.gemma.families.gemma4_unified import Gemma4Unified
+from gemexport.formats.gemma.families.shieldgemma2 import ShieldGemma2
+from gemexport.formats.gemma.families.vaultgemma import VaultGemma
 from gemexport.formats.gemma.fields import FULL, SLIDING
 
 
@@ -34,6 +38,7 @@ SIZES = {
 # the last two layers before the shared ones for the donors, sliding first, as in the released sizes.
 GEMMA4_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
 GEMMA4_SHARED = 3
+GEMMA2_LAYERS = [SLIDING, FULL, SLIDING, FULL]
 GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
 EXPERTS_LAYERS = [SLIDING, FULL, SLIDING, FULL]
 EXPERTS, CHOSEN = 8, 2
@@ -47,7 +52,7 @@ def config_json(family: str, size: Size, spelling: str = GLOBAL_HEAD_DIM, expert
     a Gemma 4 is like 26B-A4B, else like E2B.
     """
     known = named(family)
-    names = {"architectures": [known.reference_class], "model_type": known.text_type}
+    names = {"architectures": [known.reference_class], "model_type": known.text_type or known.reference_type}
     return _common(size) | CONFIGS[type(known)](names, size, spelling, experts)
 
 
@@ -114,5 +119,30 @@ def _experts(size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gemma4_unified(names: dict[str, Any], size: Size, spelling: str, _: bool) -> dict[str, Any]:
+    """As 12B: full layers with one head of keys that are the values too, and nothing besides."""
+    kept = ("attention_k_eq_v", "layer_types", "num_hidden_layers", "num_kv_shared_layers", "use_double_wide_mlp")
+    like = {key: value for key, value in _experts(size).items() if key in kept}
+    lacks = ("enable_moe_block", "hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    own = {"num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+    config = _gemma4(names, size, spelling, False) | like | own
+    return {key: value for key, value in config.items() if key not in lacks}
+
+
+def _gemma2(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, Any]:
+    return names | {
+        "eos_token_id": 1, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0,
+        "layer_types": GEMMA2_LAYERS, "num_hidden_layers": len(GEMMA2_LAYERS), "query_pre_attn_scalar": size.head_dim,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    }  # fmt: skip
+
+
 Maker = Callable[[dict[str, Any], Size, str, bool], dict[str, Any]]
-CONFIGS: dict[type[Family[Any]], Maker] = {Gemma3: _gemma3, Gemma4: _gemma4}
+CONFIGS: dict[type[Family[Any]], Maker] = {
+    Gemma2: _gemma2,
+    Gemma3: _gemma3,
+    Gemma4: _gemma4,
+    Gemma4Unified: _gemma4_unified,
+    ShieldGemma2: _gemma3,
+    VaultGemma: _gemma2,
+}

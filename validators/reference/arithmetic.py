@@ -109,12 +109,17 @@ def _rounded_linear(sizes: tuple[int, ...]) -> experts.Linear:
 
 
 def _round_constants(model: Any) -> None:
-    """Factors that a program in f16 has as f16 numbers, however it is evaluated: of per-layer inputs, of a soft cap."""
+    """Factors that a program in f16 has as f16 numbers, however it is evaluated: of per-layer inputs, of soft caps."""
     text, cap = model.get_decoder(), model.config.final_logit_softcapping
     if hasattr(text, "per_layer_input_scale"):
         text.per_layer_input_scale = _half(text.per_layer_input_scale)
     if cap is not None:
         model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: logits * (_half(1 / cap) * cap))
+    for module in model.modules():
+        if (of_scores := getattr(module, "attn_logit_softcapping", None)) is not None:
+            root = module.head_dim**0.5
+            for factor in (module.scaling * root, 1 / root, 1 / of_scores):  # of queries, of queries, of scores
+                module.scaling *= _half(factor) / factor
 
 
 def _half(value: float) -> float:

@@ -42,8 +42,8 @@ class Family(ABC, Generic[F]):
     # What its artefacts call themselves. A family may be computed as another one is, and then says so in these.
     reference_type: ClassVar[str]  # `model_type` of the transformers class that computes it
     reference_class: ClassVar[str]
-    gguf: ClassVar[str]  # llama.cpp's name of the graph, which is `general.architecture`
-    mlx_type: ClassVar[str]  # mlx-lm's module
+    gguf: ClassVar[str]  # llama.cpp's name of the graph, which is `general.architecture`; "" where it has none
+    mlx_type: ClassVar[str]  # mlx-lm's module; "" where it has none
     mlx_rounds_embed_scale: ClassVar[bool] = False  # mlx-lm rounds the embedding's factor to bf16, in f32 as well
     genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
 
@@ -58,6 +58,9 @@ class Family(ABC, Generic[F]):
     norm_offset: ClassVar[float]  # a norm multiplies by this plus its weight
     value_norm: ClassVar[bool]
     layer_scalar: ClassVar[bool]
+    qk_norm: ClassVar[bool] = True  # queries and keys are normed
+    post_norms: ClassVar[bool] = True  # what attention and MLP add is normed
+    caps_attention: ClassVar[bool] = False  # llama.cpp's graph and mlx-lm's module soft-cap attention scores
     names: ClassVar[Dialect] = CANONICAL  # of the tensors in its checkpoints
 
     def spelt(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +90,7 @@ class Family(ABC, Generic[F]):
                 raise InputError(path, f"{key}: positions are scaled by {kind}, which is not supported", remedy)
         for problem, present in self.refused(fields).items():
             if present:
-                raise InputError(
-                    path, f"{problem}, which is not supported", "use a dense Gemma 3 or Gemma 4 text decoder"
-                )
+                raise InputError(path, f"{problem}, which is not supported", "use a text decoder that the README names")
         try:
             layers = self.layers(fields)
         except ValidationError as error:
@@ -113,6 +114,8 @@ class Family(ABC, Generic[F]):
             value_norm=self.value_norm,
             experts=self.experts(fields),
             layer_scalar=self.layer_scalar,
+            qk_norm=self.qk_norm,
+            post_norms=self.post_norms,
             max_positions=fields.max_position_embeddings,
             bos_token_id=fields.bos_token_id,
             eos_token_ids=fields.stops(),
@@ -139,6 +142,10 @@ class Family(ABC, Generic[F]):
     def mlx_config(self, flat: Flat, source: dict[str, Any]) -> dict[str, Any]:
         """What mlx-lm's config.json has beside `config`; `source` is the checkpoint's own."""
         return {}
+
+    def gguf_problem(self, flat: Flat) -> str | None:
+        """What llama.cpp's graph of the family would compute differently, besides what no graph of it knows."""
+        return None
 
     @abstractmethod
     def mlx_problem(self, flat: Flat) -> str | None:

@@ -92,6 +92,10 @@ class Gemma3(Family[Fields]):
     mlx_rounds_embed_scale = True
     layer_scalar = False
 
+    def refused(self, fields: Fields) -> dict[str, bool]:
+        encoder = "it is an encoder such as EmbeddingGemma, with attention both ways and one vector for a text"
+        return {encoder: fields.use_bidirectional_attention in (True, "all"), **fields.refused()}
+
     def layers(self, fields: Fields) -> tuple[Layer, ...]:
         return tuple(
             Layer(

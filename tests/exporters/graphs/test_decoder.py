@@ -59,6 +59,13 @@ EXPERTS = K_EQ_V | {
     "top_k_experts": 3,
     "moe_intermediate_size": 48,
 }
+UNIFIED = {key: value for key, value in K_EQ_V.items() if key != "hidden_size_per_layer_input"}
+GEMMA2 = COMMON | {
+    "num_hidden_layers": 4,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 48,
+}
 
 
 class Eager:
@@ -142,12 +149,21 @@ class Eager:
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("Gemma3", GEMMA3), ("Gemma4", E2B), ("Gemma4", K_EQ_V), ("Gemma4", EXPERTS)],
-    ids=["gemma3", "e2b", "k_eq_v", "experts"],
+    [
+        ("Gemma3", GEMMA3),
+        ("Gemma4", E2B),
+        ("Gemma4", K_EQ_V),
+        ("Gemma4", EXPERTS),
+        ("Gemma4Unified", UNIFIED),
+        ("Gemma2", GEMMA2),
+        ("VaultGemma", GEMMA2),
+    ],
+    ids=["gemma3", "e2b", "k_eq_v", "experts", "12b", "gemma2", "vaultgemma"],
 )
 def test_the_description_gives_transformers_logits(kind: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}TextConfig")(**settings)
+    text = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
+    config = text(**settings)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for weight in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("layer_scalar"))):

@@ -24,6 +24,10 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("gemma4", {"rope_parameters": {FULL: PROPORTIONAL, SLIDING: LINEAR}, "tie_word_embeddings": False}),
     ("gemma4", {"layer_types": EVEN, "per_layer_config": {"1": {"head_dim": 64, "num_key_value_heads": 2}}}),
     ("gemma4", {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48}),
+    ("gemma4_unified", {}),
+    ("gemma2", {}),
+    ("gemma2", {"layer_types": [FULL, FULL, SLIDING, FULL], "attn_logit_softcapping": None}),
+    ("vaultgemma", {"tie_word_embeddings": False}),
 ]
 
 

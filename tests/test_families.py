@@ -1,0 +1,152 @@
+"""Every family, small and random with its real structure, through every default artefact; and in full precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemexport
+from gemexport import demo
+from gemexport.demo.configs import wrapped
+from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.gemma.families import named
+from gemexport.formats.gemma.model import describe
+from gemexport.formats.storage.errors import InputError
+from gemexport.registry import TARGETS
+from gemexport.report.schema import Report
+
+TINY = demo.SIZES["tiny"]
+# Of Gemma 3 4B and more: positions of full layers go eight times as slowly.
+SCALED = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+# Windows as long as what is tested: mlx-lm's Gemma 2 has none.
+WIDE = {"sliding_window": 4096}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a small model with the structure of what the name stands for."""
+    if name == "gemma4-12b":
+        return wrapped(demo.config_json("gemma4_unified", TINY), named("gemma4_unified"))
+    if name == "gemma3-4b":
+        return wrapped(demo.config_json("gemma3", TINY) | SCALED, named("gemma3"))
+    if name == "shieldgemma2":
+        return wrapped(demo.config_json("gemma3", TINY) | SCALED, named("shieldgemma2"))
+    if name == "gemma2-wide":
+        return demo.config_json("gemma2", TINY) | WIDE
+    return demo.config_json(name, TINY)
+
+
+def made(name: str, folder: Path, rule: str | None = "max/7") -> Path:
+    config = config_of(name)
+    prefix = "model.language_model." if "text_config" in config else "model."
+    return demo.write(folder / name, config, rule=rule, prefix=prefix)
+
+
+def supported(name: str, variants: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Of these variants, those that the format's program runs."""
+    model = describe(config_of(name), name)
+    held = {
+        target: tuple(variant for variant in some if TARGETS[target].supports(model, variant) is None)
+        for target, some in variants.items()
+    }
+    return {target: some for target, some in held.items() if some}
+
+
+def passed(report: Report) -> None:
+    for item in report.artifacts:
+        assert (item.format, item.variant, item.status, item.reason) == (item.format, item.variant, "pass", None)
+
+
+NAMES = ("gemma4-12b", "gemma3-4b", "gemma2", "vaultgemma")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["max/7", None], ids=["lattice", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_default_artefact_passes(name: str, rule: str | None, tmp_path: Path) -> None:
+    variants = supported(name, {target.name: target.variants for target in TARGETS.values()})
+    report = gemexport.export(made(name, tmp_path, rule), tmp_path / "out", formats=list(variants), variants=variants,
+                              tokens=128)  # fmt: skip
+    passed(report)
+    assert sum(map(len, variants.values())) == len(report.artifacts) >= 4
+    for item in report.artifacts:
+        assert item.weights
+        if rule is not None:
+            assert all(tensor.exact_fraction == 1 for tensor in item.weights.tensors if len(tensor.shape) > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "gemma2-wide"])
+def test_programs_continue_alike_in_full_precision(name: str, tmp_path: Path) -> None:
+    """llama.cpp, mlx-lm and ONNX Runtime, through their own caches, 32 tokens."""
+    variants = supported(name, {"gguf": ("F32",), "mlx": ("f32",), "onnx": ("f32",)})
+    report = gemexport.export(made(name, tmp_path), tmp_path / "out", formats=list(variants), variants=variants,
+                              tokens=128)  # fmt: skip
+    passed(report)
+    for item in report.artifacts:
+        assert item.logits
+        assert item.logits.greedy
+        assert (item.logits.greedy.tokens, item.logits.greedy.equal) == (32, 32)
+
+
+@pytest.mark.slow
+def test_12b_out_of_what_other_formats_hold(tmp_path: Path) -> None:
+    """GGUF, MLX and compressed-tensors of a 12B-shaped model as MODEL: their codes pass through."""
+    variants = {"gguf": ("Q4_0",), "mlx": ("4bit",), "compressed-tensors": ("w4a16",)}
+    first = gemexport.export(
+        made("gemma4-12b", tmp_path), tmp_path / "first", formats=list(variants), variants=variants, validate=False
+    )
+    for item in first.artifacts:
+        assert item.path
+        out = tmp_path / f"out-{item.format}"
+        again = gemexport.export(tmp_path / "first" / item.path, out, formats=["gguf", "onnx"], tokens=128)
+        passed(again)
+        for artifact in again.artifacts:
+            assert artifact.weights
+            assert all(tensor.exact_fraction == 1 for tensor in artifact.weights.tensors if len(tensor.shape) > 1)
+
+
+def test_a_classifier_that_transformers_saved(tmp_path: Path) -> None:
+    """ShieldGemma 2's decoder is found in the classifier's own names, and is the Gemma 3 in it."""
+    transformers = pytest.importorskip("transformers")
+    text = {key: value for key, value in demo.config_json("gemma3", TINY).items() if key != "architectures"} | SCALED
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.ShieldGemma2Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.ShieldGemma2ForImageClassification(config)
+    folder = tmp_path / "shieldgemma2"
+    model.save_pretrained(folder)
+    tokens = demo.make(tmp_path / "tokens", family="gemma3", size="tiny") / "tokenizer.json"
+    (folder / "tokenizer.json").write_bytes(tokens.read_bytes())
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.model.family.name == "shieldgemma2"
+    assert checkpoint.architecture.tied
+    assert next(layer.rope.factor for layer in checkpoint.architecture.layers if not layer.sliding) == 8.0
+    assert any("vision_tower" in name for name in checkpoint.left_out)
+    state = model.model.get_decoder().state_dict()
+    for name, tensor in checkpoint.tensors.items():
+        expected = state[name.removeprefix("model.")].float().numpy()
+        assert (tensor.numpy() == expected.reshape(tensor.shape)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("diffusion_gemma", "is DiffusionGemma, which denoises a block of tokens at once and would need an encoder"),
+        ("gemma3n", "is a Gemma 3n, whose layers have several streams"),
+        ("gemma", "is a Gemma 1"),
+        ("embedding_gemma2", "is an EmbeddingGemma 2"),
+    ],
+)
+def test_relatives_are_refused_by_name(kind: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {}}))
+    with pytest.raises(InputError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_an_embedding_gemma_is_refused_as_what_it_is() -> None:
+    config = demo.config_json("gemma3", TINY) | {"use_bidirectional_attention": True}
+    with pytest.raises(InputError, match="it is an encoder such as EmbeddingGemma"):
+        describe(config, "config.json")
