@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,8 @@ def _resized(
 def _unpack(base: Checkpoint, adapter: Adapter, model: Model, scratch: Path | None) -> Callable[[], Unpacked]:
     """A function that composes the base's settings with the adapter's in their place, once."""
 
-    def fill(target: Path) -> None:
-        for source in (base.assets, adapter.path):
+    def fill(target: Path, own: Path) -> None:
+        for source in (own, adapter.path):
             for name in assets.FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, target / name)
@@ -115,11 +116,20 @@ def _unpack(base: Checkpoint, adapter: Adapter, model: Model, scratch: Path | No
             tokenizer = reading.read_tokenizer(target / assets.TOKENIZER)
             composed = assets.compose(target, tokenizer, asked_of_tokens(model))
         for name, text in composed.files.items():
-            (target / name).write_text(text, "utf-8")
+            if text:
+                (target / name).write_text(text, "utf-8")
+            else:  # its content is in another file now
+                (target / name).unlink(missing_ok=True)
         assets.write_notes(composed, target)
 
     mark = hashlib.sha256(f"{base.facts()}{adapter.digest()}".encode()).hexdigest()[:16]
-    return unpacking(fill, lambda: mark, scratch)
+
+    @cache
+    def unpack() -> Unpacked:
+        own = base.assets  # made before the place is locked for this
+        return unpacking(lambda target: fill(target, own), lambda: mark, scratch)()
+
+    return unpack
 
 
 def is_shared(base: Checkpoint, module: str) -> bool:

@@ -63,9 +63,9 @@ def test_keys_and_values_of_sharing_layers(golden: Path, tiny_gemma4: Path) -> N
     assert len(names) == 10
 
 
-def test_a_larger_vocabulary(golden: Path, tiny_gemma3: Path) -> None:
+def test_a_larger_vocabulary(golden: Path, tiny_gemma3: Path, tmp_path: Path) -> None:
     folder = golden / "adapters" / "resized"
-    merged, base = open_checkpoint(tiny_gemma3, adapter=folder), open_checkpoint(tiny_gemma3)
+    merged, base = open_checkpoint(tiny_gemma3, tmp_path / "scratch", adapter=folder), open_checkpoint(tiny_gemma3)
     held_to(merged, folder)
     assert merged.architecture.vocab_size == merged.text_config["vocab_size"] == 516
     assert merged.tensors[EMBEDDING].shape == (516, 64)
