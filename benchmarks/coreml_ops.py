@@ -7,6 +7,7 @@ are in float32, where coremltools holds them to 1e-4; with `--precision fp16` in
 
     python benchmarks/coreml_ops.py [torch] [mil] [--cases 3] [--seed 0] [-k EXPRESSION] [--json FILE] [--verbose]
 
+Some of the tests import scipy or torchvision; files of which this machine lacks one are named at the end.
 A test has many parameters; `--cases` of them run, drawn by the seed (0: all). Exit status 1 when one is wrong or
 crashed.
 """
@@ -64,9 +65,14 @@ class Judge:
     def __init__(self, cases: int, seed: int, precision: str) -> None:
         self.cases, self.choose, self.precision = cases, random.Random(seed), precision
         self.outcomes: dict[str, tuple[str, str]] = {}  # case -> outcome, and why
+        self.unread: dict[str, str] = {}  # file of tests that cannot be imported here -> why
         self._predicted = False  # whether the case at hand got numbers from the evaluator
         self._compared = False  # whether coremltools has found the last of them right
         self._stopped: BaseException | None = None  # what the evaluator raised instead
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.unread[report.nodeid.split("/")[-1]] = report.longreprtext.splitlines()[-1].removeprefix("E").strip()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Some cases of each test, of those in the precision asked for."""
@@ -251,6 +257,8 @@ def main() -> int:
             if outcome != "agrees":
                 console.print(f"{outcome}: {case.split('/')[-1]}: {why}", markup=False, highlight=False, soft_wrap=True)
     console.print(summary(judge.outcomes))
+    for file, why in judge.unread.items():
+        console.print(f"not run, {file}: {why}", markup=False, highlight=False, soft_wrap=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(judge.outcomes, indent=2) + "\n")
     found = Counter(outcome for outcome, _ in judge.outcomes.values())
