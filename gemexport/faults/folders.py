@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.faults.stored import floats, like, writable
-from gemexport.faults.weights import NOISE, ONE_EPSILON, Fault, Inapplicable, Make, Subject, name_of, wide
+from gemexport.faults.weights import NOISE, ONE_EPSILON, Fault, Harmless, Inapplicable, Make, Subject, name_of, wide
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, canonical_name, module_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.safetensors import Entry, Writer, read_folder
@@ -151,7 +151,7 @@ def short(config: Json, _: Subject) -> str:
 def narrow(config: Json, _: Subject) -> str:
     """Heads of one number."""
     _text(config)["head_dim"] = 1
-    return "head_dim|shape"
+    return "head_dim|shape|config.json says"
 
 
 def top_k(config: Json, _: Subject) -> str:
@@ -331,6 +331,7 @@ ACTIVATIONS: dict[str, Fault | str] = {
     "activation zero point off by one": NO_ZERO_POINT,
 }
 NO_SCORES = "its tokenizer joins by merges, and has no scores"
+NO_SUCH_SETTING = "the programs' classes for a Gemma of this generation read no such setting"
 OF_GGUF = "GGUF alone has the key"
 BUILT_IN = "the runtime computes it, no file says so"
 TOKENIZER: dict[str, Fault | str] = {
@@ -367,7 +368,7 @@ FAULTS: dict[str, Fault | str] = {
     "a matrix's shape the other way round": shape_turned,
     "a tensor that the decoder has not": unknown_tensor,
     "erf for tanh in one GELU": edited("config.json", erf),
-    "attention soft cap 50 in one layer": edited("config.json", attention_softcap),
+    "attention soft cap 50 in one layer": Harmless(edited("config.json", attention_softcap), NO_SUCH_SETTING),
     "epsilon 1e-5 in one norm": ONE_EPSILON,
     "epsilon 2e-6 in all norms": edited("config.json", epsilon),
     "attention scale 0.2 % larger in one layer": edited("config.json", attention_scale),

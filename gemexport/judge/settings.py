@@ -12,6 +12,8 @@ from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.stamps import WEIGHTS
+from gemexport.formats.storage.safetensors import weight_files
 from gemexport.shared.measured import FactReport
 from gemexport.validators.checks import vocabulary
 from gemexport.validators.checks.vocabulary import GENAI, settings_of
@@ -28,7 +30,16 @@ def setting_differences(checkpoint: Checkpoint, path: Path) -> tuple[FactReport,
     """
     if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, GENAI)):
         return ()
-    return (*_config(checkpoint, path), *_genai(checkpoint.architecture, path))
+    return (*_files(path), *_config(checkpoint, path), *_genai(checkpoint.architecture, path))
+
+
+def _files(path: Path) -> Iterator[FactReport]:
+    """Weights beside the model's: mlx-lm takes every file whose name begins so, vLLM every one without an index."""
+    known = {name for name in weight_files(path) if name.endswith(WEIGHTS)}
+    found = {file.name for file in path.glob(f"*{WEIGHTS}") if not file.name.startswith("adapter")}
+    if found & known and found > known:
+        names = [", ".join(sorted(names)) for names in (found, known)]
+        yield FactReport(name="the files of weights that programs read", found=names[0], expected=names[1])
 
 
 def _stops(checkpoint: Checkpoint) -> frozenset[int]:

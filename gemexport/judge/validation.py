@@ -10,6 +10,7 @@ from types import ModuleType
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
+from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
 from gemexport.judge.trial import Trial, Try
@@ -166,5 +167,5 @@ def check_weights(
 def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
     """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
     stated = differences(target, path, checkpoint.model)
-    stated += setting_differences(checkpoint, path)
+    stated += setting_differences(checkpoint, path) + epsilon_differences(target, path, checkpoint.architecture)
     return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))

@@ -62,6 +62,15 @@ def test_wider_dtypes_and_fewer_ends_are_no_difference(folder: Path, gemma4: Che
     assert said(gemma4, edited(folder, "config.json", dtype="float32", eos_token_id=1)) == []
 
 
+def test_weights_beside_the_models_are_named(folder: Path, gemma4: Checkpoint) -> None:
+    copy = edited(folder, "config.json")
+    shutil.copyfile(copy / "model.safetensors", copy / "adapters.safetensors")
+    assert said(gemma4, copy) == []
+    shutil.copyfile(copy / "model.safetensors", copy / "model-of-before.safetensors")
+    (found,) = said(gemma4, copy)
+    assert "model-of-before.safetensors, model.safetensors" in found
+
+
 def test_sizes_of_genai_config_are_compared(gemma4: Checkpoint, tmp_path: Path) -> None:
     export = pytest.importorskip("gemexport.exporters.onnx").export
     own = export(gemma4, tmp_path / "onnx").path
