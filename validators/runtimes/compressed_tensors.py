@@ -5,7 +5,7 @@ transformers and the compressed-tensors package do the loading and unpacking; no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,15 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import apply
 from gemexport.validators.checks.habits import Habits
 from gemexport.validators.reference.decoder import quiet
+from gemexport.validators.runtimes.layerwise import Layerwise
 from gemexport.validators.runtimes.protocol import Arithmetic, Layout
 from gemexport.validators.runtimes.pytorch import PyTorch
 
 
-def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> CompressedTensors:
-    """The folder at `path` in transformers, computing in f32; `context` is whatever is asked, and so is `frugal`.
+def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> CompressedTensors | Layered:
+    """The folder at `path` in transformers, computing in f32; `context` is whatever is asked.
+
+    `frugal` holds no more than a layer.
 
     Scales are cast to float32 before codes are multiplied by them, so that what is compared is the numbers in the
     file. Loaded in bf16, as users do, the products are rounded to the checkpoint's own values.
@@ -42,6 +45,9 @@ def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> Com
     automatic: Any = transformers.AutoModelForCausalLM
     remedy = "export or download the model again"
     try:
+        if frugal:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            return Layered(Path(path), config, threads, tokenizer)
         _know_experts(str((config.get("text_config") or config).get("model_type")))
         with quiet(), _scales_in_f32():
             model, report = automatic.from_pretrained(
@@ -65,13 +71,10 @@ def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> Com
     return CompressedTensors(model, tokenizer, threads, "static-activations" if activations(path) else "f32")
 
 
-class CompressedTensors(PyTorch):
-    """The model as transformers loaded it, and the tokenizer beside it."""
+class _Worded:
+    """The tokenizer beside a model."""
 
-    def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:
-        name = f"transformers {transformers.__version__} (compressed-tensors, set to f32)"
-        super().__init__(model, arithmetic, threads, name)
-        self._tokenizer = tokenizer
+    _tokenizer: Any
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that AutoTokenizer gives, without BOS."""
@@ -91,6 +94,23 @@ class CompressedTensors(PyTorch):
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
         """Conversations as its tokenizer's `apply_chat_template` lays them out."""
         return [apply(self._tokenizer.apply_chat_template, layout) for layout in layouts]
+
+
+class Layered(_Worded, Layerwise):
+    """A folder whose layers are unpacked one after the other, and its tokenizer."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], threads: int, tokenizer: Any) -> None:
+        super().__init__(folder, config, threads, _scales_in_f32)
+        self._tokenizer = tokenizer
+
+
+class CompressedTensors(_Worded, PyTorch):
+    """The model as transformers loaded it, and the tokenizer beside it."""
+
+    def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:
+        name = f"transformers {transformers.__version__} (compressed-tensors, set to f32)"
+        super().__init__(model, arithmetic, threads, name)
+        self._tokenizer = tokenizer
 
 
 def _know_experts(model_type: str) -> None:

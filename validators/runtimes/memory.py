@@ -97,9 +97,9 @@ def _mlx(found: Sizes) -> tuple[int, int]:
 
 
 def _compressed_tensors(found: Sizes) -> tuple[int, int]:
-    """Everything in f32, and the logits of PyTorch beside ours."""
-    takes = 2 * found.logits + 4 * (found.matrices + found.tables)
-    return takes, takes
+    """Everything in f32, and the logits of PyTorch beside ours; the least is a layer, and what is unpacked for it."""
+    least = 2 * found.logits + 8 * found.layer
+    return least, max(least, 2 * found.logits + 4 * (found.matrices + found.tables))
 
 
 def _coreml(found: Sizes) -> tuple[int, int]:

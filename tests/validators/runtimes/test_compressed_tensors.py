@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from samples import with_grids
 
@@ -57,6 +58,12 @@ def test_conversion(checkpoint: Checkpoint, tmp_path: Path, pack_embeddings: boo
     assert runtime.greedy(sequence[:20], 32) == expected.greedy(sequence[:20], 32)
     assert tokenizer.compare(encode, lambda text: runtime.tokenize(text) or [], prompts.HARD_TEXTS).equal
     assert runtime.arithmetic == "f32"
+    frugal = adapter.load(folder, threads=2, context=256, frugal=True)
+    np.testing.assert_array_equal(frugal.logits(sequence), runtime.logits(sequence))
+    assert frugal.greedy(sequence[:20], 32) == runtime.greedy(sequence[:20], 1)
+    assert frugal.tokenize("Hello") == runtime.tokenize("Hello")
+    for ours, theirs in zip(frugal.hidden(sequence), runtime.hidden(sequence), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow
