@@ -72,9 +72,10 @@ def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> Com
 
 
 class _Worded:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model, and how `generate` goes about it."""
 
     _tokenizer: Any
+    _generation: Any
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that AutoTokenizer gives, without BOS."""
@@ -82,7 +83,7 @@ class _Worded:
 
     def habits(self) -> Habits:
         """What transformers puts before a text, where `generate` stops, how the tokenizer pads and decodes."""
-        listed = self._model.generation_config.eos_token_id
+        listed = self._generation.eos_token_id
         stops = [listed] if isinstance(listed, int) else listed or []
         return Habits(
             tuple(self._tokenizer.encode("")),
@@ -101,7 +102,7 @@ class Layered(_Worded, Layerwise):
 
     def __init__(self, folder: Path, config: Mapping[str, Any], threads: int, tokenizer: Any) -> None:
         super().__init__(folder, config, threads, _scales_in_f32)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._generation = tokenizer, _generation(folder)
 
 
 class CompressedTensors(_Worded, PyTorch):
@@ -110,7 +111,14 @@ class CompressedTensors(_Worded, PyTorch):
     def __init__(self, model: Any, tokenizer: Any, threads: int, arithmetic: Arithmetic) -> None:
         name = f"transformers {transformers.__version__} (compressed-tensors, set to f32)"
         super().__init__(model, arithmetic, threads, name)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._generation = tokenizer, model.generation_config
+
+
+def _generation(folder: Path) -> Any:
+    """What `from_pretrained` gives a model for its `generation_config`: the file, or what config.json says."""
+    if (folder / "generation_config.json").is_file():
+        return transformers.GenerationConfig.from_pretrained(str(folder))
+    return transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(str(folder)))
 
 
 def _know_experts(model_type: str) -> None:

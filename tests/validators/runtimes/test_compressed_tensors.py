@@ -62,6 +62,8 @@ def test_conversion(checkpoint: Checkpoint, tmp_path: Path, pack_embeddings: boo
     np.testing.assert_array_equal(frugal.logits(sequence), runtime.logits(sequence))
     assert frugal.greedy(sequence[:20], 32) == runtime.greedy(sequence[:20], 1)
     assert frugal.tokenize("Hello") == runtime.tokenize("Hello")
+    own, usual = frugal.habits(), runtime.habits()
+    assert (own.begins, own.stops, own.pad) == (usual.begins, usual.stops, usual.pad)
     for ours, theirs in zip(frugal.hidden(sequence), runtime.hidden(sequence), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
