@@ -100,7 +100,7 @@ def _resized(
         tensors={name: tensors[name] for name in model.specs},
         unpack=_unpack(base, adapter, model, scratch) if own else base.unpack,
         notes=(*base.notes, "; ".join(notes)),
-        bases={name: base.tensors[name] for name in new},
+        bases={**{name: base.tensors[name] for name in new}, **base.bases},
     )
 
 

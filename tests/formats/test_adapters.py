@@ -44,6 +44,8 @@ def test_several_adapters_in_order(golden: Path, tiny_gemma3: Path) -> None:
     assert held_to(both, second, 4.0) == ["model.layers.0.mlp.down_proj.weight", "model.layers.2.mlp.up_proj.weight"]
     assert both.name == f"{tiny_gemma3.name}-dora-second"
     assert [note.split()[2] for note in both.notes] == ["dora", "second"]
+    third = open_checkpoint(tiny_gemma3, adapter=[first, golden / "adapters" / "resized"])
+    assert {EMBEDDING, *open_checkpoint(tiny_gemma3, adapter=first).bases} == set(third.bases)
     other = open_checkpoint(tiny_gemma3, adapter=[second, first])
     name = "model.layers.0.mlp.down_proj.weight"
     assert np.abs(both.tensors[name].numpy() - other.tensors[name].numpy()).max() > 0.01
