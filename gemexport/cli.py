@@ -85,7 +85,7 @@ CompressPython = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Text for gptq, awq and the ranges of npu-a8 and npu-a16; default: built-in."),
+    typer.Option(metavar="FILE", help="Text to round on, and for the ranges of npu-a8 and npu-a16; default: built-in."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 

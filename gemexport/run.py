@@ -28,7 +28,7 @@ from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, crashed, fingerprint, model_report
 from gemexport.registry import Target, check_able
 from gemexport.report.earlier import merged, withdrawn
-from gemexport.report.notes import compression_note
+from gemexport.report.notes import compression_note, rounding_notes
 from gemexport.report.schema import ArtifactReport, Report, package_versions
 from gemexport.request import Request, Step, refusals, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
@@ -70,11 +70,14 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             renderer = beside.submit(_renderer)
             outcomes = scheduler.run(nodes, settings)
         source, notes = checkpoint, [*earlier.notes]
-        for name in ("compress", "grids") if asked.compression is not None else ("grids",):
-            value_of(name, outcomes)
+        for name in ("compress", "grids", "round"):
+            if name in outcomes:
+                value_of(name, outcomes)
         if asked.compression is not None:
             checkpoint = asked.place(work, source).checkpoint()
             notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
+        if "round" in outcomes:
+            notes += rounding_notes(outcomes["round"])
         artifacts = [artifact_report(asked, step, outcomes, work) for step in wanted] + refused + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
         if errors and all(artifact.status in ("error", "skipped") for artifact in artifacts):

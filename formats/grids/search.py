@@ -1,13 +1,15 @@
 """The grid of every matrix of a checkpoint, stacked ones too, found once for all formats and kept beside the outputs.
 
 Only the scales are kept (a thirty-second of the weights' number): with them, a weight's code is its nearest multiple.
-A tensor whose file has codes keeps that grid; beside it goes a grid that every format holds, for those that cannot hold
-its own. The compiled loops are imported where they run: Numba takes longer to import than an index to read.
+Where codes were chosen otherwise, `choose` keeps these too. A tensor whose file has codes keeps that grid; beside it
+goes a grid that every format holds, for those that cannot hold its own. The compiled loops are imported where they run:
+Numba takes longer to import than an index to read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -19,15 +21,16 @@ from pydantic import BaseModel, ConfigDict
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe, Scheme
+from gemexport.formats.storage.bitpack import Words, pack, signed, unpack, words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.parallel import by_rows
-from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, holding, matrix_of, slices
+from gemexport.formats.tensor import Codes, DType, Floats, Grid, Rows, Tensor, TensorBase, holding, matrix_of, slices
 
 if TYPE_CHECKING:
     from gemexport.formats.grids.lattice import Found
 
-INDEX, SCALES = "grids.json", "scales.f32"
+INDEX, SCALES, CODES = "grids.json", "scales.f32", "codes.u32"
 # For formats that cannot hold a tensor's own grid: so fine that little is lost, in blocks that all of them have.
 FALLBACK = Scheme(bits=8, group_size=32)
 
@@ -46,6 +49,7 @@ class GridRecord(BaseModel):
     offset: int = 0  # bytes into the scales file
     squared_error: float = 0.0  # sum of (w - code * scale)**2 / sum of w**2
     native: bool = False  # the file has codes of its own, and what else is said here is of the fallback
+    codes: int | None = None  # bytes into the codes file, where codes are not the nearest ones
     left: bool = False  # an adapter was merged into it, which took it off the lattice that its base lies on
 
 
@@ -56,6 +60,7 @@ class GridIndex(BaseModel):
 
     fingerprint: str
     tensors: list[GridRecord]
+    chosen: str = ""  # by what codes were chosen that are not the nearest ones; a digest
 
     def lattice_fraction(self) -> float:
         """Fraction of the matrices that lie wholly on a lattice."""
@@ -65,10 +70,10 @@ class GridIndex(BaseModel):
 class GridTensor(TensorBase):
     """A tensor of the checkpoint together with its grid."""
 
-    def __init__(self, base: Tensor, grid: Grid, scales: Floats) -> None:
+    def __init__(self, base: Tensor, grid: Grid, scales: Floats, codes: Words | None = None) -> None:
         self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
         self.grid: Grid | None = grid
-        self._base, self._scales = base, scales
+        self._base, self._scales, self._codes = base, scales, codes
 
     def rows(self, start: int, stop: int) -> Rows:
         from gemexport.formats.grids.lattice import encode
@@ -76,6 +81,9 @@ class GridTensor(TensorBase):
         assert self.grid is not None
         values, bits = self._base.rows(start, stop).values, self.grid.bits
         scales = np.asarray(self._scales[start:stop])
+        if self._codes is not None:
+            packed = np.asarray(self._codes[start:stop])
+            return Rows(values, lambda: signed(unpack(packed, bits, self.shape[-1]), bits), scales)
         return Rows(values, lambda: encode(values, scales, bits), scales)
 
     def scales(self, start: int, stop: int) -> Floats:
@@ -257,6 +265,35 @@ def _fit_slice(tensor: Tensor, bounds: tuple[int, int], scheme: Scheme) -> tuple
     )
 
 
+Chosen = tuple[str, Iterable[tuple[Codes, Floats]]]  # a tensor's name; codes and scales of its rows, slice by slice
+
+
+def choose(folder: Path, mark: str, chosen: Iterable[Chosen]) -> GridIndex:
+    """Keep codes and scales that were chosen for tensors in place of the nearest codes; `mark` says by what.
+
+    They are of the bits and the block that the tensor has there, the scales f16 numbers. When the block ends badly,
+    what lay in `folder` stays.
+    """
+    index = read_index(folder)
+    assert index is not None
+    records = {record.name: record for record in index.tensors}
+    with atomic(folder) as partial:
+        partial.mkdir()
+        shutil.copyfile(folder / SCALES, partial / SCALES)
+        with (partial / SCALES).open("ab") as scales_file, (partial / CODES).open("wb") as codes_file:
+            for name, parts in chosen:
+                record = records[name]
+                assert record.bits is not None
+                at = {"offset": scales_file.tell(), "codes": codes_file.tell()}
+                for codes, scales in parts:
+                    scales_file.write(np.ascontiguousarray(scales, "<f4").data)
+                    codes_file.write(pack(codes, record.bits).data)
+                records[name] = record.model_copy(update=at)
+        index = index.model_copy(update={"tensors": list(records.values()), "chosen": mark})
+        (partial / INDEX).write_text(index.model_dump_json(indent=1), "utf-8")
+    return index
+
+
 def read_index(folder: Path) -> GridIndex | None:
     """The index that `find_grids` left in `folder`, if it is there and whole."""
     try:
@@ -280,7 +317,10 @@ def attach(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         scales = np.memmap(
             folder / SCALES, dtype="<f4", mode="r", offset=record.offset, shape=(count, width // record.block)
         )
-        lossless = record.lossless and not record.native
-        found = GridTensor(base, Grid(record.bits, record.block, record.scale_dtype, lossless), scales)
+        lossless, codes = record.lossless and not record.native, None
+        if record.codes is not None:
+            packed = (count, words(width, record.bits))
+            codes = np.memmap(folder / CODES, dtype="<u4", mode="r", offset=record.codes, shape=packed)
+        found = GridTensor(base, Grid(record.bits, record.block, record.scale_dtype, lossless), scales, codes)
         (fallbacks if record.native else tensors)[record.name] = found
     return replace(checkpoint, tensors=tensors, fallbacks=fallbacks)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.assets import TOKENIZER
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import fingerprint
@@ -58,17 +59,41 @@ def calibrate(
 
 def samples(place: Place, checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
     """The token sequences that activations are measured on; InputError for a text that cannot be read, or is empty."""
-    from gemexport.validators.checks import prompts, tokenizer
+    from gemexport.validators.checks import prompts
 
     if text is None:
         return place.sequences(checkpoint)
+    (ids,) = tokens_of(checkpoint, text)
+    return prompts.sequences([ids], checkpoint.architecture, min(len(ids), CALIBRATION_TOKENS) + 1)
+
+
+def tokens_of(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
+    """The token ids of a text file, or of each of the built-in calibration texts, which no loss is measured on.
+
+    Conversations are laid out by the checkpoint's chat template, where it has one that takes them.
+    Raises InputError for a file that cannot be read, or is empty.
+    """
+    from gemexport.validators.checks import chat, prompts, tokenizer
+
+    encode = tokenizer.load(checkpoint.assets / TOKENIZER)
+    if text is None:
+        talks = [item for item in prompts.calibration() if not isinstance(item, str)]
+        made = iter(chat.laid_out(chat.template(checkpoint.assets), talks))
+        return [encode(item if isinstance(item, str) else next(made)) for item in prompts.calibration()]
     try:
-        ids = tokenizer.load(checkpoint.assets / "tokenizer.json")(read_text(text, TEXT_BYTES))
+        ids = encode(read_text(text, TEXT_BYTES))
     except OSError as error:
         raise InputError(text, f"cannot be read as text ({error})", "give a UTF-8 file") from error
     if not ids:
         raise InputError(text, "has no text", "give a file with some")
-    return prompts.sequences([ids], checkpoint.architecture, min(len(ids), CALIBRATION_TOKENS) + 1)
+    return [ids]
+
+
+def spread(sequences: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """So many of the sequences that they have about `tokens` tokens, from all over the text; one at least."""
+    total = sum(map(len, sequences))
+    count = max(1, min(len(sequences), len(sequences) * tokens // max(total, 1)))
+    return [sequences[i * len(sequences) // count] for i in range(count)]
 
 
 def _mark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
 from gemexport.engine.memory import EXPORT_BYTES, logits_memory, multiplied, reference_memory, validator_room
+from gemexport.engine.rounding import candidates
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
@@ -34,12 +36,38 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     call = Call("gemexport.engine.steps:grids", {"place": place, "recipe": recipe})
     scales = replaced(weights // 16, place.grids)[0]  # of 16 bits, one for 32 weights
     nodes.append(Node("grids", call, before, memory=EXPORT_BYTES, total=weights, writes=scales, light=True))
+    if wanted and rounds(asked):
+        nodes.append(rounding(asked, checkpoint, place))
     nodes += codecs(checkpoint, place, wanted)
     nodes += calibrations(asked, checkpoint, place, recipe, wanted)
     nodes += [export(asked, checkpoint, place, step) for step in wanted]
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
     return nodes
+
+
+def rounds(asked: Request) -> bool:
+    """Whether plain linears are rounded on what goes into them; what llm-compressor has rounded is not."""
+    return asked.compression is None and asked.recipe.rounding == "data" and asked.recipe.linear is not None
+
+
+def rounding(asked: Request, checkpoint: Checkpoint, place: Place) -> Node:
+    """The node that chooses the codes of plain linears; with none it has no work."""
+    arguments = {"place": place, "recipe": asked.recipe, "text": asked.calibration}
+    call, model = Call("gemexport.engine.rounding:round_linears", arguments), checkpoint.model
+    layers = checkpoint.architecture.layers
+    # H of the widest row, its factor in float64 and what is made on the way, beside what a reference takes.
+    memory = reference_memory(checkpoint, asked.tokens) + 24 * max(layer.intermediate_size for layer in layers) ** 2
+    linears = sum(math.prod(spec.shape) for spec in model.specs.values() if spec.role.in_layer)
+    return Node(
+        "round", call, ("grids",), memory=memory, total=len(layers), writes=linears // 2, scratch=linears // 2,
+        all_cores=True, idle=lambda outcomes: not candidates(outcomes["grids"].value, model),
+    )  # fmt: skip
+
+
+def gridded(asked: Request) -> str:
+    """The node after which every tensor has its grid."""
+    return "round" if rounds(asked) else "grids"
 
 
 def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:
@@ -58,7 +86,7 @@ def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Nod
 def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step) -> Node:
     """The node that writes an artefact."""
     own, options = replace(place, codec=step.codec), asked.options.get(step.target.name, {})
-    needs: tuple[str, ...] = ("grids",) if step.codec is None else ("grids", f"codec {step.codec}")
+    needs: tuple[str, ...] = (gridded(asked), *(() if step.codec is None else (f"codec {step.codec}",)))
     if measures(asked, step):
         options = {**options, "ranges": ranges_file(own)}
         needs = (*needs, calibration_name(step.codec))
@@ -94,7 +122,7 @@ def calibrations(
             "sizes": {key: options[key] for key in ("context", "prefill") if key in options},
         }  # fmt: skip
         call = Call("gemexport.engine.calibration:calibrate", arguments)
-        needs = ("grids", *(() if codec is None else (f"codec {codec}",)))
+        needs = (gridded(asked), *(() if codec is None else (f"codec {codec}",)))
         room = logits_memory(checkpoint, asked.tokens)
         nodes.append(Node(calibration_name(codec), call, needs, memory=room, total=checkpoint.plain_nbytes()))
     return nodes

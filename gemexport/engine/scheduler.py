@@ -21,6 +21,7 @@ from gemexport.shared import scratch
 from gemexport.shared.node import Events, Node, Outcome, succeeded
 
 LOGS = "logs"  # folder in the work folder
+_IDLE = Outcome()  # of a node that had no work
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Scheduler:
             while order.is_active():
                 ready.update(order.get_ready())
                 waiting = [node for name, node in named.items() if name in ready]
-                ended = _hopeless(waiting, outcomes)
+                ended = _hopeless(waiting, outcomes) or _idle(waiting, outcomes)
                 if not ended:
                     for node in self._startable(waiting, running):
                         ready.remove(node.name)
@@ -77,7 +78,8 @@ class Scheduler:
                     ready.discard(node.name)
                     outcomes[node.name] = outcome
                     order.done(node.name)
-                    self.events.ended(node, outcome)
+                    if outcome is not _IDLE:
+                        self.events.ended(node, outcome)
             if beside is not None:
                 beside.result()
         finally:
@@ -185,6 +187,11 @@ def _hopeless(nodes: Sequence[Node], outcomes: Mapping[str, Outcome]) -> list[tu
             cause = before.failure if before.left_out else f"{failed} did not succeed: {before.reason}"
             found.append((node, Outcome(failure=cause, left_out=True)))
     return found
+
+
+def _idle(nodes: Sequence[Node], outcomes: Mapping[str, Outcome]) -> list[tuple[Node, Outcome]]:
+    """Those of the nodes that have no work after what went before; they end without a value, and nobody hears of it."""
+    return [(node, _IDLE) for node in nodes if node.idle(outcomes)]
 
 
 def ending(status: int) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from gemexport.compress import Compression
 from gemexport.formats.grids.recipe import Recipe, is_linear
 from gemexport.formats.grids.search import GridIndex, GridRecord
-from gemexport.shared.measured import ChatReport, TokenizerReport
+from gemexport.shared.measured import ChatReport, Rounded, TokenizerReport
 from gemexport.shared.node import Outcome
 
 
@@ -20,6 +21,15 @@ def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> st
     return f"{done} {scheme.group_size}); the loss is against the model before that"
 
 
+def rounding_notes(outcome: Outcome) -> list[str]:
+    """On what linears were rounded; the rest of what is quantized is counted, not named."""
+    found: Rounded | None = outcome.value
+    if found is None:
+        return []
+    rest = f"; each weight of others by itself: {_kinds(found.nearest)}" if found.nearest else ""
+    return [f"{len(found.chosen)} linears were rounded on what goes into them, {found.tokens} tokens{rest}"]
+
+
 def lattice_notes(index: GridIndex, recipe: Recipe) -> list[str]:
     """Sentences about matrices off the lattice that others lie on: by an adapter, and by a fine-tune."""
     left = [record for record in index.tensors if record.left]
@@ -28,11 +38,11 @@ def lattice_notes(index: GridIndex, recipe: Recipe) -> list[str]:
         tuned = [item for item in index.tensors if not (item.lossless or item.left) and is_linear(item.name)]
     notes = []
     if left:
-        told = f"{len(left)} matrices that lay on one do no more"
-        notes.append(f"the merge left the lattice: {told}; {_becomes(left, recipe)}: {_kinds(left)}")
+        told, names = f"{len(left)} matrices that lay on one do no more", _kinds(item.name for item in left)
+        notes.append(f"the merge left the lattice: {told}; {_becomes(left, recipe)}: {names}")
     if tuned:
         told = f"{len(tuned)} linears lie on no lattice where other matrices do, as fine-tuning leaves them"
-        notes.append(f"{told}; {_becomes(tuned, recipe)}: {_kinds(tuned)}")
+        notes.append(f"{told}; {_becomes(tuned, recipe)}: {_kinds(item.name for item in tuned)}")
     return notes
 
 
@@ -43,9 +53,9 @@ def _becomes(records: list[GridRecord], recipe: Recipe) -> str:
     return some if not plain else f"{plain} of them stay plain" if plain == len(records) else f"{some}, {plain} stay"
 
 
-def _kinds(records: list[GridRecord]) -> str:
+def _kinds(names: Iterable[str]) -> str:
     """Names of tensors; layers are counted, not named."""
-    kinds = Counter(re.sub(r"\.\d+\.", ".*.", record.name) for record in records)
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
 
 

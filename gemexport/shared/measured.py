@@ -384,6 +384,15 @@ class NpuReport(ReportModel):
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """What of the tensors that lie on no lattice was rounded on what."""
+
+    tokens: int  # of calibration
+    chosen: tuple[str, ...]  # tensors whose codes were chosen on their inputs
+    nearest: tuple[str, ...]  # those of which each weight was rounded by itself
+
+
+@dataclass(frozen=True)
 class Validation:
     """What the validator of one artefact measured."""
 

@@ -51,6 +51,7 @@ class Node:
     writes: int = 0  # bytes that it adds to the disk until the run ends, estimated
     scratch: int = 0  # bytes on the disk while it runs, estimated
     all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
+    idle: Callable[[Mapping[str, Outcome]], bool] = lambda _: False  # whether what went before left it no work
     light: bool = False  # loads no runtime: it may share a process, one after the other, with other light ones
 
 

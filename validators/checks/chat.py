@@ -183,6 +183,18 @@ def template(folder: Path) -> Template | None:
     return Template(source, {name: text for name, text in named.items() if text is not None}, folder)
 
 
+def laid_out(template: Template | None, talks: Sequence[Sequence[tuple[str, str]]]) -> list[str]:
+    """Finished conversations of (role, words) as texts; without a template that takes one, its words alone."""
+    layouts = [
+        Conversation("", tuple(_says(role, words) for role, words in turns), answer=False).layout() for turns in talks
+    ]
+    found = template.render(layouts) if template else [REFUSED] * len(talks)
+    return [
+        "\n\n".join(words for _, words in turns) if text.startswith(REFUSED) else text
+        for text, turns in zip(found, talks, strict=True)
+    ]
+
+
 def _gguf_template(path: Path) -> Template | None:
     from gguf.constants import Keys
 

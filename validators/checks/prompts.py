@@ -57,9 +57,33 @@ HARD_TEXTS: tuple[str, ...] = (
 )
 
 
+CALIBRATION = "calibration"  # the file of texts that nothing is judged on
+ROLES = {"@user": "user", "@model": "assistant"}
+
+
+@cache
+def calibration() -> tuple[str | tuple[tuple[str, str], ...], ...]:
+    """Texts to round weights on, none of which is judged on: plain ones, and conversations as (role, words) by turn.
+
+    Ten scripts and more, prose, code in a dozen languages, tables, numbers, letters.
+    """
+    return tuple(_turns(text) or text for text in texts(CALIBRATION))
+
+
+def _turns(text: str) -> tuple[tuple[str, str], ...]:
+    """The turns of a conversation, each begun by a line that says whose it is; none in another text."""
+    turns: list[tuple[str, list[str]]] = []
+    for line in text.split("\n") if text.partition("\n")[0] in ROLES else []:
+        if line in ROLES:
+            turns.append((ROLES[line], []))
+        else:
+            turns[-1][1].append(line)
+    return tuple((role, "\n".join(words)) for role, words in turns)
+
+
 @cache
 def texts(kind: str) -> tuple[str, ...]:
-    """The built-in texts of one of KINDS, in the order in which they are read."""
+    """The built-in texts of one of KINDS, or CALIBRATION, in the order in which they are read."""
     text = files("gemexport.validators.checks").joinpath(f"texts/{kind}.txt").read_text("utf-8")
     return tuple(text.rstrip("\n").split(SEPARATOR))
 

@@ -132,10 +132,15 @@ def head_slices(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class Visit:
-    """One layer with its weights: `index` from 0, and `module`, transformers' own."""
+    """One layer with its weights: `index` from 0, `module`, transformers' own, and `matrices`, its linears by name."""
 
     def __init__(self, walk: Walk, index: int, module: torch.nn.Module, name: str) -> None:
-        self.index, self.module, self._name = index, module, name
+        self.index, self.module = index, module
+        self.matrices = {
+            f"{name}.{inner}.weight": linear
+            for inner, linear in module.named_modules()
+            if isinstance(linear, torch.nn.Linear)
+        }
         self._walk = walk
         self._done = False
 
@@ -144,17 +149,59 @@ class Visit:
 
         Can be asked for again, with `watch` or after the weights of `module` were changed.
         """
-        walk, shelf = self._walk, self._walk.shelf
-        for number, tokens in enumerate(walk.sequences):
-            options = dict(walk.given[len(tokens)][self.index])
-            if "shared_kv_states" in options:
-                options["shared_kv_states"] = SharedStates(shelf, number)
-            (hidden,) = shelf.get(f"hidden-{self.index}-{number}")
-            with walk.computing():
-                output = self.module(hidden, *shelf.get(f"inputs-{self.index}-{number}"), **options)
-            shelf.put(f"hidden-{self.index + 1}-{number}", output)
+        for number in range(len(self._walk.sequences)):
+            output = self._output(number)
+            self._walk.shelf.put(f"hidden-{self.index + 1}-{number}", output)
             yield output[0]
         self._done = True
+
+    def inputs(self, name: str) -> Iterator[torch.Tensor]:
+        """What the matrix `name` is multiplied with, `[n, in]` of each sequence in turn; nothing beyond is computed.
+
+        ValueError for a matrix that the layer does not multiply with.
+        """
+
+        def stop(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(inputs[0][0])
+
+        for number in range(len(self._walk.sequences)):
+            hook = self.matrices[name].register_forward_pre_hook(stop)
+            try:
+                self._output(number)
+            except _Reached as reached:
+                found = reached.found
+            else:
+                raise ValueError(f"{name} is multiplied with nothing")
+            finally:
+                hook.remove()
+            yield found
+
+    def together(self) -> list[list[str]]:
+        """The names of the matrices in the order of use, those of one input together."""
+        found: list[list[str]] = []
+        last: list[torch.Tensor] = []
+
+        def note(name: str, x: torch.Tensor) -> None:
+            if last and last[0] is x:
+                found[-1].append(name)
+            else:
+                found.append([name])
+                last[:] = [x]
+
+        with self.watch(note):
+            self._output(0)
+        return found
+
+    def _output(self, number: int) -> torch.Tensor:
+        """`[1, n, hidden]` of one sequence."""
+        walk = self._walk
+        options = dict(walk.given[len(walk.sequences[number])][self.index])
+        if "shared_kv_states" in options:
+            options["shared_kv_states"] = SharedStates(walk.shelf, number)
+        (hidden,) = walk.shelf.get(f"hidden-{self.index}-{number}")
+        with walk.computing():
+            output: torch.Tensor = self.module(hidden, *walk.shelf.get(f"inputs-{self.index}-{number}"), **options)
+        return output
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
@@ -163,11 +210,7 @@ class Visit:
         def hook(name: str) -> Any:
             return lambda _, inputs: watcher(name, inputs[0])
 
-        hooks = [
-            module.register_forward_pre_hook(hook(f"{self._name}.{name}.weight"))
-            for name, module in self.module.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        ]
+        hooks = [module.register_forward_pre_hook(hook(name)) for name, module in self.matrices.items()]
         try:
             yield
         finally:
@@ -185,6 +228,14 @@ class Visit:
 
 
 _LATER = ("layers", "norm", "rotary_emb")  # what of the model is not needed before the first layer
+
+
+class _Reached(Exception):
+    """A layer was computed as far as was asked: `found` is what was looked for."""
+
+    def __init__(self, found: torch.Tensor) -> None:
+        super().__init__()
+        self.found = found
 
 
 class _Note(torch.nn.Module):

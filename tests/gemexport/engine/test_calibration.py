@@ -34,20 +34,20 @@ def plan(model: Path, **options: Any) -> dict[str, Any]:
 def test_one_step_serves_all_variants(tiny_gemma4: Path) -> None:
     nodes = plan(tiny_gemma4, context=64)
     assert [name for name in nodes if name.startswith("calibrate")] == ["calibrate"]
-    assert nodes["calibrate"].needs == ("grids",)
+    assert nodes["calibrate"].needs == ("round",)
     assert nodes["calibrate"].call.arguments["sizes"] == {"context": 64}
     for variant in ("npu-a8", "npu-a16"):
         node = nodes[f"export onnx:{variant}"]
-        assert node.needs == ("grids", "calibrate")
+        assert node.needs == ("round", "calibrate")
         assert node.call.arguments["options"]["ranges"] == ranges_file(node.call.arguments["place"])
-    assert nodes["export onnx:int4"].needs == ("grids",)
+    assert nodes["export onnx:int4"].needs == ("round",)
 
 
 @pytest.mark.parametrize("options", [{"ranges": Path("activations.json")}, {"calibration": [[2, 5, 7]]}])
 def test_nothing_is_measured_where_ranges_or_tokens_are_given(options: dict[str, Any], tiny_gemma4: Path) -> None:
     nodes = plan(tiny_gemma4, **options)
     assert "calibrate" not in nodes
-    assert nodes["export onnx:npu-a8"].needs == ("grids",)
+    assert nodes["export onnx:npu-a8"].needs == ("round",)
     assert nodes["export onnx:npu-a8"].call.arguments["options"] == options
 
 

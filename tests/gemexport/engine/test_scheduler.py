@@ -335,3 +335,17 @@ def test_a_run_ends_no_sooner_than_what_is_beside_it(tmp_path: Path, fails: bool
             run()
     else:
         assert run()["works"].value == 3
+
+
+def test_a_node_without_work_is_passed_over(tmp_path: Path) -> None:
+    heard: list[str] = []
+    nodes = [
+        Node("first", call("work", value=3)),
+        Node("second", call("fail"), ("first",), idle=lambda outcomes: outcomes["first"].value == 3),
+        Node("third", call("work", value=4), ("second",), idle=lambda outcomes: "second" not in outcomes),
+    ]
+    events = Events(ended=lambda node, outcome: heard.append(node.name))
+    outcomes = Scheduler(2, 1 << 30, tmp_path, events).run(nodes)
+    assert outcomes["second"] == Outcome()
+    assert outcomes["third"].value == 4
+    assert heard == ["first", "third"]

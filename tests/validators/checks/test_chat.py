@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.storage.errors import InputError
-from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, taken, template
+from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, laid_out, taken, template
 from gemexport.validators.runtimes import llama_cpp
 from gemexport.validators.runtimes.llama_cpp import chat as llama_chat
 
@@ -137,3 +138,16 @@ def test_no_template_takes_more_than_its_limits(source: str, limit: str, when: s
     assert own is not None
     with pytest.raises(InputError, match=f"{tmp_path}: the chat template {limit} to lay out conversations; use the"):
         taken(own)
+
+
+def test_conversations_of_calibration_are_laid_out_by_the_template_or_are_words_alone(tiny_gemma4: Path) -> None:
+    talks = [[("user", "One?"), ("assistant", "Two.")], [("assistant", "No user."), ("user", "Begins.")]]
+    own = template(tiny_gemma4)
+    assert own is not None
+    first, _ = laid_out(own, talks)
+    assert "One?" in first
+    assert "Two." in first
+    assert len(first) > len("One?\n\nTwo.")
+    refusing = replace(own, source="{{ raise_exception('no') }}")
+    for other in (None, refusing):
+        assert laid_out(other, talks) == ["One?\n\nTwo.", "No user.\n\nBegins."]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from gemexport.formats.checkpoint import open_checkpoint
-from gemexport.validators.checks.prompts import HARD_TEXTS, KINDS, MIXED, passages, prompts, sequences, texts
+from gemexport.validators.checks.prompts import (
+    HARD_TEXTS,
+    KINDS,
+    MIXED,
+    calibration,
+    passages,
+    prompts,
+    sequences,
+    texts,
+)
 
 
 def test_there_are_texts_in_many_scripts() -> None:
@@ -16,6 +27,52 @@ def test_there_are_texts_in_many_scripts() -> None:
     for sample in ("猫", "道", "인간", "الناس", "मनुष्यों", "άνθρωποι", "семьи", "😅", "SELECT", "def "):
         assert sample in text
     assert len(HARD_TEXTS) == len(set(HARD_TEXTS))
+
+
+def test_no_text_is_both_calibrated_and_judged_on() -> None:
+    judged, calibrated = (runs(text) for text in (prompts(), map(words, calibration())))
+    assert len(calibrated) > 5000
+    assert not judged & calibrated
+
+
+def words(text: str | tuple[tuple[str, str], ...]) -> str:
+    return text if isinstance(text, str) else "\n".join(said for _, said in text)
+
+
+def runs(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """Every eight words that follow each other; of scripts without spaces, a word is a letter."""
+    found = set()
+    for text in texts:
+        parts = re.findall(r"[\u0e00-\u0e7f\u3040-\u9fff\uac00-\ud7af]|[^\W_]+", text.lower())
+        found |= {tuple(parts[i : i + 8]) for i in range(len(parts) - 7)}
+    return found
+
+
+def test_calibration_texts_are_of_many_scripts_and_kinds() -> None:
+    texts = calibration()
+    turns = [text for text in texts if not isinstance(text, str)]
+    assert len(turns) >= 6
+    assert all([role for role, _ in text] == ["user", "assistant"] * (len(text) // 2) for text in turns)
+    text = "".join(map(words, texts))
+    for sample in (
+        "時計",
+        "老",
+        "도서관",
+        "السوق",
+        "गाँव",
+        "νησί",
+        "осенью",
+        "ספרייה",
+        "ตลาด",
+        "fn ",
+        "SELECT",
+        "#include",
+        "package main",
+        "| quarter |",
+        "@example.com",
+    ):
+        assert sample in text
+    assert not any(mark in text for mark in ("@user", "@model", "%%"))
 
 
 @pytest.mark.parametrize("tokens", [2, 100, 700, 5000])

@@ -180,3 +180,20 @@ def test_several_arithmetics_together_read_once_and_give_what_each_gives_alone(
     for kind, (_, _, paths) in zip(kinds, wanted, strict=True):
         for path, alone in zip(paths, _written(checkpoint, tmp_path / "alone", 1, dtype=kind), strict=True):
             np.testing.assert_array_equal(np.load(path), alone)
+
+
+def test_what_goes_into_a_matrix_and_which_have_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    sequences = _sequences(checkpoint)
+    with reference(checkpoint.text_config, checkpoint.tensors, 1).walk(sequences, tmp_path) as walked:
+        for visit in walked.layers():
+            groups = [[name.split(".")[-2] for name in group] for group in visit.together()]
+            assert ["o_proj"] in groups
+            assert ["gate_proj", "up_proj"] in groups
+            name = next(name for name in visit.matrices if name.endswith("down_proj.weight"))
+            seen: list[tuple[str, torch.Tensor]] = []
+            with visit.watch(lambda *shown: seen.append(shown)):  # noqa: B023 (called within the block)
+                outputs = [output.clone() for output in visit.outputs()]
+            found, wanted = list(visit.inputs(name)), [x[0] for shown, x in seen if shown == name]
+            assert [len(x) for x in found] == list(LENGTHS)
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(outputs, visit.outputs(), strict=True))  # hooks are gone

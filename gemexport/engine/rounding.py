@@ -1,0 +1,140 @@
+"""The node `round`: codes of plain linears that are chosen on what goes into them, layer by layer.
+
+The model's own layers compute what calibration texts make of each matrix' inputs, with the layers before it rounded
+already; on these the matrix is rounded (formats/grids/feedback.py), and what comes out of the rounded layer goes into
+the next. Codes and scales take the place of the nearest ones in the grids that every format is made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemexport.engine.calibration import CALIBRATION_TOKENS, spread, tokens_of
+from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.roles import Kind
+from gemexport.formats.grids.recipe import Recipe
+from gemexport.formats.grids.search import Chosen, GridIndex, GridRecord, choose, fingerprint, read_index
+from gemexport.formats.storage.parallel import by_rows
+from gemexport.formats.tensor import Codes, Floats, Tensor, expand
+from gemexport.shared.measured import Rounded
+from gemexport.shared.place import Place, Progress, threads
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemexport.formats.grids.feedback import Inputs
+    from gemexport.validators.reference.walk import Visit
+
+VERSION = 2  # of how codes are chosen: what an earlier one chose is chosen again
+
+
+def quantized(index: GridIndex) -> list[GridRecord]:
+    """The tensors that lie on no lattice and that the recipe has quantized."""
+    return [record for record in index.tensors if record.bits is not None and not record.lossless]
+
+
+def candidates(index: GridIndex, model: Model) -> dict[str, GridRecord]:
+    """Those of them that are linears of a layer, by name."""
+    specs = model.specs
+    return {
+        record.name: record
+        for record in quantized(index)
+        if specs[record.name].role.kind is Kind.LINEAR and specs[record.name].role.in_layer
+    }
+
+
+def round_linears(place: Place, recipe: Recipe, text: Path | None, progress: Progress) -> Rounded:
+    """Choose the codes of every plain linear of a layer, in the grids of `place`; progress in layers.
+
+    `text` is a file to take the inputs from (the built-in calibration texts when None). What an earlier run chose for
+    the same checkpoint, recipe and text is used as it is. Raises InputError for a text that cannot be read.
+    """
+    checkpoint, index = place.open(), read_index(place.grids)
+    assert index is not None
+    wanted, layers = candidates(index, checkpoint.model), len(checkpoint.architecture.layers)
+    sequences = _sequences(checkpoint, text)
+    mark = _mark(checkpoint, recipe, sequences)
+    if index.chosen == mark:
+        progress(layers)
+    else:
+        index = choose(place.grids, mark, _chosen(place, checkpoint, wanted, sequences, progress))
+    chosen = tuple(record.name for record in index.tensors if record.codes is not None)
+    rest = tuple(record.name for record in quantized(index) if record.codes is None)
+    return Rounded(sum(map(len, sequences)), chosen, rest)
+
+
+def _sequences(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
+    """Token sequences: more tokens than the widest row has weights, if the text has as many."""
+    from gemexport.validators.checks import prompts
+
+    ids, decoder = tokens_of(checkpoint, text), checkpoint.architecture
+    everything = prompts.sequences(ids, decoder, sum(map(len, ids)) + 1)
+    widest = max(layer.intermediate_size for layer in decoder.layers)
+    return spread(everything, min(CALIBRATION_TOKENS, max(2048, 8 * widest)))
+
+
+def _mark(checkpoint: Checkpoint, recipe: Recipe, sequences: list[list[int]]) -> str:
+    """A digest of all that the codes depend on."""
+    facts = [VERSION, fingerprint(checkpoint, recipe), sequences]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _chosen(
+    place: Place,
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, GridRecord],
+    sequences: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Iterator[Chosen]:
+    """The linears of one layer after the other, each with its codes and scales."""
+    from gemexport.shared.place import model_activations
+    from gemexport.validators.reference import reference
+
+    computed = reference(
+        checkpoint.text_config, checkpoint.tensors, threads(), activations=model_activations(checkpoint)
+    )
+    with computed.walk(sequences, place.work) as walk:
+        for visit in walk.layers():
+            for group in visit.together():
+                names = [name for name in group if name in wanted]
+                if names:
+                    inputs = _inputs(visit, names[0])
+                for name in names:
+                    yield name, _slices(checkpoint.tensors[name], wanted[name], inputs, visit.matrices[name].weight)
+            progress(1)
+
+
+def _inputs(visit: Visit, name: str) -> Inputs:
+    """What a matrix is multiplied with, over all sequences."""
+    from gemexport.formats.grids.feedback import Inputs
+
+    width = visit.matrices[name].in_features
+    gram = np.zeros((width, width), np.float32)
+    for x in visit.inputs(name):
+        found = x.float().numpy()
+        gram += found.T @ found
+    return Inputs.of(gram)
+
+
+def _slices(tensor: Tensor, record: GridRecord, inputs: Inputs, weight: torch.Tensor) -> Iterator[tuple[Codes, Floats]]:
+    """Codes and scales of a tensor's rows, slice by slice; `weight` becomes what they stand for."""
+    import torch
+
+    from gemexport.formats.grids.feedback import fit
+
+    assert record.bits is not None
+    assert record.block is not None
+    bits, block = record.bits, record.block
+    start = 0
+    for codes, scales in by_rows(lambda bounds: fit(tensor.rows(*bounds).values, inputs, block, bits), tensor):
+        with torch.no_grad():
+            weight[start : start + len(codes)].copy_(torch.from_numpy(codes * expand(scales, block)))
+        start += len(codes)
+        yield codes, scales
