@@ -67,6 +67,8 @@ def validate(
     model: str | Path,
     artifact: str | Path,
     *,
+    out: str | Path | None = None,
+    allow_partial: bool = False,
     recipe: str | Recipe = "default",
     tokens: int = 512,
     memory: int | str | None = None,
@@ -78,6 +80,7 @@ def validate(
 ) -> ArtifactReport:
     """Judge an artefact, whoever made it, against the checkpoint (and the LoRA adapter) it was made from.
 
+    With `out` the reports lie in that folder, where `allow_partial` says what is well; `max_kld` is as in `export`.
     With `qnn_context` an NPU variant of ONNX is also compiled for Qualcomm's HTP of architecture `qnn_arch` and run in
     its emulator; the context binaries appear in that folder. `progress` is as in `export`. Raises InputError when one
     of them cannot be read, RuntimeError when a step fails without which there is no verdict.
@@ -88,7 +91,12 @@ def validate(
 
     path = Path(artifact)
     target = recognise(path)
-    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld)
+    asked = request(
+        model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld,
+        allow_partial=allow_partial,
+    )  # fmt: skip
     context = None if qnn_context is None else Path(qnn_context)
     with listening(progress) as events:
-        return judge(path, target, asked, events, qnn_context=context, qnn_arch=qnn_arch)
+        return judge(
+            path, target, asked, events, out=None if out is None else Path(out), qnn_context=context, qnn_arch=qnn_arch
+        )

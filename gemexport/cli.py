@@ -195,6 +195,7 @@ def validate(
     tokens: Tokens = 512,
     allow_partial: AllowPartial = False,
     max_kld: MaxKld = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the reports; default: none.")] = None,
     qnn_context: Annotated[
         Path | None,
         typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
@@ -210,9 +211,12 @@ def validate(
     from gemexport.run import validate as judge
 
     target = recognise(artifact)
-    asked = request(model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld)
+    asked = request(
+        model=model, recipe=recipe, memory=memory, adapter=adapter, tokens=tokens, max_kld=max_kld,
+        allow_partial=allow_partial,
+    )  # fmt: skip
     with watching(as_json) as events:
-        report = judge(artifact, target, asked, events, qnn_context=qnn_context, qnn_arch=qnn_arch)
+        report = judge(artifact, target, asked, events, out=out, qnn_context=qnn_context, qnn_arch=qnn_arch)
     if as_json:
         _print_json(report.to_json())
     else:

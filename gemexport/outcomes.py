@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     if step.path.exists() and succeeded(exported):
         files = describe_files(asked.out, step.path)
         base |= {
-            "path": step.path.relative_to(asked.out).as_posix(),
+            "path": Path(os.path.relpath(step.path, asked.out)).as_posix(),
             "bytes": sum(file.bytes for file in files),
             "sha256": artifact_sha256(files),
             "files": files,

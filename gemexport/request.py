@@ -215,6 +215,11 @@ class Step:
         return f"export {self.key}"
 
     @property
+    def open_node(self) -> str:
+        """The node of the DAG that opens it, where it lies there already."""
+        return f"open {self.key}"
+
+    @property
     def validate_node(self) -> str:
         """The node of the DAG that judges it."""
         return f"validate {self.key}"

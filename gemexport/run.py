@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +28,9 @@ from gemexport.formats.storage.files import abandon, remove
 from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, crashed, fingerprint, model_report
 from gemexport.registry import Target, check_able
-from gemexport.report.earlier import merged, withdrawn
+from gemexport.report.earlier import Earlier, merged, withdrawn
 from gemexport.report.notes import compression_note, rounding_notes
-from gemexport.report.schema import ArtifactReport, Report, package_versions
+from gemexport.report.schema import ArtifactReport, ModelReport, Report, package_versions
 from gemexport.request import Request, Step, refusals, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
 from gemexport.shared.place import FLEETING, Place
@@ -83,21 +84,33 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         if errors and all(artifact.status in ("error", "skipped") for artifact in artifacts):
             raise errors[0]
         _sweep(work)
-        report = Report(
-            model=model_report(asked, source, checkpoint, outcomes["grids"], notes),
-            recipe=asked.recipe.name,
-            versions=package_versions(),
-            artifacts=merged(earlier.rows, artifacts),
-            machine=machine(),
-            jobs=asked.jobs,
-            reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
-            seconds=time.monotonic() - started,
-            peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
-            allow_partial=asked.allow_partial,
-        )
+        model = model_report(asked, source, checkpoint, outcomes["grids"], notes)
+        report = _report(asked, model, merged(earlier.rows, artifacts), outcomes, started)
         source.stamps.check()
         renderer.result().write_reports(report, asked.out)
     return report
+
+
+def _report(
+    asked: Request,
+    model: ModelReport,
+    rows: tuple[ArtifactReport, ...],
+    outcomes: Mapping[str, Outcome],
+    started: float,
+) -> Report:
+    """The report of a run that ends here and began at `started`."""
+    return Report(
+        model=model,
+        recipe=asked.recipe.name,
+        versions=package_versions(),
+        artifacts=rows,
+        machine=machine(),
+        jobs=asked.jobs,
+        reference_seconds=outcomes["reference"].seconds if "reference" in outcomes else None,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=max((outcome.peak_bytes or 0 for outcome in outcomes.values()), default=0),
+        allow_partial=asked.allow_partial,
+    )
 
 
 def _sweep(work: Path) -> None:
@@ -120,13 +133,16 @@ def validate(
     asked: Request,
     events: Events | None = None,
     *,
+    out: Path | None = None,
     qnn_context: Path | None = None,
     qnn_arch: str | None = None,
 ) -> ArtifactReport:
     """Judge one artefact of the model that was asked for, whoever made it.
 
-    With `qnn_context` it is also judged by the NPU's compiler, which writes there.
+    With `out` the reports lie there, beside what they say already of the same model. With `qnn_context` it is also
+    judged by the NPU's compiler, which writes there.
     """
+    started = time.monotonic()
     if qnn_arch is not None and qnn_context is None:
         raise InputError(f"--qnn-arch {qnn_arch}", "is for --qnn-context", "name the folder for the context binaries")
     if qnn_context is not None and not target.calibrated:
@@ -136,22 +152,52 @@ def validate(
     checkpoint = asked.checkpoint()
     check_able([target], judged=True)
     artifact = artifact.absolute()
-    asked = replace(asked, out=artifact.parent)
-    with work_beside(artifact) as work:
-        place = asked.place(work, checkpoint)
-        step = Step(target, artifact.stem, artifact)
+    asked, step = replace(asked, out=out or artifact.parent), Step(target, artifact.stem, artifact)
+    with ExitStack() as held:
+        if out is None:
+            work, earlier = held.enter_context(work_beside(artifact)), Earlier()
+        else:
+            work, earlier = held.enter_context(_reported(asked, checkpoint, step))
         nodes = judgement(asked, checkpoint, work, step)
         if qnn_context is not None:
+            place = asked.place(work, checkpoint)
             nodes.append(compiling(asked, checkpoint, place, artifact, qnn_context, qnn_arch))
-        check_room(work, nodes, asked.jobs)
-        scheduler = Scheduler(asked.jobs, asked.memory, work, events or Events(), source=checkpoint.stamps)
-        with ThreadPoolExecutor(1) as beside:
-            outcomes = scheduler.run(nodes, beside.submit(place.plain().unpack))
-        outcomes = {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
+        outcomes = _judged(asked, checkpoint, work, nodes, events or Events())
         for name, outcome in outcomes.items():
-            if outcome.error or name == "grids":
+            if outcome.error or name in (step.open_node, "grids"):
                 value_of(name, outcomes)
-        return artifact_report(asked, step, outcomes, work)
+        found = artifact_report(asked, step, outcomes, work)
+        if out is not None:
+            model = model_report(asked, checkpoint, checkpoint, outcomes["grids"], [*earlier.notes])
+            report = _report(asked, model, merged(earlier.rows, [found]), outcomes, started)
+            _renderer().write_reports(report, out)
+    return found
+
+
+def _judged(
+    asked: Request, checkpoint: Checkpoint, work: Path, nodes: list[Node], events: Events
+) -> dict[str, Outcome]:
+    """How the steps that judge an artefact ended."""
+    check_room(work, nodes, asked.jobs)
+    scheduler = Scheduler(asked.jobs, asked.memory, work, events, source=checkpoint.stamps)
+    with ThreadPoolExecutor(1) as beside:
+        outcomes = scheduler.run(nodes, beside.submit(asked.place(work, checkpoint).plain().unpack))
+    return {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}
+
+
+@contextmanager
+def _reported(asked: Request, checkpoint: Checkpoint, step: Step) -> Iterator[tuple[Path, Earlier]]:
+    """The folder for the report on an artefact that lies anywhere: its work folder, and the rows that are there."""
+    written = {Path(os.path.relpath(step.path, asked.out)).as_posix(): (step.target.name, step.label)}
+    with (
+        _undone(asked.out, ()),
+        claim(asked.out, checkpoint, asked.fresh) as work,
+        withdrawn(asked.out, checkpoint.name, fingerprint(checkpoint), written) as earlier,
+    ):
+        try:
+            yield work, earlier
+        finally:
+            _sweep(work)
 
 
 def compiling(

@@ -134,9 +134,14 @@ def _per_layer_weights(checkpoint: Checkpoint) -> int:
 
 
 def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) -> list[Node]:
-    """The DAG that judges an artefact that lies there already."""
+    """The DAG that judges an artefact that lies there already: nothing is computed before it is known to be one."""
     place = asked.place(work, checkpoint)
-    return [*graph(asked, checkpoint, work, []), *validators(asked, checkpoint, place, [(step, "grids")])]
+    call = Call(
+        "gemexport.judge.opening:open_artifact", {"place": place, "target": step.target.name, "path": step.path}
+    )
+    opened = Node(step.open_node, call, memory=EXPORT_BYTES, light=True)
+    found = [*graph(asked, checkpoint, work, []), *validators(asked, checkpoint, place, [(step, "grids")])]
+    return [opened, *(node if node.needs else replace(node, needs=(opened.name,)) for node in found)]
 
 
 def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: list[tuple[Step, str]]) -> list[Node]:

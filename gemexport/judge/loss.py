@@ -43,14 +43,18 @@ def judged_loss(found: Validation, floors: Mapping[str, Divergence]) -> LossRepo
     )  # fmt: skip
 
 
-def loss_bounds(report: LossReport, recipe: Recipe) -> list[Bound]:
-    """What the loss is held to: the budget that somebody gave, else that it is not `poor`."""
+def loss_bounds(report: LossReport, recipe: Recipe, sound: bool = True) -> list[Bound]:
+    """What the loss is held to: the budget that somebody gave, else that it is not `poor`.
+
+    How that is accepted is said of an artefact that is `sound` otherwise: the loss of another follows from its fault.
+    """
     if recipe.max_kld is not None:
         origin = "the budget of --max-kld or of the recipe"
         return [Bound.at_most("loss.kld_mean", report.kld_mean, recipe.max_kld, origin)]
     _, kld, changed = LOSSES[-2]
     origin = "beyond it the loss is poor"
-    accepted = f"--max-kld {_rounded_up(report.kld_mean)} accepts it" if math.isfinite(report.kld_mean) else None
+    finite = math.isfinite(report.kld_mean)
+    accepted = f"--max-kld {_rounded_up(report.kld_mean)} accepts it" if sound and finite else None
     by_kld = max(report.kinds, key=lambda part: _order(part.kld_mean))
     by_changed = max(report.kinds, key=lambda part: part.changed)
     return [

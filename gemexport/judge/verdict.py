@@ -72,7 +72,7 @@ def bounds(
             result += _conversion(logits, floors, found, f", {logits.runtime}" if second else "")
     loss = judged_loss(found, floors)
     if loss is not None:
-        result += loss_bounds(loss, recipe)
+        result += loss_bounds(loss, recipe, all(bound.held for bound in result))
     return tuple(result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def describe_files(root: Path, path: Path) -> tuple[FileReport, ...]:
     """The files of the artefact at `path` (a file or a folder), sorted, their paths relative to `root`."""
     found = []
     for file in _files(path):
-        relative = file.relative_to(root).as_posix()
+        relative = Path(os.path.relpath(file, root)).as_posix()
         found.append(FileReport(path=relative, bytes=file.stat().st_size, sha256=file_sha256(file)))
     return tuple(found)
 
