@@ -58,8 +58,12 @@ class Kept:
 def held_of(promise: Promise, stored: Tensor, own: Rows, found: Rows, ours: bool) -> Held:
     """What a slice, `own` as it was promised, has kept of that."""
     grid, wanted = promise.rounded(own, grid=stored.grid is not None)
-    numbers = numbers_of(grid, wanted)
-    kept, first = _keep(numbers, numbers_of(stored.grid, found))
+    numbers, theirs = numbers_of(grid, wanted), numbers_of(stored.grid, found)
+    # The same codes on the same scales need not be multiplied.
+    if all(np.array_equal(a, b) for a, b in zip(numbers, theirs, strict=True)):
+        kept, first = numbers[0].size, -1
+    else:
+        kept, first = _keep(numbers, theirs)
     coded = 0 if first < 0 or ours or grid is None else _coded(wanted, found, grid)
     return Held(numbers[0].size, kept, first, coded)
 
