@@ -148,11 +148,13 @@ REFERENCE = ("torch", "transformers")  # import names of what every validator co
 def check_able(targets: Iterable[Target], judged: bool) -> None:
     """InputError where not one of the targets could be written here, or where nothing could judge what is `judged`."""
     if all(target.missing() for target in targets):
-        raise InputError("gemexport", "nothing is installed that could write any of these formats", install("all"))
+        raise InputError(
+            "this environment", "nothing is installed that could write any of these formats", install("all")
+        )
     missing = [package for package in REFERENCE if not _installed(package)]
     if judged and missing:
         problem = f"judging needs {' and '.join(missing)}, not installed here"
-        raise InputError("gemexport", problem, f"{install('reference')}, or export with --no-validate")
+        raise InputError("this environment", problem, f"{install('reference')}, or export with --no-validate")
 
 
 @cache

@@ -21,7 +21,7 @@ from gemexport.shared.texts import encoded, vocabulary_of
 from gemexport.validators.checks import chat, habits, prompts, tokenizer, vocabulary
 from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.tokenizer import Difference
-from gemexport.validators.runtimes.protocol import Runtime
+from gemexport.validators.runtimes.protocol import NoEngineError, Runtime
 
 SHOWN = 20  # texts in the report, the shortest of each sort first
 KEPT = "reference/wording"  # folder in the work folder of the checkpoint's texts and ids
@@ -169,7 +169,11 @@ class Wording:
         # Under limits first: some runtimes render a template in their own process, and without any.
         known = [text for _, text in expected]
         read_back = None if template is None else known if template == own else template.render(layouts)
-        texts = runtime.chat(layouts) if runtime is not None else None
+        notes, texts = [], None
+        try:
+            texts = runtime.chat(layouts) if runtime is not None else None
+        except NoEngineError as error:
+            notes.append(str(error))
         ours = f"transformers {version('transformers')}"
         engine = runtime.name if runtime is not None and texts is not None else ours
         if texts is None:
@@ -181,6 +185,7 @@ class Wording:
             conversations=compared.conversations,
             equal=compared.conversations - len(compared.differences),
             runtime_only=sum(item.runtime for item in compared.differences),
+            notes=tuple(notes),
             differences=tuple(
                 ChatDifference(
                     conversation=item.conversation, expected=item.expected, found=item.found, runtime=item.runtime

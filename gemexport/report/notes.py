@@ -69,6 +69,7 @@ def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> t
             f"tables that give the checkpoint's tokens: {shown.text!r} is {_some(shown.found)} instead of "
             f"{_some(shown.expected)}"
         )
+    result += () if talked is None else talked.notes
     if talked is not None and talked.runtime_only:
         which = ", ".join(item.conversation for item in talked.differences if item.runtime)
         result.append(f"{talked.engine} lays out conversations differently with the checkpoint's own template: {which}")

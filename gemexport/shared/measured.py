@@ -212,6 +212,7 @@ class ChatReport(ReportModel):
     equal: int
     runtime_only: int = 0
     differences: tuple[ChatDifference, ...] = ()
+    notes: tuple[str, ...] = ()  # why another engine than the program's own was asked
 
 
 class Figures(ReportModel):

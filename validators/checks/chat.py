@@ -89,6 +89,8 @@ def _result(number: int, name: str, text: str) -> Mapping[str, Any]:
     return {"role": "tool", "tool_call_id": f"call{number:05}", "name": name, "content": text}
 
 
+# What TranslateGemma takes, and nothing else.
+_TO_GERMAN = {"type": "text", "source_lang_code": "en", "target_lang_code": "de", "text": "Good morning."}
 _ASKED = _says("user", "What is the capital of France?")
 _ANSWERED = _says("assistant", "The capital of France is Paris.")
 _SYSTEM = _says("system", "You are a helpful assistant. Answer in one sentence.")
@@ -107,6 +109,7 @@ CONVERSATIONS = (
     Conversation("markup as text", (_says("user", "<b>&amp; {{ x }} {% y %} 'q' \"q\" \\n</b> <turn|>"),)),
     Conversation("other scripts", (_says("user", "日本語 مرحبا e\u0301 👩‍👩‍👧‍👦 \u200b"), _ANSWERED, _ASKED)),
     Conversation("parts", (_says("user", [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]),)),
+    Conversation("one item with languages", (_says("user", [_TO_GERMAN]),)),
     Conversation("empty", (_says("user", ""),)),
     Conversation("thinking", (_ASKED,), thinking=True),
     Conversation("thinking, system", (_SYSTEM, _ASKED), thinking=True),

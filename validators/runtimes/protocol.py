@@ -47,6 +47,10 @@ class Laps:
         self.laps.append((tokens, time.perf_counter() - started))
 
 
+class NoEngineError(Exception):
+    """The program's engine for templates does not start with the artefact's; the text says why, and what helps."""
+
+
 class Runtime(Protocol):
     """An artefact loaded by the program that users load it with."""
 
@@ -89,7 +93,10 @@ class Runtime(Protocol):
         ...
 
     def chat(self, layouts: Sequence[Layout]) -> list[str] | None:
-        """Conversations (validators/chat) as the program lays them out; None if it has no engine for templates."""
+        """Conversations (validators/chat) as the program lays them out; None if it has no engine for templates.
+
+        Raises NoEngineError where that does not start with the artefact's template, and would with another.
+        """
         ...
 
     def close(self) -> None:

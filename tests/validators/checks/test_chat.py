@@ -15,6 +15,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, laid_out, taken, template
 from gemexport.validators.runtimes import llama_cpp
 from gemexport.validators.runtimes.llama_cpp import chat as llama_chat
+from gemexport.validators.runtimes.protocol import NoEngineError
 
 # Knows system turns, tools, calls, results, parts and thinking: as much as a real one, in little.
 KNOWING = (
@@ -151,3 +152,27 @@ def test_conversations_of_calibration_are_laid_out_by_the_template_or_are_words_
     refusing = replace(own, source="{{ raise_exception('no') }}")
     for other in (None, refusing):
         assert laid_out(other, talks) == ["One?\n\nTwo.", "No user.\n\nBegins."]
+
+
+# Google's for TranslateGemma, in little: one typed item with language codes, or nothing.
+TRANSLATING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and (m.content is string or m.content | length != 1 "
+    "or not m.content[0].source_lang_code) %}{{ raise_exception('one item with language codes') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content[0].source_lang_code }}-{{ m.content[0].target_lang_code }}: {{ m.content[0].text }}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_takes_no_plain_text_is_judged_on_what_it_takes(tiny_gemma4: Path, tmp_path: Path) -> None:
+    """llama.cpp's server tries a plain text when it starts: with such a template it does not, with another it would."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gemma4, folder)
+    (folder / "chat_template.jinja").write_text(TRANSLATING)
+    own = template(folder)
+    assert own is not None
+    assert [(item.name, text) for item, text in taken(own)] == [
+        ("one item with languages", "<bos><user>en-de: Good morning.")
+    ]
+    file = gguf.export(open_checkpoint(folder), tmp_path / "m.gguf", variant="BF16").path
+    with pytest.raises(NoEngineError, match="--chat-template-file"):
+        llama_chat.render(file, [CONVERSATIONS[0].layout()], "")

@@ -18,28 +18,38 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.validators.checks.chat import REFUSED, dumps
-from gemexport.validators.runtimes.protocol import Layout
+from gemexport.validators.runtimes.protocol import Layout, NoEngineError
 
 CONTEXT = 64  # nothing is computed
 SECONDS = 60.0  # for one answer
+START = 600.0  # for all of them, and the start
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"  # a template that takes anything
+WITHOUT = (
+    "llama.cpp's server does not start with this chat template, which takes no plain text: give it another "
+    "(--chat-template-file), or whole prompts to llama-completion"
+)
 
 
 def render(path: Path, layouts: Sequence[Layout], bos: str) -> list[str]:
     """Each conversation as the server lays it out, in a process of its own; REFUSED and a reason where it does not.
 
-    `bos` is the text of what llama.cpp puts before a prompt; its engine leaves it out of what it lays out.
+    `bos` is the text of what llama.cpp puts before a prompt; its engine leaves it out of what it lays out. Raises
+    NoEngineError where the server starts, but not with the file's own template: it tries that on a plain text first.
     """
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "gemexport.validators.runtimes.llama_cpp.chat", str(path)],
-        input=dumps(layouts).encode(),
-        capture_output=True,
-        check=False,
-    )
+    done = _started(path, layouts)
+    if done.returncode and not _started(path, [], PLAIN).returncode:
+        raise NoEngineError(WITHOUT)
     if done.returncode:
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise RuntimeError(f"llama.cpp's server ended with status {done.returncode}: {words[-1] if words else ''}")
     texts: list[str] = json.loads(done.stdout)
     return [text if text.startswith(REFUSED) else bos + text for text in texts]
+
+
+def _started(path: Path, layouts: Sequence[Layout], *template: str) -> subprocess.CompletedProcess[bytes]:
+    """What a process answers that starts the server, with the file's own template or this one."""
+    command = [sys.executable, "-P", "-m", "gemexport.validators.runtimes.llama_cpp.chat", str(path), *template]
+    return subprocess.run(command, input=dumps(layouts).encode(), capture_output=True, timeout=START, check=False)
 
 
 def request(layout: Layout) -> dict[str, Any]:
@@ -62,7 +72,8 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _server(path: str) -> Any:
+def _server(path: str, template: str | None = None) -> Any:
+    """The server, with the file's own template or this one; RuntimeError where it does not start."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -74,6 +85,8 @@ def _server(path: str) -> Any:
     params.use_jinja = True
     params.prefill_assistant = False  # a conversation may end with the model's turn
     params.verbosity = -1
+    if template is not None:
+        params.chat_template = template
     return xllamacpp.Server(params)
 
 
@@ -95,7 +108,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     layouts = json.loads(sys.stdin.read())
-    server = _server(sys.argv[1])
+    server = _server(*sys.argv[1:])
     json.dump([_ask(server.listening_address, layout) for layout in layouts], answers)
     answers.close()
     os._exit(0)
