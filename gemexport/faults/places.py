@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemexport.faults.stored import Q40, Below, Numbers, Packed, Place, Plain, Twice
+from gemexport.faults.stored import Q40, Q80, Below, Numbers, Packed, Place, Plain, Twice
 from gemexport.formats.pieces import Pieces
 from gemexport.formats.tensor import row_count
 
@@ -23,6 +23,8 @@ def gguf(path: Path, name: str) -> Place:
     data = tensor.blocks(0, row_count(tensor.shape))
     if tensor.type.name == "Q4_0":
         return Q40(data)
+    if tensor.type.name == "Q8_0":
+        return Q80(data)
     return Plain(data.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.type.name]))
 
 

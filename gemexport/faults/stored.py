@@ -104,6 +104,22 @@ class Q40:
         return self._rows.reshape(self._rows.shape[0], -1, SCALE_BYTES + HALF_BLOCK)
 
 
+class Q80:
+    """Rows of ggml's Q8_0 blocks `[rows, bytes]`: an f16 scale, then 32 signed codes."""
+
+    def __init__(self, rows: Array) -> None:
+        self._blocks = writable(rows).reshape(len(rows), -1, SCALE_BYTES + 2 * HALF_BLOCK)
+
+    def read(self) -> Numbers:
+        scales = np.ascontiguousarray(self._blocks[:, :, :SCALE_BYTES]).view("<f2")[:, :, 0]
+        return Numbers(self._blocks[:, :, SCALE_BYTES:].reshape(len(self._blocks), -1).view(np.int8), [scales])
+
+    def write(self, numbers: Numbers) -> None:
+        scales = np.ascontiguousarray(numbers.scales[0])[:, :, None]
+        self._blocks[:, :, :SCALE_BYTES] = scales.view(np.uint8)
+        self._blocks[:, :, SCALE_BYTES:] = numbers.codes.view(np.uint8).reshape(*self._blocks.shape[:2], -1)
+
+
 class Plain:
     """Numbers as they are; bf16 as bit patterns."""
 

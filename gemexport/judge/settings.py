@@ -12,6 +12,7 @@ from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.families import FAMILIES
 from gemexport.formats.stamps import WEIGHTS
 from gemexport.formats.storage.safetensors import weight_files
 from gemexport.shared.measured import FactReport
@@ -21,6 +22,8 @@ from gemexport.validators.checks.vocabulary import GENAI, settings_of
 # Of config.json, largest number first: hidden states of a Gemma do not fit into f16.
 REACH = {"float32": 2, "float": 2, "bfloat16": 2, "float16": 1, "half": 1}
 CONFIG = "config.json"
+# What it may call a model, by which it knows how to feed one.
+GENAI_TYPES = frozenset(name for one in FAMILIES for name in (one.genai_type, one.name, one.text_type, one.whole_type))
 
 
 def setting_differences(checkpoint: Checkpoint, path: Path) -> tuple[FactReport, ...]:
@@ -30,7 +33,7 @@ def setting_differences(checkpoint: Checkpoint, path: Path) -> tuple[FactReport,
     """
     if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, GENAI)):
         return ()
-    return (*_files(path), *_config(checkpoint, path), *_genai(checkpoint.architecture, path))
+    return (*_files(path), *_config(checkpoint, path), *_genai(checkpoint, path))
 
 
 def _files(path: Path) -> Iterator[FactReport]:
@@ -78,13 +81,17 @@ def _dtype_of(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
-def _genai(decoder: Architecture, path: Path) -> Iterator[FactReport]:
+def _genai(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
     """Sizes by which onnxruntime-genai makes its caches and ends its answers."""
     said = settings_of(path, GENAI).get("model")
     inner = said.get("decoder") if isinstance(said, dict) else None
     if not isinstance(said, dict) or not isinstance(inner, dict):
         return
+    decoder, kind = checkpoint.architecture, said.get("type")
     yield from _bos(f"{GENAI}: ", said, decoder)
+    if kind not in GENAI_TYPES:
+        expected = checkpoint.model.family.genai_type
+        yield FactReport(name=f"{GENAI}: type", found=str(kind), expected=expected)
     owners = [layer for layer in decoder.layers if layer.owns_cache]
     for key, part, wanted in (
         ("context_length", said, {decoder.max_positions}),

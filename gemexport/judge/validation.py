@@ -13,6 +13,7 @@ from gemexport.judge.facts import activation_differences, differences
 from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
+from gemexport.judge.tables import table_differences
 from gemexport.judge.trial import Trial, Try
 from gemexport.judge.wording import Wordings, check_wording
 from gemexport.registry import TARGETS, Target
@@ -167,5 +168,7 @@ def check_weights(
 def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
     """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
     stated = differences(target, path, checkpoint.model)
-    stated += setting_differences(checkpoint, path) + epsilon_differences(target, path, checkpoint.architecture)
+    decoder = checkpoint.architecture
+    stated += setting_differences(checkpoint, path)
+    stated += epsilon_differences(target, path, decoder) + table_differences(target, path, decoder)
     return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))

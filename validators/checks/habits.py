@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from gemexport.validators.checks.tokenizer import read
 
 Ids = Sequence[int]
 BEFORE, TEXT = 8, 40  # characters of a text that are shown: of those before it differs, and in all
@@ -73,7 +73,7 @@ def notes(
 
 def of_file(path: Path) -> Habits:
     """What programs that take a tokenizer.json as it is do with it; where an answer ends is for whoever calls them."""
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read(path)
     return Habits(
         begins=tuple(tokenizer.encode("").ids),
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from gemexport.formats.storage.errors import InputError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -31,9 +33,18 @@ class TokenizerComparison:
         return self.texts - len(self.differences)
 
 
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; InputError for a file that Hugging Face's tokenizers do not take."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).splitlines()[0]
+        raise InputError(path, f"is not read by tokenizers ({reason})", "save the tokenizer again") from error
+
+
 def load(path: Path) -> Callable[[str], list[int]]:
     """A function from a text to token ids, special tokens parsed and no BOS added, of a tokenizer.json."""
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read(path)
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 

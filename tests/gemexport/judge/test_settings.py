@@ -82,6 +82,7 @@ def test_sizes_of_genai_config_are_compared(gemma4: Checkpoint, tmp_path: Path) 
             {"model__decoder__num_key_value_heads": 3},
             "genai_config.json: decoder.num_key_value_heads is 3, the checkpoint says 1",
         ),
+        ({"model__type": "gemma3_texy"}, "genai_config.json: type is gemma3_texy, the checkpoint says gemma3_text"),
         ({"model__bos_token_id": 9}, "genai_config.json: bos_token_id is 9, the checkpoint says 2"),
         ({"search__max_length": 9999}, "genai_config.json: search.max_length is 9999, the checkpoint says 4096"),
     ):
