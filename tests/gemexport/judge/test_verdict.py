@@ -162,6 +162,13 @@ def test_of_fewer_than_a_thousand_positions_all_but_one_agree() -> None:
         assert broken(found(tensor(), logits=logits(tokens=tokens, top1=two))) != [], tokens
 
 
+def test_integers_are_held_to_what_the_programs_own_f32_makes_of_them() -> None:
+    validation = found(tensor(), logits=logits("static-activations", kld=3.8e-4), played="f32-f16-constants")
+    assert broken(validation, **{"f32-reordered": figures(5.7e-5)}) == ["conversion.kld_mean in static-activations"]
+    assert broken(validation, **{"f32-f16-constants": figures(3e-4)}) == []
+    assert broken(validation, **{"f32-f16-constants": figures(1e-4)}) == ["conversion.kld_mean in static-activations"]
+
+
 def test_rounding_runtimes_are_held_to_the_noise_of_the_run() -> None:
     validation = found(tensor(), logits=logits("int8-activations", kld=0.005, top1=0.9))
     assert broken(validation, bf16=figures(0.001), **{"int8-activations": figures(0.003)}) == []
