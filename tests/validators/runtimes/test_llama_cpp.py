@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,3 +219,24 @@ def test_the_read_back_reference_is_as_close_as_the_source(files: dict[str, Path
     source = reference(checkpoint.text_config, checkpoint.tensors, 2).logits(tokens)
     stored = reference(checkpoint.text_config, tensors(files["F32"]), 2).logits(tokens)
     assert np.array_equal(source, stored)
+
+
+def test_llama_cpp_stops_at_all_three_ends_that_a_file_can_name(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """EOS, EOT and EOM: the third has a key that nothing else of Gemma's uses."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gemma3, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    ordinary = tokenizer["model"]["vocab"]["e"]  # none that llama.cpp knows by its text
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text("utf-8"))
+        ends = settings["eos_token_id"] if isinstance(settings["eos_token_id"], list) else [settings["eos_token_id"]]
+        (folder / name).write_text(json.dumps({**settings, "eos_token_id": [*ends, ordinary]}), "utf-8")
+    checkpoint = open_checkpoint(folder)
+    runtime = llama_cpp.load(exporter.export(checkpoint, tmp_path / "m.gguf").path, threads=1, context=64)
+    try:
+        found = runtime.habits().stops
+    finally:
+        runtime.close()
+    assert found is not None
+    assert ordinary in found
+    assert set(checkpoint.architecture.eos_token_ids) <= found
