@@ -174,6 +174,8 @@ def _token(key: str) -> Callable[[Json, Subject], str]:
 
 def dtype(config: Json, _: Subject) -> str:
     """The dtype that programs compute in is f16, in which Gemma's hidden states do not fit."""
+    if not any(_text(config).get(key) or config.get(key) for key in ("dtype", "torch_dtype")):
+        raise Inapplicable("it says none: programs take the tensors'")
     for part in (config, _text(config)):
         for key in ("dtype", "torch_dtype"):
             if key in part:

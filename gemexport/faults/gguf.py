@@ -214,7 +214,7 @@ def _zero_scores(fields: Fields) -> None:
 
 def _scores(fields: Fields) -> str:
     if SCORES not in fields or fields["tokenizer.ggml.model"][0] != "llama":
-        raise Inapplicable("its tokenizer joins by merges, and has no scores")
+        raise Inapplicable("its tokenizer joins by merges, and no scores are read")
     return SCORES
 
 
