@@ -65,7 +65,7 @@ def bounds(
     if found.tokenizer is not None:
         result += _tokenizer(found.tokenizer)
     if found.chat is not None:
-        result.append(_chat(found.chat))
+        result += _chat(found.chat)
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
             second = found.logits is not None and logits.runtime != found.logits.runtime
@@ -96,11 +96,15 @@ def _tokenizer(report: TokenizerReport) -> list[Bound]:
     return result
 
 
-def _chat(report: ChatReport) -> Bound:
+def _chat(report: ChatReport) -> list[Bound]:
     """Every conversation laid out as the checkpoint's template does it, but for what the engine itself gets wrong."""
     names = _listed(f"the conversation {item.conversation!r}" for item in report.differences if not item.runtime)
     origin = "the chat template must lay out every conversation as the checkpoint's does"
-    return Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)
+    result = [Bound.at_least("chat.equal", report.equal + report.runtime_only, report.conversations, origin, names)]
+    if report.refusal is not None:
+        origin = "a chat template lays out some conversation, if only of contents in parts"
+        result.append(Bound.at_least("chat.conversations", report.conversations, 1, origin, report.refusal))
+    return result
 
 
 def _weights(found: Validation, holds: Holds, plain: DType | None) -> list[Bound]:

@@ -163,7 +163,11 @@ class Wording:
         own = chat.template(self._assets)
         if own is None:
             return None
+        ours = f"transformers {version('transformers')}"
         expected = chat.taken(own)
+        refusal = None if any(conversation.plain for conversation, _ in expected) else chat.refusal(own)
+        if not expected:  # engines would make up something
+            return ChatReport(engine=ours, conversations=0, equal=0, refusal=refusal)
         layouts = [conversation.layout() for conversation, _ in expected]
         template = artifact.template()
         # Under limits first: some runtimes render a template in their own process, and without any.
@@ -174,7 +178,6 @@ class Wording:
             texts = runtime.chat(layouts) if runtime is not None else None
         except NoEngineError as error:
             notes.append(str(error))
-        ours = f"transformers {version('transformers')}"
         engine = runtime.name if runtime is not None and texts is not None else ours
         if texts is None:
             missing = f"{chat.REFUSED}there is no chat template"
@@ -186,6 +189,7 @@ class Wording:
             equal=compared.conversations - len(compared.differences),
             runtime_only=sum(item.runtime for item in compared.differences),
             notes=tuple(notes),
+            refusal=refusal,
             differences=tuple(
                 ChatDifference(
                     conversation=item.conversation, expected=item.expected, found=item.found, runtime=item.runtime

@@ -70,6 +70,11 @@ def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> t
             f"{_some(shown.expected)}"
         )
     result += () if talked is None else talked.notes
+    if talked is not None and talked.refusal is not None and talked.conversations:
+        result.append(
+            f"the chat template takes no plain text ({talked.refusal}): clients have to give contents in parts, "
+            '[{"type": "text", "text": …}]'
+        )
     if talked is not None and talked.runtime_only:
         which = ", ".join(item.conversation for item in talked.differences if item.runtime)
         result.append(f"{talked.engine} lays out conversations differently with the checkpoint's own template: {which}")

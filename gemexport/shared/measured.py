@@ -205,12 +205,14 @@ class ChatReport(ReportModel):
     """Conversations laid out by the artefact's engine as by transformers with the checkpoint's chat template.
 
     `runtime_only` of those that differ are the engine's own fault: the artefact's template is right in transformers.
+    `refusal` is what the checkpoint's template says where it takes no plain text: then contents are given in parts.
     """
 
     engine: str
     conversations: int
     equal: int
     runtime_only: int = 0
+    refusal: str | None = None
     differences: tuple[ChatDifference, ...] = ()
     notes: tuple[str, ...] = ()  # why another engine than the program's own was asked
 

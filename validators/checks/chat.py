@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,21 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool = False
     answer: bool = True  # whether the layout ends where the model's answer begins
+
+    @property
+    def plain(self) -> bool:
+        """Whether every content is a text, and none is in parts."""
+        return all(isinstance(message["content"], str) for message in self.messages)
+
+    def in_parts(self) -> Conversation:
+        """The same with every text as a part of its own."""
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in self.messages
+        ]
+        return replace(self, messages=tuple(messages))
 
     def layout(self) -> Layout:
         """What an engine is given, as plain JSON."""
@@ -234,17 +249,30 @@ class ChatComparison:
 def taken(own: Template) -> list[tuple[Conversation, str]]:
     """The conversations that a template has a layout for, with that layout.
 
-    Not those that it refuses, nor those with tools or a content in parts where it knows nothing of these: engines then
-    make up something.
+    Not those that it refuses or makes nothing of, nor those with tools or a content in parts where it knows nothing of
+    these: engines then make up something. Where it takes no plain text at all, all are asked for in parts.
     """
-    layouts = [conversation.layout() for conversation in CONVERSATIONS]
+    found = _taken(own, CONVERSATIONS)
+    if any(conversation.plain for conversation, _ in found):
+        return found
+    return _taken(own, [conversation.in_parts() for conversation in CONVERSATIONS])
+
+
+def refusal(own: Template) -> str:
+    """What a template makes of a question in plain text that it has no layout for, in words."""
+    (text,) = own.render([CONVERSATIONS[0].layout()])
+    return text.removeprefix(REFUSED) if text.strip() else "it lays out nothing"
+
+
+def _taken(own: Template, conversations: Sequence[Conversation]) -> list[tuple[Conversation, str]]:
+    layouts = [conversation.layout() for conversation in conversations]
     plain: list[Layout] = [{**layout, "tools": []} for layout in layouts if layout["tools"]]
     texts = own.render([*layouts, *plain])
     without = iter(texts[len(layouts) :])
     found = []
-    for conversation, text in zip(CONVERSATIONS, texts, strict=False):
+    for conversation, text in zip(conversations, texts, strict=False):
         ignored = bool(conversation.tools) and next(without) == text
-        if not (text.startswith(REFUSED) or ignored or _AS_PYTHON in text):
+        if text.strip() and not (text.startswith(REFUSED) or ignored or _AS_PYTHON in text):
             found.append((conversation, text))
     return found
 

@@ -83,6 +83,39 @@ def test_a_gguf_file_without_a_runtime_is_read_back(tiny_gemma4: Path, file: Pat
     assert talked.engine.startswith("transformers")
 
 
+@pytest.mark.parametrize(
+    ("source", "refusal", "fails"),
+    [
+        ("{% if false %}x{% endif %}", "it lays out nothing", True),
+        ("{{ raise_exception('never') }}", "never", True),
+        ("{{ messages[0].content[0].text }}{{ messages[0].content + [] and '' }}", None, False),
+    ],
+)
+def test_a_template_that_takes_no_plain_text_is_judged_as_such(
+    source: str, refusal: str | None, fails: bool, tiny_gemma4: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_gemma4, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(source)
+    artifact = Artifact.of(model, tmp_path)
+    assert artifact is not None
+    talked = Wording(open_checkpoint(model), tmp_path).chat(artifact, None)
+    assert talked is not None
+    assert refusal in (None, talked.refusal)
+    broken = judged(TokenizerReport(texts=1, equal=1), talked)
+    notes = wording_notes(None, talked)
+    if fails:
+        assert broken == [
+            "chat.conversations is 0, not >= 1 (a chat template lays out some conversation, if only of contents in "
+            f"parts): {refusal}"
+        ]
+        assert notes == ()
+    else:
+        assert broken == []
+        assert talked.conversations == talked.equal > 5
+        assert str(talked.refusal).startswith("can only concatenate str")
+        assert notes[0].startswith("the chat template takes no plain text (can only concatenate str")
+
+
 @pytest.mark.parametrize("format_", ["gguf", "folder"])
 def test_a_runtimes_own_fault_is_named_and_no_failure(
     tiny_gemma4: Path, file: Path, tmp_path: Path, format_: str

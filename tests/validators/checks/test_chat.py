@@ -12,7 +12,17 @@ import pytest
 from gemexport.exporters import gguf
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.storage.errors import InputError
-from gemexport.validators.checks.chat import CONVERSATIONS, REFUSED, Template, apply, compare, laid_out, taken, template
+from gemexport.validators.checks.chat import (
+    CONVERSATIONS,
+    REFUSED,
+    Template,
+    apply,
+    compare,
+    laid_out,
+    refusal,
+    taken,
+    template,
+)
 from gemexport.validators.runtimes import llama_cpp
 from gemexport.validators.runtimes.llama_cpp import chat as llama_chat
 from gemexport.validators.runtimes.protocol import NoEngineError
@@ -50,6 +60,26 @@ def test_a_template_is_not_asked_for_what_it_does_not_know(tiny_gemma4: Path) ->
     assert not names & {"tools", "tool called", "parts"}
     strict = Template("{{ raise_exception('no') if messages[0].role == 'system' }}{{ messages | length }}", {})
     assert not {conversation.name for conversation, _ in taken(strict)} & {"system", "thinking, system"}
+
+
+PARTS_ALONE = (
+    "{% if messages[0].content is string %}{{ raise_exception('parts, please') }}{% endif %}"
+    "{% for m in messages %}{{ m.content[0].text + '' }}{% endfor %}"
+)
+
+
+def test_a_template_that_takes_no_plain_text_is_asked_in_parts() -> None:
+    strict = Template(PARTS_ALONE, {})
+    found = {conversation.name: text for conversation, text in taken(strict)}
+    assert {"user", "system", "parts"} <= found.keys()
+    assert found["user"] == "What is the capital of France?"
+    assert refusal(strict) == "parts, please"
+
+
+@pytest.mark.parametrize("source", ["", " \n", "{{ raise_exception('never') }}"])
+def test_a_template_that_lays_out_nothing_takes_nothing(source: str) -> None:
+    assert taken(Template(source, {})) == []
+    assert refusal(Template(source, {})) == ("never" if "never" in source else "it lays out nothing")
 
 
 def test_a_changed_role_marker_is_named() -> None:
