@@ -31,6 +31,7 @@ from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits
 
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
+NO_CACHE = "within --memory the program computes every token anew, and tries neither its cache nor how it loads a model"
 
 
 @dataclass
@@ -117,6 +118,8 @@ class Trial:
             progress(self._share(sequence))
         with watch.time("run"), speed.generating(runtime):
             found.continuation = runtime.greedy(self._prompt, GREEDY_TOKENS)
+        if not found.continuation:
+            self._attempts.leave_out("greedy", NO_CACHE)
         found.speed = speed.report(runtime.laps)
         runtime.close()
         return found
@@ -180,8 +183,10 @@ class Trial:
         mapped: Logits = np.load(path, mmap_mode="r")
         return mapped
 
-    def _greedy(self, judged: list[int], count: int) -> GreedyReport:
-        """How many of the last `count` tokens the reference would have chosen after the same ones before."""
+    def _greedy(self, judged: list[int], count: int) -> GreedyReport | None:
+        """How many of the last `count` tokens the reference would have chosen after the same ones before, if any."""
+        if not count:
+            return None
         expected = self._read_back.logits(judged)[-count - 1 : -1]
         chosen = expected[np.arange(count), judged[-count:]]
         return GreedyReport(tokens=count, equal=int((expected.max(axis=1) - chosen <= self._tie).sum()))

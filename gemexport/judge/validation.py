@@ -102,8 +102,11 @@ class _Judging:
                 more_logits=tuple(logits[1:]),
                 departs=trial.departs,
             )
-            for adapter in () if self.frugal else self.target.seconds(self.path):
+            for adapter in self.target.seconds(self.path):
                 part = f"logits in {adapter.__name__.rpartition('.')[2]}"
+                if self.frugal:
+                    self.attempts.leave_out(part, NO_ROOM)
+                    continue
                 self.unfinished.keep(self.told(), (part,))
                 more = self._judged(trial, _Program(adapter, (None,), part), _uncounted)
                 self.found = replace(self.found, more_logits=(*self.found.more_logits, *more), departs=trial.departs)

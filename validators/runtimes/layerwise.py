@@ -58,8 +58,8 @@ class Layerwise:
             return self._reference.logits(tokens)
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The most likely next token, and no more: each takes all layers, and there is no cache."""
-        return [int(self.logits(tokens)[-1].argmax())][:count]
+        """Nothing: each token would take all layers anew, and there is no cache to try."""
+        return []
 
     def hidden(self, tokens: Sequence[int]) -> list[Floats]:
         """What goes into the first layer and what each layer gives, `[layers + 1][n, hidden]`."""

@@ -74,7 +74,7 @@ class Runtime(Protocol):
         ...
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The `count` most likely next tokens, one by one, through the runtime's own KV cache."""
+        """The `count` likeliest next tokens, one by one, through the runtime's own KV cache; none where it has none."""
         ...
 
     def hidden(self, tokens: Sequence[int]) -> list[NDArray[np.float32]] | None:
