@@ -101,7 +101,7 @@ class Request:
     ple_codec: Annotated[tuple[Codec | None, ...], BeforeValidator(_codecs)] = (None,)  # an artefact each
     adapter: tuple[Path, ...] = ()  # folders of LoRA adapters that are merged into the model, in order
     compression: Compression | None = None  # what llm-compressor is to do before all else
-    calibration: Annotated[Path, AfterValidator(_there)] | None = None  # text to measure on; None: the built-in prompts
+    calibration: Annotated[Path, AfterValidator(_there)] | None = None  # text to calibrate on; None: built-in
 
     def place(self, work: Path, checkpoint: Checkpoint) -> Place:
         """Where the steps of a run of the model, which was opened as `checkpoint`, find each other's results."""

@@ -51,7 +51,7 @@ class Compression:
 
     method: str
     python: Path  # an interpreter that has llm-compressor
-    calibration: Path | None = None  # a text file; none: the built-in prompts
+    calibration: Path | None = None  # a text file; none: the built-in ones for it
 
 
 def compression(
@@ -86,7 +86,7 @@ def compress(place: Place, asked: Compression, recipe: Recipe, progress: Callabl
         raise InputError(recipe.name, "is a recipe without a scheme for linears", "take another for --compress")
     if any(tensor.grid for tensor in plain.tensors.values()):
         raise InputError(plain.path, "is compressed already", "leave --compress out")
-    samples = _samples(place, plain, asked)
+    samples = _samples(plain, asked)
     mark = _mark(plain, asked, recipe, samples)
     target = place.compressed
     assert target is not None
@@ -109,22 +109,14 @@ def compress(place: Place, asked: Compression, recipe: Recipe, progress: Callabl
     return version
 
 
-def _samples(place: Place, plain: Checkpoint, asked: Compression) -> list[list[int]]:
-    """Token sequences to calibrate on; none for a method that needs none."""
-    from gemexport.validators.checks import prompts, tokenizer
+def _samples(plain: Checkpoint, asked: Compression) -> list[list[int]]:
+    """Token sequences to calibrate on; none for a method that needs none. InputError for a text that cannot be read."""
+    from gemexport.shared.texts import tokens_of
+    from gemexport.validators.checks import prompts
 
     if asked.method == "rtn":
         return []
-    texts: tuple[str, ...] = prompts.prompts()
-    if asked.calibration is not None:
-        try:
-            texts = (asked.calibration.read_text("utf-8"),)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(asked.calibration, f"cannot be read as text ({error})", "give a UTF-8 file") from error
-    encode = tokenizer.load(plain.assets / "tokenizer.json")
-    ids = [encode(text) for text in texts]
-    if not any(ids):
-        raise InputError(asked.calibration or "the built-in prompts", "has no text", "give a file with some")
+    ids = tokens_of(plain, asked.calibration)
     return prompts.sequences(ids, plain.architecture, min(sum(map(len, ids)), CALIBRATION_TOKENS) + 1)
 
 

@@ -11,16 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats.assets import TOKENIZER
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import fingerprint
-from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
-from gemexport.formats.storage.reading import read_text
 from gemexport.shared.place import RANGES, Place, opened
 
-TEXT_BYTES = 64 << 20  # of a calibration text
 CALIBRATION_TOKENS = 65536  # of a text file: what follows is not read
 OWN = frozenset({"calibration", "ranges"})  # options that say where ranges come from: then there is nothing to measure
 
@@ -35,8 +31,8 @@ def calibrate(
 ) -> int:
     """Leave the ranges of all activations in `ranges_file(place)`; progress in bytes of the source.
 
-    `text` is a file to measure them on (the built-in prompts when None), `sizes` the `context` and `prefill` of the
-    graphs that were asked for. Returns the number of tokens; raises InputError for a text that cannot be read.
+    `text` is a file to measure them on (the built-in calibration texts when None), `sizes` the `context` and `prefill`
+    of the graphs that were asked for. Returns the number of tokens; raises InputError for a text that cannot be read.
     """
     from gemexport.exporters import onnx
     from gemexport.formats.activations.ranges import read_ranges
@@ -58,35 +54,17 @@ def calibrate(
 
 
 def samples(place: Place, checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
-    """The token sequences that activations are measured on; InputError for a text that cannot be read, or is empty."""
+    """The token sequences that activations are measured on: of a file all, else `place.tokens` of the built-in texts.
+
+    Raises InputError for a text that cannot be read, or is empty.
+    """
+    from gemexport.shared.texts import tokens_of
     from gemexport.validators.checks import prompts
 
+    ids, decoder = tokens_of(checkpoint, text), checkpoint.architecture
     if text is None:
-        return place.sequences(checkpoint)
-    (ids,) = tokens_of(checkpoint, text)
-    return prompts.sequences([ids], checkpoint.architecture, min(len(ids), CALIBRATION_TOKENS) + 1)
-
-
-def tokens_of(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
-    """The token ids of a text file, or of each of the built-in calibration texts, which no loss is measured on.
-
-    Conversations are laid out by the checkpoint's chat template, where it has one that takes them.
-    Raises InputError for a file that cannot be read, or is empty.
-    """
-    from gemexport.validators.checks import chat, prompts, tokenizer
-
-    encode = tokenizer.load(checkpoint.assets / TOKENIZER)
-    if text is None:
-        talks = [item for item in prompts.calibration() if not isinstance(item, str)]
-        made = iter(chat.laid_out(chat.template(checkpoint.assets), talks))
-        return [encode(item if isinstance(item, str) else next(made)) for item in prompts.calibration()]
-    try:
-        ids = encode(read_text(text, TEXT_BYTES))
-    except OSError as error:
-        raise InputError(text, f"cannot be read as text ({error})", "give a UTF-8 file") from error
-    if not ids:
-        raise InputError(text, "has no text", "give a file with some")
-    return [ids]
+        return prompts.sequences(spread(ids, place.tokens), decoder, place.tokens)
+    return prompts.sequences(ids, decoder, min(sum(map(len, ids)), CALIBRATION_TOKENS) + 1)
 
 
 def spread(sequences: Sequence[list[int]], tokens: int) -> list[list[int]]:

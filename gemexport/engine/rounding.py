@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemexport.engine.calibration import CALIBRATION_TOKENS, spread, tokens_of
+from gemexport.engine.calibration import CALIBRATION_TOKENS, spread
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.roles import Kind
@@ -72,6 +72,7 @@ def round_linears(place: Place, recipe: Recipe, text: Path | None, progress: Pro
 
 def _sequences(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
     """Token sequences: more tokens than the widest row has weights, if the text has as many."""
+    from gemexport.shared.texts import tokens_of
     from gemexport.validators.checks import prompts
 
     ids, decoder = tokens_of(checkpoint, text), checkpoint.architecture

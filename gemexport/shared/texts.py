@@ -1,4 +1,7 @@
-"""The texts that tokenizers are compared on and models judged on, with the checkpoint's ids: made once a run."""
+"""Texts with the checkpoint's ids: those that tokenizers are compared on and models judged on, made once a run.
+
+Others are to calibrate on, and nothing is judged on them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ from pathlib import Path
 from gemexport._version import __version__
 from gemexport.formats.assets import TOKENIZER
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic, locked
-from gemexport.validators.checks import corpus, prompts, tokenizer, vocabulary
+from gemexport.formats.storage.reading import read_text
+from gemexport.validators.checks import chat, corpus, prompts, tokenizer, vocabulary
 
+TEXT_BYTES = 64 << 20  # of a calibration text
 KEPT = "reference/wording"  # folder in the work folder of the checkpoint's texts and ids
 
 
@@ -59,3 +65,23 @@ def _encode(assets: Path, size: int) -> dict[str, list[int]]:
 def vocabulary_of(assets: Path) -> vocabulary.Vocabulary:
     """The tables of the tokenizer in a folder."""
     return vocabulary.read(assets)
+
+
+def tokens_of(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
+    """The token ids of a text file, or of each of the built-in calibration texts, which no loss is measured on.
+
+    Conversations are laid out by the checkpoint's chat template, where it has one that takes them.
+    Raises InputError for a file that cannot be read, or is empty.
+    """
+    encode = tokenizer.load(checkpoint.assets / TOKENIZER)
+    if text is None:
+        talks = [item for item in prompts.calibration() if not isinstance(item, str)]
+        made = iter(chat.laid_out(chat.template(checkpoint.assets), talks))
+        return [encode(item if isinstance(item, str) else next(made)) for item in prompts.calibration()]
+    try:
+        ids = encode(read_text(text, TEXT_BYTES))
+    except OSError as error:
+        raise InputError(text, f"cannot be read as text ({error})", "give a UTF-8 file") from error
+    if not ids:
+        raise InputError(text, "has no text", "give a file with some")
+    return [ids]

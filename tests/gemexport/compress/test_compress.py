@@ -6,6 +6,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.storage.errors import InputError
 from gemexport.shared.place import Place
+from gemexport.shared.texts import tokens_of
 
 # Stands in for an interpreter with llm-compressor: rounds linears to int8, one scale a row, and spoils the norms a
 # little, as llm-compressor does with those of 1 + w.
@@ -65,7 +67,7 @@ def stand_in(tmp_path: Path) -> Path:
     return path
 
 
-def calls(stand_in: Path) -> list[dict[str, object]]:
+def calls(stand_in: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (stand_in.parent / "calls.jsonl").read_text().splitlines()]
 
 
@@ -119,6 +121,19 @@ def test_bars_of_llm_compressor_are_progress(
     compress(place, asked, load_recipe("default"), steps.append)
     assert [sum(steps[: i + 1]) for i, step in enumerate(steps) if step] == [12, 25, 37, 50, 62, 75, 87, 100]
     assert "Propagating: 100%" in capsys.readouterr().out
+
+
+def test_calibrates_on_texts_that_no_loss_is_measured_on(tiny_gemma3: Path, stand_in: Path, tmp_path: Path) -> None:
+    asked = compression("gptq", stand_in)
+    assert asked is not None
+    place = Place(tiny_gemma3, tmp_path / "work", 64, compressed=tmp_path / "work" / "compressed" / "model")
+    compress(place, asked, load_recipe("default"), lambda _: None)
+    (task,) = calls(stand_in)
+    checkpoint = open_checkpoint(tiny_gemma3)
+    texts = [token for ids in tokens_of(checkpoint, None) for token in ids]
+    given = [token for sample in task["samples"] for token in sample[1:]]
+    assert len(given) > 4096
+    assert given == (texts * 2)[: len(given)]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gemexport.engine.calibration import calibrate, ranges_file
+from gemexport.engine.calibration import calibrate, ranges_file, samples
 from gemexport.engine.dag import graph
 from gemexport.engine.steps import grids
 from gemexport.formats.activations.ranges import read_ranges
@@ -15,6 +15,7 @@ from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.storage.errors import InputError
 from gemexport.request import request, steps
 from gemexport.shared.place import Place
+from gemexport.shared.texts import tokens_of
 
 pytest.importorskip("onnxruntime")
 
@@ -67,6 +68,16 @@ def test_measured_once(tiny_gemma4: Path, tmp_path: Path) -> None:
     text.write_text("Another text, of other letters: zyx wvu tsr.\n" * 3, "utf-8")
     calibrate(place, recipe, text, SIZES, done.append)
     assert file.read_bytes() != first
+
+
+def test_ranges_are_of_texts_that_no_loss_is_measured_on(tiny_gemma4: Path, tmp_path: Path) -> None:
+    place = Place(tiny_gemma4, tmp_path, 512)
+    checkpoint = place.checkpoint()
+    (first, *_), judged = samples(place, checkpoint, None), place.sequences(checkpoint)
+    pieces = {tuple(ids[i : i + 24]) for ids in judged for i in range(len(ids) - 23)}
+    assert not any(tuple(first[i : i + 24]) in pieces for i in range(len(first) - 23))
+    assert sum(map(len, samples(place, checkpoint, None))) == 512
+    assert tuple(first[1:25]) in {tuple(ids[:24]) for ids in tokens_of(checkpoint, None)}
 
 
 def test_texts_that_cannot_be_read(tiny_gemma4: Path, tmp_path: Path) -> None:
