@@ -80,7 +80,7 @@ def _onnx(tensor: Any, copied: Any) -> Place:
     if isinstance(tensor, Pieces):
         return Below([_onnx(piece.tensor, copied) for piece in tensor.pieces])
     if hasattr(tensor, "packed"):
-        return Packed(tensor.packed, [tensor.scales], tensor.transposed)
+        return Packed(tensor.packed, [tensor.scales], tensor.transposed, tensor.bits)
     array = tensor.array
     return Plain(array.T, True) if not array.flags.c_contiguous else Plain(array)
 

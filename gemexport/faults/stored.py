@@ -58,22 +58,24 @@ def writable(view: Array) -> Array:
 
 
 class Packed:
-    """Two 4-bit codes a byte, the first in the low half, and scales beside them; both may lie transposed."""
+    """Codes of `bits` bits, the first in a byte's lowest, and scales beside them; both may lie transposed."""
 
-    def __init__(self, packed: Array, scales: Sequence[Array], transposed: bool = False) -> None:
+    def __init__(self, packed: Array, scales: Sequence[Array], transposed: bool = False, bits: int = 4) -> None:
         self._packed = writable(packed)
         self._scales = [writable(array) for array in scales]
         self._transposed = transposed
+        self._shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        self._mask = np.uint8((1 << bits) - 1)
 
     def read(self) -> Numbers:
         data = self._packed.view(np.uint8)
-        codes = np.empty((data.shape[0], data.shape[1] * 2), np.uint8)
-        codes[:, 0::2], codes[:, 1::2] = data & 15, data >> 4
+        codes = (data[:, :, None] >> self._shifts & self._mask).reshape(len(data), -1)
         return Numbers(self._turned(codes), [self._turned(array).copy() for array in self._scales])
 
     def write(self, numbers: Numbers) -> None:
         codes = self._turned(numbers.codes)
-        self._packed.view(np.uint8)[:] = codes[:, 0::2] | codes[:, 1::2] << 4
+        fields = codes.reshape(len(codes), -1, len(self._shifts)) << self._shifts
+        self._packed.view(np.uint8)[:] = np.bitwise_or.reduce(fields, axis=2)
         for stored, array in zip(self._scales, numbers.scales, strict=True):
             stored[:] = self._turned(array)
 

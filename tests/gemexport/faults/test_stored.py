@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gemexport.exporters import compressed_tensors, coreml, gguf, mlx, onnx
 from gemexport.faults.places import PLACES
+from gemexport.faults.stored import Packed, Twice
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.registry import TARGETS
 
@@ -39,3 +41,27 @@ def test_reading_and_writing_back_changes_nothing(target: str, gemma4: Checkpoin
         again = PLACES[target](path, name).read()
         assert (again.codes == numbers.codes).all()
     assert digest(path) == before
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_matrix_that_is_held_both_ways_round(bits: int, tmp_path: Path) -> None:
+    """The embedding and the head of a graph for an NPU: of plain weights, in 8 bits."""
+    codes = np.arange(24 * 16, dtype=np.uint8).reshape(24, 16) & np.uint8((1 << bits) - 1)
+    places = []
+    for array, turned in ((codes, False), (codes.T, True)):
+        fields = array.reshape(len(array), -1, 8 // bits) << np.arange(0, 8, bits, dtype=np.uint8)
+        file = tmp_path / f"{turned}"
+        file.write_bytes(fields.sum(axis=2, dtype=np.uint8).tobytes())
+        stored = np.memmap(file, np.uint8, "r", shape=fields.shape[:2])
+        places.append(Packed(stored, [], turned, bits))
+    for place in places:
+        np.testing.assert_array_equal(place.read().codes, codes)
+    before = digest(tmp_path)
+    both = Twice(places)
+    numbers = both.read()
+    both.write(numbers)
+    assert digest(tmp_path) == before
+    numbers.codes[3, 5] ^= 1
+    both.write(numbers)
+    for place in places:
+        np.testing.assert_array_equal(np.argwhere(place.read().codes != codes), [[3, 5]])
