@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemexport.formats.gemma.dialects import genai_canonical
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, role_of
@@ -20,12 +21,13 @@ from gemexport.formats.grids.vector_codec import Codec, parse, stated_rms
 from gemexport.formats.onnx import builder as onnx_builder
 from gemexport.formats.onnx.blocks import PackedTensor, StoredTensor, to_floats, unpack_unsigned
 from gemexport.formats.onnx.dequantized import REMEDY, dequantized
-from gemexport.formats.onnx.stored import BROKEN, FLOATS, array, needed
+from gemexport.formats.onnx.form import BROKEN, WIDTHS, check
+from gemexport.formats.onnx.stored import FLOATS, array, needed
 from gemexport.formats.onnx.walk import Use, attribute, constant, multiplying, turned, uses
 from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import regular
-from gemexport.formats.tensor import Rows, Tensor, TensorBase
+from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,6 +75,8 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     if HEAD in found and places[HEAD] is not None and places[HEAD] == places.get(EMBEDDING):
         del found[HEAD]  # the embedding's own bytes, under the shape that the other operator wants
     for name, original in copies.items():
+        if original == name or original not in found or name not in found:
+            raise InputError(path, f"{name} is said to be a copy of {original!r}", BROKEN)
         found[original] = CopiedTensor(found[original], found.pop(name), path)
     return found
 
@@ -118,16 +122,18 @@ def canonical_name(name: str) -> str | None:
 
 
 def read_model(file: Path) -> ir.Model:
-    """The model in an .onnx file, without its external data; InputError when the file is not whole."""
+    """The model in an .onnx file, without its external data; InputError when it is not whole, or has odd operators."""
     import onnx_ir as ir
 
     try:
         regular(file, MAX_GRAPH_BYTES)
-        return ir.load(file)
+        model = ir.load(file)
     except InputError:
         raise
     except Exception as error:
         raise InputError(file, "is not a whole ONNX model", BROKEN) from error
+    check(model.graph, file)
+    return model
 
 
 def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str | None]]:
@@ -170,7 +176,7 @@ def _weight(name: str, value: ir.Value, graph: ir.Graph, file: Path) -> Tensor |
     if codec:
         return _additive(name, value, parse(codec), graph, file)
     if bits:
-        return _table(name, value, int(bits), graph, file)
+        return _table(name, value, bits, graph, file)
     found = list(uses(value))
     for use in found:
         if use.reads("MatMulNBits", 1) or use.reads("GatherBlockQuantized", 0):
@@ -199,13 +205,26 @@ def _stack(tensor: Tensor, spelling: str, file: Path) -> Tensor:
     return Pieces(tensor.name, shape, map(whole, parts))
 
 
-def _table(name: str, value: ir.Value, bits: int, graph: ir.Graph, file: Path) -> Tensor:
+def _table(name: str, value: ir.Value, spelling: str, graph: ir.Graph, file: Path) -> Tensor:
     """Packed rows that standard operators look up; zero points, one a byte, beside the scales."""
-    scales, zeros = graph.initializers[f"{value.name}{SCALES}"], graph.initializers.get(f"{value.name}{ZEROS}")
+    scales, zeros = graph.initializers.get(f"{value.name}{SCALES}"), graph.initializers.get(f"{value.name}{ZEROS}")
+    if scales is None or spelling not in map(str, WIDTHS):
+        raise InputError(file, f"{value.name} has no scales, or codes of {spelling!r} bits", BROKEN)
+    bits = int(spelling)
     zero_points = None if zeros is None else to_floats(array(zeros, file)) - np.float32(1 << (bits - 1))
-    return PackedTensor(
-        name, array(value, file), array(scales, file), bits, signed=False, transposed=False, zero_points=zero_points
-    )
+    return _unsigned(name, array(value, file), array(scales, file), bits, zero_points, file)
+
+
+def _unsigned(
+    name: str, packed: NDArray[Any], scales: NDArray[Any], bits: int, zero_points: Floats | None, file: Path
+) -> PackedTensor:
+    """Rows of unsigned codes with the scales of blocks along `in`; InputError for arrays that do not fit together."""
+    zeros = scales.shape if zero_points is None else zero_points.shape
+    rows = packed.ndim == scales.ndim == 2 and len(packed) == len(scales) and zeros == scales.shape
+    if not rows or not scales.size or packed.dtype.itemsize != 1 or packed.shape[1] * 8 // bits % scales.shape[1]:
+        sizes = ", ".join(str(list(size)) for size in (packed.shape, scales.shape, zeros))
+        raise InputError(file, f"bytes, scales and zero points of {name} do not fit together ({sizes})", BROKEN)
+    return PackedTensor(name, packed, scales, bits, signed=False, transposed=False, zero_points=zero_points)
 
 
 def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: Path) -> Tensor:
@@ -226,19 +245,27 @@ def _additive(name: str, value: ir.Value, codec: Codec, graph: ir.Graph, file: P
 def _fused(name: str, node: ir.Node, index: int, file: Path) -> Tensor:
     """What MatMulNBits and GatherBlockQuantized of ONNX Runtime read: packed along `in`, unsigned."""
     bits = attribute(node, "bits", 4)
+    if bits not in WIDTHS:
+        raise InputError(file, f"{node.op_type} {node.name} unpacks {bits} bits", REMEDY)
     packed, scales = (array(needed(node, i, file), file) for i in (index, 2))
     # What is gathered may be matrices.
     leading = packed.shape[:1] if node.op_type == "MatMulNBits" else packed.shape[:-1]
     out = int(np.prod(leading))
+    if not out or not packed.size or scales.size % out:
+        problem = f"{node.op_type} {node.name} reads codes {list(packed.shape)} with scales {list(scales.shape)}"
+        raise InputError(file, problem, BROKEN)
     packed = packed.reshape(out, -1)
     scales = scales.reshape(out, -1)
     zero_points = None
     stored = constant(node.inputs[3]) if len(node.inputs) > 3 else None
     if stored is not None:
-        zeros = array(stored, file).reshape(out, -1)
+        zeros = array(stored, file)
+        if zeros.size % out:
+            raise InputError(file, f"{node.op_type} {node.name} reads zero points {list(zeros.shape)}", BROKEN)
+        zeros = zeros.reshape(out, -1)
         fields = unpack_unsigned(zeros, bits)[:, : scales.shape[1]] if zeros.dtype == np.uint8 else to_floats(zeros)
         zero_points = fields.astype(np.float32) - (1 << (bits - 1))
-    found = PackedTensor(name, packed, scales, bits, signed=False, transposed=False, zero_points=zero_points)
+    found = _unsigned(name, packed, scales, bits, zero_points, file)
     return found if len(leading) == 1 else Pieces(name, (*leading, found.shape[1]), [whole(found)])
 
 
@@ -248,5 +275,9 @@ def _dequantized(name: str, value: ir.Value, use: Use, file: Path) -> Tensor:
     if isinstance(tensor, PackedTensor) or len(tensor.shape) > 1:
         return tensor
     assert value.const_value is not None
-    offset = float(value.const_value.metadata_props.get(OFFSET, 0.0))
+    stated = value.const_value.metadata_props.get(OFFSET, "0")
+    try:
+        offset = float(stated)
+    except ValueError as error:
+        raise InputError(file, f"{value.name} is said to be {stated!r} too large", BROKEN) from error
     return StoredTensor(name, (tensor.exact() - offset).astype(np.float32), requantized=True)

@@ -11,7 +11,8 @@ import numpy as np
 
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations, Quantizer
 from gemexport.formats.onnx import canonical_name, graph_files, read_model
-from gemexport.formats.onnx.stored import BROKEN
+from gemexport.formats.onnx.form import BROKEN
+from gemexport.formats.onnx.stored import FLOATS, Elements, described
 from gemexport.formats.storage.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ def activations(path: str | Path) -> Activations | None:
     for file in graph_files(Path(path)):
         graph = read_model(file).graph
         _check_pairs(graph, file)
-        for weight, linear in _linears(graph):
+        for weight, linear in _linears(graph, file):
             if linears.setdefault(weight, linear) != linear:
                 raise InputError(file, f"the activations of {weight} are others than in the graph beside it", BROKEN)
-        for layer, cache in _caches(graph).items():
+        for layer, cache in _caches(graph, file).items():
             if caches.setdefault(layer, cache) != cache:
                 raise InputError(file, f"the cache of layer {layer} is another than in the graph beside it", BROKEN)
     found = {weight: linear for weight, linear in linears.items() if linear != LinearActivations()}
@@ -47,12 +48,12 @@ def _check_pairs(graph: ir.Graph, file: Path) -> None:
         if node.op_type != "QuantizeLinear":
             continue
         for user, _ in node.outputs[0].uses():
-            if user.op_type == "DequantizeLinear" and _quantizer(user) != _quantizer(node):
+            if user.op_type == "DequantizeLinear" and _quantizer(user, file) != _quantizer(node, file):
                 problem = f"{user.name} reads back other integers than {node.name} writes (scale or zero point)"
                 raise InputError(file, problem, BROKEN)
 
 
-def _linears(graph: ir.Graph) -> Iterator[tuple[str, LinearActivations]]:
+def _linears(graph: ir.Graph, file: Path) -> Iterator[tuple[str, LinearActivations]]:
     """The linears of a graph by their weight's canonical name."""
     for node in graph:
         if node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[0] is None:
@@ -63,7 +64,7 @@ def _linears(graph: ir.Graph) -> Iterator[tuple[str, LinearActivations]]:
             before = node.inputs[0].producer()
             after = next((use for use, _ in node.outputs[0].uses() if use.op_type == "QuantizeLinear"), None)
             rounded = before is not None and before.op_type == "DequantizeLinear"
-            yield name, LinearActivations(_quantizer(before) if rounded else None, _quantizer(after))
+            yield name, LinearActivations(_quantizer(before, file) if rounded else None, _quantizer(after, file))
 
 
 def _initializer(value: ir.Value) -> ir.Value | None:
@@ -75,13 +76,13 @@ def _initializer(value: ir.Value) -> ir.Value | None:
     return value if value.const_value is not None else None
 
 
-def _caches(graph: ir.Graph) -> dict[int, CacheActivations]:
+def _caches(graph: ir.Graph, file: Path) -> dict[int, CacheActivations]:
     """The caches of integers that a graph takes, by layer."""
     found: dict[int, dict[str, Quantizer | None]] = {}
     for value in graph.inputs:
         match = _CACHE.match(value.name or "")
         if match and value.dtype is not None and value.dtype.name in INTEGERS:
-            found.setdefault(int(match[1]), {})[match[2]] = _quantizer(_reader(value))
+            found.setdefault(int(match[1]), {})[match[2]] = _quantizer(_reader(value), file)
     return {layer: CacheActivations(**kinds) for layer, kinds in found.items()}
 
 
@@ -95,12 +96,17 @@ def _reader(value: ir.Value) -> ir.Node | None:
     return None
 
 
-def _quantizer(node: ir.Node | None) -> Quantizer | None:
+def _quantizer(node: ir.Node | None, file: Path) -> Quantizer | None:
     """The integers of a QuantizeLinear or DequantizeLinear with one scale; None for others."""
     if node is None or len(node.inputs) < 3 or node.inputs[1] is None or node.inputs[2] is None:
         return None
-    scale, zero = node.inputs[1].const_value, node.inputs[2].const_value
-    if scale is None or zero is None or zero.dtype.name not in INTEGERS or scale.size != 1:
+    scale, zero = node.inputs[1], node.inputs[2]
+    if scale.const_value is None or zero.const_value is None:
         return None
-    bits, signed = INTEGERS[zero.dtype.name]
-    return Quantizer(float(np.float32(scale.numpy().item())), int(zero.numpy().item()), bits, signed)
+    (kind, sizes), (scale_kind, scales) = described(zero, file), described(scale, file)
+    if kind not in INTEGERS or scale_kind not in FLOATS or np.prod(scales) != 1 or np.prod(sizes) != 1:
+        return None
+    bits, signed = INTEGERS[kind]
+    numbers = (Elements(value, file).whole().reshape(-1)[0] for value in (scale, zero))
+    size, middle = numbers
+    return Quantizer(float(np.float32(size)), int(middle), bits, signed)

@@ -9,17 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.onnx.blocks import to_floats
+from gemexport.formats.onnx.form import BROKEN
 from gemexport.formats.onnx.walk import constant
 from gemexport.formats.storage.errors import InputError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BROKEN = "export or download it again"
 FLOATS = {"FLOAT": "<f4", "FLOAT16": "<f2", "BFLOAT16": "<u2"}  # bf16 as its bit patterns
 NUMPY_DTYPES = {**FLOATS, "UINT8": "u1", "INT8": "i1", "UINT16": "<u2", "INT16": "<i2", "INT32": "<i4"}
 SUB_BYTE = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
 INTEGERS = {"INT2": 2, "INT4": 4, "INT8": 8, "INT16": 16, "INT32": 32, "UINT2": 2, "UINT4": 4, "UINT8": 8, "UINT16": 16}
+NO_NUMBERS = frozenset(("STRING", "UNDEFINED"))
 SMALL_FLOATS = frozenset(("FLOAT4E2M1", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"))
 
 
@@ -47,7 +48,12 @@ def described(value: ir.Value, file: Path) -> tuple[str, tuple[int, ...]]:
     """The element type, by ONNX's name, and the shape of an initializer; InputError for what is none."""
     if value.const_value is None or value.dtype is None or value.shape is None:
         raise InputError(file, f"{value.name} is no initializer", BROKEN)
-    return value.dtype.name, tuple(int(size) for size in value.shape.numpy())
+    stored, kind = value.const_value, value.dtype.name
+    sizes = tuple(int(size) for size in stored.shape.numpy())
+    if kind in NO_NUMBERS or stored.dtype != value.dtype or stored.shape != value.shape or min(sizes, default=0) < 0:
+        problem = f"{value.name} is {kind} {value.shape}, and stored as {stored.dtype} {stored.shape}"
+        raise InputError(file, problem, BROKEN)
+    return kind, sizes
 
 
 def raw(value: ir.Value, file: Path) -> NDArray[np.uint8]:
@@ -58,7 +64,13 @@ def raw(value: ir.Value, file: Path) -> NDArray[np.uint8]:
     assert stored is not None
     if isinstance(stored, ir.ExternalTensor):
         return _external(stored, file)
-    return np.frombuffer(stored.tobytes(), np.uint8)
+    try:
+        data = np.frombuffer(stored.tobytes(), np.uint8)
+    except (TypeError, ValueError) as error:  # elements of another type or number than it says
+        raise InputError(file, f"{stored.name} cannot be read ({error})", BROKEN) from error
+    if len(data) != stored.nbytes:
+        raise InputError(file, f"{stored.name} has {len(data)} bytes, not {stored.nbytes}", BROKEN)
+    return data
 
 
 def _external(stored: ir.ExternalTensor, file: Path) -> NDArray[np.uint8]:
