@@ -1,7 +1,8 @@
-"""What a program reads in config.json and genai_config.json besides the decoder: special tokens, dtype, cache sizes.
+"""What a program reads in an artefact's settings besides the decoder: special tokens, dtype, cache sizes, sampling.
 
-transformers, mlx-lm, vLLM, Optimum and transformers.js take BOS, EOS and the dtype from config.json, and
-onnxruntime-genai all that it knows from a file of its own.
+transformers, mlx-lm, vLLM, Optimum and transformers.js take BOS, EOS, padding and the dtype from config.json,
+transformers and vLLM how tokens are chosen from generation_config.json, and onnxruntime-genai all that it knows from a
+file of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from gemexport.formats.stamps import WEIGHTS
 from gemexport.formats.storage.safetensors import weight_files
 from gemexport.shared.measured import FactReport
 from gemexport.validators.checks import vocabulary
-from gemexport.validators.checks.vocabulary import GENAI, settings_of
+from gemexport.validators.checks.vocabulary import GENAI, GENERATION, settings_of
 
 # Of config.json, largest number first: hidden states of a Gemma do not fit into f16.
 REACH = {"float32": 2, "float": 2, "bfloat16": 2, "float16": 1, "half": 1}
-CONFIG = "config.json"
+CONFIG, PAD = "config.json", "pad_token_id"
+# What transformers does where generation_config.json does not say it, as libraries that write one leave it out.
+SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # What it may call a model, by which it knows how to feed one.
 GENAI_TYPES = frozenset(name for one in FAMILIES for name in (one.genai_type, one.name, one.text_type, one.whole_type))
 
@@ -31,9 +34,13 @@ def setting_differences(checkpoint: Checkpoint, path: Path) -> tuple[FactReport,
 
     Raises InputError for files that are broken.
     """
-    if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, GENAI)):
+    if not path.is_dir():
         return ()
-    return (*_files(path), *_config(checkpoint, path), *_genai(checkpoint, path))
+    inside = path.suffix != ".mlpackage" or (path / GENERATION).is_file()
+    chosen = tuple(_sampling(checkpoint, path if inside else path.parent))
+    if not any((path / name).is_file() for name in (CONFIG, GENAI)):
+        return chosen
+    return (*_files(path), *_config(checkpoint, path), *_genai(checkpoint, path), *chosen)
 
 
 def _files(path: Path) -> Iterator[FactReport]:
@@ -56,6 +63,7 @@ def _config(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
         if not isinstance(part, dict):
             continue
         yield from _bos("", part, decoder)
+        yield from _pad(part, checkpoint)
         listed = _ids(part.get("eos_token_id"))
         ends = _stops(checkpoint)
         if listed and ends and not listed <= ends:
@@ -68,6 +76,27 @@ def _bos(stem: str, said: Mapping[str, Any], decoder: Architecture) -> Iterator[
     found = said.get(key)
     if isinstance(found, int) and expected is not None and found != expected:
         yield FactReport(name=f"{stem}{key}", found=str(found), expected=str(expected))
+
+
+def _pad(said: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[FactReport]:
+    listed = (checkpoint.architecture.pad_token_id, checkpoint.config.get(PAD), checkpoint.text_config.get(PAD))
+    expected, found = {number for number in listed if isinstance(number, int)}, said.get(PAD)
+    if isinstance(found, int) and expected and found not in expected:
+        yield FactReport(name=PAD, found=str(found), expected=_shown(expected))
+
+
+def _sampling(checkpoint: Checkpoint, folder: Path) -> Iterator[FactReport]:
+    """How generation_config.json says that tokens are chosen, where the checkpoint's and the artefact's say so."""
+    if not (folder / GENERATION).is_file():
+        return
+    ours, theirs = settings_of(checkpoint.assets, GENERATION), settings_of(folder, GENERATION)
+    if not any(name in ours for name in SAMPLING):
+        return
+    for name, usual in SAMPLING.items():
+        expected, found = (usual if said.get(name) is None else said[name] for said in (ours, theirs))
+        if found != expected:
+            text = f"{found}" if theirs.get(name) is not None else f"not given ({found})"
+            yield FactReport(name=f"{GENERATION}: {name}", found=text, expected=str(expected))
 
 
 def _dtype(said: Mapping[str, Any], *ours: Mapping[str, Any]) -> Iterator[FactReport]:

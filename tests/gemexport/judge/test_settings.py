@@ -48,6 +48,7 @@ def test_a_right_artefact_has_none(folder: Path, gemma4: Checkpoint) -> None:
         ({"bos_token_id": 5}, "bos_token_id is 5, the checkpoint says 2"),
         ({"eos_token_id": 5}, "eos_token_id is 5, the checkpoint says some of "),
         ({"eos_token_id": [1, 5]}, "eos_token_id is 1 or 5, the checkpoint says some of "),
+        ({"pad_token_id": 7}, "pad_token_id is 7, the checkpoint says 0"),
         ({"dtype": "float16"}, "dtype is float16, the checkpoint says bfloat16"),
     ],
 )
@@ -60,6 +61,29 @@ def test_a_setting_of_config_json_is_named(
 
 def test_wider_dtypes_and_fewer_ends_are_no_difference(folder: Path, gemma4: Checkpoint) -> None:
     assert said(gemma4, edited(folder, "config.json", dtype="float32", eos_token_id=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"do_sample": None}, "do_sample is not given (False), the checkpoint says True"),
+        ({"do_sample": False}, "do_sample is False, the checkpoint says True"),
+        ({"top_k": None}, "top_k is not given (50), the checkpoint says 64"),
+        ({"top_p": 0.5}, "top_p is 0.5, the checkpoint says 0.95"),
+        ({"temperature": 0.1}, "temperature is 0.1, the checkpoint says 1.0"),
+    ],
+)
+def test_how_tokens_are_chosen_is_compared(
+    changes: dict[str, Any], told: str, folder: Path, gemma4: Checkpoint
+) -> None:
+    assert said(gemma4, edited(folder, "generation_config.json", **changes)) == [f"generation_config.json: {told}"]
+
+
+def test_the_usual_values_may_be_left_out(folder: Path, gemma4: Checkpoint) -> None:
+    copy = edited(folder, "generation_config.json", temperature=1.0, min_p=None, repetition_penalty=1)
+    assert said(gemma4, copy) == []
+    (copy / "generation_config.json").unlink()
+    assert said(gemma4, copy) == []
 
 
 def test_weights_beside_the_models_are_named(folder: Path, gemma4: Checkpoint) -> None:
