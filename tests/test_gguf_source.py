@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import gemexport
 from gemexport.cli import main
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.storage.files import LOCK
 from gemexport.report.schema import Report
 
 pytest.importorskip("gguf")
@@ -48,7 +50,7 @@ def test_a_file_goes_into_every_format(model: Path, tmp_path: Path) -> None:
     for folder in ("mlx/4bit", "compressed-tensors/w4a16"):
         assert (out / folder / "tokenizer.json").is_file()
         assert (out / folder / "chat_template.jinja").is_file()
-    (unpacked,) = (out / ".gemexport" / "source").iterdir()
+    (unpacked,) = (path for path in (out / ".gemexport" / "source").iterdir() if path.name != LOCK)
     assert (unpacked / "tokenizer.json").is_file()
 
 
@@ -68,11 +70,11 @@ def test_a_lattice_is_the_same_out_of_a_file(model: Path, tiny_gemma4: Path, tmp
 def test_a_second_run_uses_what_was_unpacked(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(model, out, "mlx")
-    (unpacked,) = (out / ".gemexport" / "source").iterdir()
+    (unpacked,) = (path for path in (out / ".gemexport" / "source").iterdir() if path.name != LOCK)
     before = (unpacked / "tokenizer.json").stat().st_mtime_ns
     (unpacked.parent / "0123-killed.partial").mkdir()
     export(model, out, "mlx")
-    assert list(unpacked.parent.iterdir()) == [unpacked]
+    assert {path.name for path in unpacked.parent.iterdir()} == {unpacked.name, LOCK}
     assert (unpacked / "tokenizer.json").stat().st_mtime_ns == before
 
 
@@ -83,12 +85,14 @@ def test_the_same_file_gives_the_same_bytes(name: str, model: Path, tmp_path: Pa
     assert (tmp_path / "a" / "SHA256SUMS").read_text() == (tmp_path / "b" / "SHA256SUMS").read_text()
 
 
-def test_plan_and_inspect_unpack_nothing(
+def test_plan_and_inspect_leave_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert run("plan", model) == 0
+    for folder in tmp_path.glob("gemexport-*"):  # of the tokenizer, until the process ends
+        shutil.rmtree(folder)
     assert "artefacts go to lone-gemexport" in capsys.readouterr().out
     assert run("inspect", model, "--json") == 0
     facts = json.loads(capsys.readouterr().out)

@@ -85,8 +85,8 @@ def test_each_codec_of_a_list_is_an_artefact_and_is_fitted_once(tiny_gemma4: Pat
     ]
     nodes = {node.name: node for node in graph(asked, checkpoint, tmp_path / "work", wanted)}
     assert [name for name in nodes if name.startswith("codec")] == ["codec aqlm:1x8:8", "codec aqlm:2x8:4"]
-    assert nodes["export onnx:npu-aqlm-1x8"].needs == ("grids", "codec aqlm:1x8:8")
-    assert nodes["export onnx:npu"].needs == ("grids",)
+    assert nodes["export onnx:npu-aqlm-1x8"].needs == ("round", "codec aqlm:1x8:8")
+    assert nodes["export onnx:npu"].needs == ("round",)
     folders = {node.call.arguments["place"].vectors for name, node in nodes.items() if name.startswith("codec")}
     assert len(folders) == 2
 

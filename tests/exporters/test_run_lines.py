@@ -25,7 +25,7 @@ def test_a_shell_takes_it(module: str, variant: str, name: str, tiny_gemma3: Pat
     exporter = pytest.importorskip(f"gemexport.exporters.{module}")
     path = tmp_path / "it's my $HOME" / name
     path.parent.mkdir()
-    words = shlex.split(exporter.export(open_checkpoint(tiny_gemma3), path, variant=variant).run)
+    words = shlex.split(exporter.export(open_checkpoint(tiny_gemma3), path, variant=variant).run, comments=True)
     if module == "compressed_tensors":
         words = [node.value for node in ast.walk(ast.parse(words[-1])) if isinstance(node, ast.Constant)]
     assert str(path / "generate.py" if module == "onnx" else path) in words

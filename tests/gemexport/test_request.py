@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import gemexport
 from gemexport.compress import Compression
-from gemexport.engine.dag import graph, judgement
+from gemexport.engine.dag import graph, judgement, rounding
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.storage.errors import InputError
@@ -91,6 +91,7 @@ def every_node(model: Path, folder: Path) -> list[Node]:
     return [
         *graph(asked, checkpoint, folder, steps(asked, checkpoint)),
         *judgement(asked, checkpoint, folder, step),
+        rounding(asked, checkpoint, place),  # where nothing else has rounded
         compiling(asked, checkpoint, place, step.path, folder, None),
     ]
 
@@ -100,7 +101,10 @@ def test_every_step_names_a_function_that_takes_what_it_is_given(tiny_gemma4: Pa
     for node in every_node(tiny_gemma4, tmp_path):
         check(node.call)
         called.add(node.call.function.rpartition(":")[2])
-    assert called == {"compress", "grids", "fit_codec", "calibrate", "export", "reference", "validate", "compile_npu"}
+    assert called == {
+        "compress", "grids", "round_linears", "fit_codec", "calibrate", "export", "reference", "open_artifact",
+        "validate", "compile_npu",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(ggml_quantizer, "find_spec", lambda _: None)
     ggml_quantizer._library.cache_clear()
     try:
-        with pytest.raises(InputError, match=r"pip install 'gemexport\[kquants\]'"):
+        with pytest.raises(InputError, match=r"pip install '.*\[kquants\]'"):
             check_installed()
     finally:
         ggml_quantizer._library.cache_clear()

@@ -83,7 +83,7 @@ def test_the_log_names_what_was_refused_and_why() -> None:
 
 def test_where_there_is_no_compiler_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qnn, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pip install 'gemexport\[npu\]'"):
+    with pytest.raises(InputError, match=r"pip install '.*\[npu\]'"):
         qnn.compile(tmp_path, tmp_path / "context")
 
 
