@@ -77,6 +77,7 @@ def run(*arguments: str | Path) -> object:
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_codes_reach_the_formats_and_the_rest_stays(
     tiny_gemma3: Path, stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,8 +78,11 @@ def alive(pid: int) -> bool:
     """Whether a process still runs; one that only waits to be reaped does not."""
     try:
         os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat")
-        return not state.is_file() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        process = Path(f"/proc/{pid}")
+        if not process.is_dir():  # a system without it
+            return True
+        state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z" or len(list((process / "task").iterdir())) > 1  # threads outlive the one that is waited for
     except (ProcessLookupError, FileNotFoundError):
         return False
 

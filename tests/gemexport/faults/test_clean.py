@@ -10,6 +10,7 @@ from gemexport.faults.clean import KINDS, NOISE, fault_free
 from gemexport.faults.matrix import COLUMNS
 
 
+@pytest.mark.slow
 def test_an_artefact_without_a_fault_passes(tmp_path: Path) -> None:
     columns = tuple(column for column in COLUMNS if column[0] in ("onnx", "coreml"))[:2]
     found = list(fault_free(tmp_path, range(1), 60, columns))

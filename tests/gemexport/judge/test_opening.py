@@ -56,6 +56,7 @@ def test_a_truncated_file_and_another_models_are_told_before_anything_is_compute
     assert ran == {"open"}
 
 
+@pytest.mark.slow
 def test_the_report_lies_where_it_is_told_beside_what_is_there(
     tiny_gemma3: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
