@@ -166,6 +166,12 @@ def left_out(
     """The file's names of what is none of these tensors; InputError for one that no part of the decoder claims."""
     used = {tensor.stored_name for tensor in stored.values()} | {name for _, names in joined.values() for name in names}
     found = tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
+    layers = layers_of(parts)
+    for name in found:
+        block = name.split(".")[1] if name.startswith("blk.") else ""
+        if block.isdecimal() and int(block) >= layers:
+            problem = f"block_count says {layers}, and there is {name}"
+            raise InputError(parts.path, problem, MENDED)
     check_unclaimed(parts.path, found, used)
     return found
 
