@@ -67,7 +67,7 @@ def rope(change: Callable[[Rope, Layer], Rope]) -> Make:
             stored: Any = tables[f"rope_{number}_{kind}"]
             table = writable(_blob(stored).data.view("<f4").reshape(stored.shape))
             table[:] = function(np.arange(len(table), dtype=np.float32)[:, None] * frequencies)
-        return "departs at"
+        return "RoPE"
 
     return fault
 

@@ -44,7 +44,7 @@ def rope(change: Callable[[Rope, Layer], Rope]) -> Make:
                     found = True
         if not found:
             raise ValueError("the graphs have no angles")
-        return "departs at"
+        return "departs at|RoPE"  # tables are compared, frequencies show in the logits
 
     return fault
 
