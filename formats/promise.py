@@ -7,7 +7,7 @@ against it. Nothing of it comes from the artefact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gemexport.formats.tensor import DType, Floats, Grid, Rows, Tensor, TensorBase, round_to
 
@@ -23,7 +23,7 @@ class Promise:
     tensor: Tensor  # on the grid that the artefact keeps, or on none
     scales: DType = "f32"
     plain: DType = "f32"
-    biased: bool = field(default=False)  # zero points are stored as biases, -zero * scale, rounded like scales
+    biased: bool = False  # zero points are stored as biases, -zero * scale, rounded like scales
 
     def rounded(self, rows: Rows, *, grid: bool) -> tuple[Grid | None, Rows]:
         """Rows of the tensor as they are to be stored, and their grid; without `grid` the values that are as good."""

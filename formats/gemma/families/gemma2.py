@@ -5,14 +5,14 @@ Every other layer slides; queries and keys are not normed, attention scores and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from gemexport.formats.gemma.architecture import Layer
+from gemexport.formats.gemma.architecture import Rope
 from gemexport.formats.gemma.facts import COMMON, Fact, Flat, Form, spelt
-from gemexport.formats.gemma.families.family import Family, Wording, rope
-from gemexport.formats.gemma.fields import SLIDING, Positive, Size, TextFields, kind_of
+from gemexport.formats.gemma.families.even import Even, EvenFields
+from gemexport.formats.gemma.families.family import Wording, rope
+from gemexport.formats.gemma.fields import Positive, Size, kind_of
 
 THETA = 10_000.0
 PERIOD = 2
@@ -46,19 +46,16 @@ FACTS = (
 )
 
 
-class Fields(TextFields):
+class Fields(EvenFields):
     """Gemma 2's own fields, with transformers' defaults."""
 
-    query_pre_attn_scalar: Positive = 256.0
     attn_logit_softcapping: Positive | None = ATTENTION_CAP
     final_logit_softcapping: Positive | None = FINAL_CAP
-    rope_theta: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: Size = 8192
     sliding_window_pattern: Size | None = PERIOD
 
 
-class Gemma2(Family[Fields]):
+class Gemma2(Even[Fields]):
     """Norms before and after attention and MLP, none of queries and keys."""
 
     name = text_type = reference_type = gguf = mlx_type = "gemma2"
@@ -68,36 +65,19 @@ class Gemma2(Family[Fields]):
     fields = Fields
     default_vocabulary = VOCABULARY
     default_window = WINDOW
-    norm_offset = 1.0
-    value_norm = False
+    gguf_layers_by_width = 46  # 27B
     qk_norm = False
     caps_attention = True
-    partial_rope = False
-    sentencepiece = True
     mlx_rounds_embed_scale = False
-    layer_scalar = False
 
     def refused(self, fields: Fields) -> dict[str, bool]:
         ropes = {kind for _, kind in fields.ropes()}
         return {**fields.refused(), "positions are scaled": bool(ropes - {"default"})}
 
-    def layers(self, fields: Fields) -> tuple[Layer, ...]:
-        return tuple(
-            Layer(
-                index=index,
-                sliding=kind == SLIDING,
-                head_dim=fields.head_dim,
-                kv_heads=fields.num_key_value_heads,
-                intermediate_size=fields.intermediate_size,
-                rope=rope(self._rope(fields), fields.head_dim),
-                kv_source=index,
-            )
-            for index, kind in enumerate(fields.types())
-        )
-
-    def _rope(self, fields: Fields) -> dict[str, Any]:
+    def rope(self, fields: Fields, kind: str) -> Rope:
         given = fields.rope_parameters or {}
-        return {"rope_type": kind_of(given), "rope_theta": given.get("rope_theta") or fields.rope_theta or THETA}
+        theta = given.get("rope_theta") or fields.rope_theta or THETA
+        return rope({"rope_type": kind_of(given), "rope_theta": theta}, fields.head_dim)
 
     def own_config(self, flat: Flat) -> dict[str, Any]:
         return {
@@ -124,14 +104,3 @@ class Gemma2(Family[Fields]):
 
     def gguf_problem(self, flat: Flat) -> str | None:
         return "it has no soft caps" if None in (flat["final_softcap"], flat["attention_softcap"]) else None
-
-    def attention_scale(self, fields: Fields) -> float:
-        scale: float = fields.query_pre_attn_scalar**-0.5
-        return scale
-
-    def gguf_attention_scale(self, layers: int, head_dim: int, hidden: int, heads: int) -> float:
-        # src/models/gemma2.cpp: of the 46 layers of the 27B one it follows from its width.
-        return 1.0 / math.sqrt(max(1, hidden // heads) if layers == 46 else head_dim)
-
-    def attention_softcap(self, fields: Fields) -> float | None:
-        return fields.attn_logit_softcapping

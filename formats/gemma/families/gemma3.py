@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gemexport.formats.gemma.architecture import Layer, Rope
+from gemexport.formats.gemma.architecture import Rope
 from gemexport.formats.gemma.facts import COMMON, SLIDING_THETA, Fact, Flat, Form
-from gemexport.formats.gemma.families.family import Family, Wording, rope
-from gemexport.formats.gemma.fields import SLIDING, Positive, TextFields
+from gemexport.formats.gemma.families.even import Even, EvenFields
+from gemexport.formats.gemma.families.family import Wording, rope
+from gemexport.formats.gemma.fields import SLIDING, Positive
 
 THETAS = {True: 10_000.0, False: 1_000_000.0}  # of sliding layers and of full ones, where a config names none
 
@@ -62,18 +62,14 @@ def pattern(flat: Mapping[str, Any]) -> int | None:
     return every if same else None
 
 
-class Fields(TextFields):
+class Fields(EvenFields):
     """Gemma 3's own fields, in the spelling of its release and in that of transformers 5."""
 
-    attn_logit_softcapping: Positive | None = None
-    query_pre_attn_scalar: Positive = 256.0
-    rope_theta: Positive | None = None
     rope_local_base_freq: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
 
 
-class Gemma3(Family[Fields]):
-    """Heads of one size; norms add 1 to their weights; the attention scale is a field."""
+class Gemma3(Even[Fields]):
+    """Sliding layers and full ones each have a base of their own for their angles."""
 
     name = "gemma3"
     text_type = reference_type = mlx_type = "gemma3_text"
@@ -85,32 +81,14 @@ class Gemma3(Family[Fields]):
     fields = Fields
     default_vocabulary = 262_208
     default_window = 4096
-    norm_offset = 1.0
-    value_norm = False
-    partial_rope = False
-    sentencepiece = True
+    gguf_layers_by_width = 62  # 27B
     mlx_rounds_embed_scale = True
-    layer_scalar = False
 
     def refused(self, fields: Fields) -> dict[str, bool]:
         encoder = "it is an encoder such as EmbeddingGemma, with attention both ways and one vector for a text"
         return {encoder: fields.use_bidirectional_attention in (True, "all"), **fields.refused()}
 
-    def layers(self, fields: Fields) -> tuple[Layer, ...]:
-        return tuple(
-            Layer(
-                index=index,
-                sliding=kind == SLIDING,
-                head_dim=fields.head_dim,
-                kv_heads=fields.num_key_value_heads,
-                intermediate_size=fields.intermediate_size,
-                rope=self._rope(fields, kind),
-                kv_source=index,
-            )
-            for index, kind in enumerate(fields.types())
-        )
-
-    def _rope(self, fields: Fields, kind: str) -> Rope:
+    def rope(self, fields: Fields, kind: str) -> Rope:
         sliding = kind == SLIDING
         given = dict((fields.rope_parameters or {}).get(kind) or {})
         if not sliding and fields.rope_scaling:
@@ -157,14 +135,3 @@ class Gemma3(Family[Fields]):
         if flat["sliding.rope.theta"] is not None and flat["sliding.rope.factor"] != 1.0:
             return "scales the positions of sliding layers"
         return None if pattern(flat) else "does not repeat one pattern of sliding and full attention"
-
-    def attention_scale(self, fields: Fields) -> float:
-        scale: float = fields.query_pre_attn_scalar**-0.5
-        return scale
-
-    def gguf_attention_scale(self, layers: int, head_dim: int, hidden: int, heads: int) -> float:
-        # src/models/gemma3.cpp: of the 62 layers of the 27B one it follows from its width.
-        return 1.0 / math.sqrt(max(1, hidden // heads) if layers == 62 else head_dim)
-
-    def attention_softcap(self, fields: Fields) -> float | None:
-        return fields.attn_logit_softcapping
