@@ -85,7 +85,8 @@ def test_validate_takes_an_adapter(golden: Path, tiny_gemma3: Path, tmp_path: Pa
     memory = 1 << 20  # not enough for the reference: weights and tokenizer only
     right = gemexport.validate(tiny_gemma3, artifact, adapter=adapter, memory=memory)
     wrong = gemexport.validate(tiny_gemma3, artifact, memory=memory)
-    assert (right.status, wrong.status) == ("pass", "fail")
+    assert (right.status, [item.part for item in right.unjudged]) == ("partial", ["logits"])
+    assert wrong.status == "fail"
 
 
 def test_inspect_and_plan_take_an_adapter(golden: Path, tiny_gemma3: Path, capsys: pytest.CaptureFixture[str]) -> None:

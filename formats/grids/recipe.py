@@ -68,7 +68,8 @@ class Recipe(BaseModel):
         `left` are those that an adapter took off what they lay on: these are quantized in any case.
         """
         beside = any(on is not False or name in left for name, on in lattices.items())
-        tuned, asked = any(lattices.values()), self.requantize_mixed
+        coded = None in lattices.values()
+        tuned, asked = any(lattices.values()) and not coded, self.requantize_mixed
         schemes = {}
         for name, on in lattices.items():
             mixed = tuned and is_linear(name) if asked == "linears" else asked

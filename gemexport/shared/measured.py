@@ -133,8 +133,8 @@ class FactReport(ReportModel):
 
 
 class UnjudgedReport(ReportModel):
-    """A part of a verdict that was not judged: `weights`, `metadata`, `tokenizer`, `chat`, `logits`, or one of these in
-    a further program or arithmetic (`logits in openvino`).
+    """A part of a verdict that was not judged: `weights`, `metadata`, `tokenizer`, `chat`, `logits`, `greedy` (the
+    key/value cache), or one of these in a further program or arithmetic (`logits in openvino`).
 
     `because` it was `left out` (nobody tried: no room, nothing there), `refused` (what judges it says what is wrong
     with the artefact) or `crashed` (what judges it did).

@@ -80,6 +80,10 @@ def test_linears_off_the_lattice_of_others_are_a_fine_tunes() -> None:
     assert chosen(default, True, False, False, False) == [linear, other]
     assert chosen(default, False, False, False, True) == [linear]
     assert chosen(default, False, None, False, False) == []  # its maker's choice
+    # So it is where a lattice is found beside them: of a GGUF file, matrices of a type that is read as plain numbers.
+    assert chosen(default, None, False, False, True) == []
+    assert chosen(default, True, None, False, False) == []
+    assert chosen(every, None, False, False, True) == [linear, router]
     assert chosen(default, None, False, False, False, left=(linear,)) == [linear]
     assert chosen(every, False, False, False, True) == [embedding, linear, router]
     assert chosen(none, False, False, False, True) == []
