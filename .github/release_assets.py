@@ -33,7 +33,8 @@ def lay_out(runs: list[Path], assets: Path, part: int = PART) -> None:
         source = runs[0] / artifact["path"]
         if source.is_dir():
             name = f"{report['model']['name']}-{artifact['format']}-{source.name}.tar"
-            _cut(_tar(source), assets / name, part)
+            files = [runs[0] / file["path"] for file in artifact["files"]]
+            _cut(_tar(files, source.parent), assets / name, part)
         else:
             with source.open("rb") as stream:
                 _cut(_slices(stream), assets / source.name, part)
@@ -62,11 +63,11 @@ def notes(runs: list[Path]) -> str:
     return "\n".join([*text, joined])
 
 
-def _tar(folder: Path) -> Iterator[bytes]:
-    """A folder as slices of a tar archive that depends on nothing but names and bytes."""
+def _tar(files: Iterable[Path], root: Path) -> Iterator[bytes]:
+    """Files under `root` as slices of a tar archive that depends on nothing but names and bytes."""
     written = 2 * tarfile.BLOCKSIZE
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        header = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
+    for path in sorted(files):
+        header = tarfile.TarInfo(path.relative_to(root).as_posix())
         header.size, header.mode = path.stat().st_size, 0o644
         head, padding = header.tobuf(tarfile.PAX_FORMAT), -header.size % tarfile.BLOCKSIZE
         yield head

@@ -366,6 +366,22 @@ def test_release_assets_are_flat_cut_and_verify(tmp_path: Path) -> None:
     assert "`mlx/4bit/model.safetensors` differs" in notes
 
 
+def test_release_assets_hold_what_a_package_is_used_with(tmp_path: Path, tiny_gemma3: Path) -> None:
+    """Core ML's tokenizer and settings lie beside the package, and are of no use apart from it."""
+    import gemexport
+
+    out = tmp_path / "out"
+    gemexport.export(tiny_gemma3, out, formats=["coreml"], validate=False)
+    verify(out)
+    summed = {line.split("  ", 1)[1] for line in (out / "SHA256SUMS").read_text(encoding="utf-8").splitlines()}
+    lying = {path.relative_to(out).as_posix() for path in (out / "coreml").rglob("*") if path.is_file()}
+    assert summed == lying
+    assert {"coreml/tokenizer.json", "coreml/tokenizer_config.json", "coreml/generation_config.json"} < summed
+    module().lay_out([out], tmp_path / "assets")
+    with tarfile.open(next((tmp_path / "assets").glob("*.tar"))) as archive:
+        assert {f"coreml/{name}" for name in archive.getnames()} == summed
+
+
 def test_release_assets_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "linux", b"w")
     module().lay_out([run], tmp_path / "one")

@@ -75,13 +75,14 @@ def export(
 def size(
     checkpoint: Checkpoint, *, variant: str = VARIANTS[0], context: int | None = None, activations: Placing = "all"
 ) -> int:
-    """Bytes of the package that `export` writes; raises as it does."""
+    """Bytes of the package that `export` writes and of what lies beside it; raises as it does."""
     checkpoint, context, _ = _prepared(checkpoint, variant, context, activations)
     coremltools()
     from gemexport.exporters.coreml.package import package_bytes
 
     program = _program(checkpoint, Sources(variant, str(checkpoint.path), ignore), context)
-    return package_bytes(program, _metadata(checkpoint, variant))
+    beside = sum(file.stat().st_size for file in checkpoint.tokenizer_files())
+    return package_bytes(program, _metadata(checkpoint, variant)) + beside
 
 
 def _prepared(

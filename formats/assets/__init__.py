@@ -47,6 +47,13 @@ class Decoder:
     pad: int | None
 
 
+def beside(artifact: Path) -> list[Path]:
+    """The files that a Core ML package is used with, which lie in its folder; none for what has its own."""
+    if artifact.suffix != ".mlpackage":
+        return []
+    return [file for name in FILES if (file := artifact.with_name(name)).is_file()]
+
+
 def text_of(token: Any) -> str | None:
     """The text of a special token in settings: a string, or an object with `content`."""
     found = token.get("content") if isinstance(token, dict) else token

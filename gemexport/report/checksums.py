@@ -7,13 +7,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from gemexport.formats import assets
 from gemexport.report.schema import ArtifactReport, FileReport, write_text
 
 SUMS = "SHA256SUMS"
 
 
 def describe_files(root: Path, path: Path) -> tuple[FileReport, ...]:
-    """The files of the artefact at `path` (a file or a folder), sorted, their paths relative to `root`."""
+    """The files of the artefact at `path` (a file or a folder) and those beside it that are part of it, sorted.
+
+    Their paths are relative to `root`.
+    """
     found = []
     for file in _files(path):
         relative = Path(os.path.relpath(file, root)).as_posix()
@@ -48,7 +52,8 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    yield from sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+    found = [*(file for file in path.rglob("*") if file.is_file()), *assets.beside(path)]
+    yield from sorted(found, key=lambda file: file.as_posix())
 
 
 def _sum_line(file: FileReport) -> str:

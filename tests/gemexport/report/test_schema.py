@@ -142,6 +142,24 @@ def test_sums_are_what_sha256sum_reads(tmp_path: Path) -> None:
         subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
 
 
+def test_what_a_package_is_used_with_is_summed_with_it(tmp_path: Path) -> None:
+    """Core ML's tokenizer, template and settings lie beside the package; two packages of a folder share them."""
+    folder = tmp_path / "coreml"
+    own = ["int4.mlpackage/Manifest.json", "f16.mlpackage/Manifest.json"]
+    beside = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in (*own, *beside, "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (tmp_path / "m.gguf").write_text("gguf")
+    found = [checksums.describe_files(tmp_path, folder / name.split("/")[0]) for name in own]
+    for name, files in zip(own, found, strict=True):
+        assert [file.path for file in files] == sorted(f"coreml/{path}" for path in (name, *beside))
+    row = with_status("pass").artifacts[0]
+    sums = checksums.write_sums(tmp_path, [row.model_copy(update={"files": files}) for files in found])
+    assert len(sums.read_text().splitlines()) == len(own) + len(beside)
+    assert [file.path for file in checksums.describe_files(tmp_path, tmp_path / "m.gguf")] == ["m.gguf"]
+
+
 def test_an_artefact_has_one_digest(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"1")
