@@ -59,7 +59,7 @@ def passed(report: Report) -> None:
         assert (item.format, item.variant, item.status, item.reason) == (item.format, item.variant, "pass", None)
 
 
-NAMES = ("gemma4-12b", "gemma3-4b", "gemma2", "vaultgemma")
+NAMES = ("gemma4-12b", "gemma3-4b", "gemma2", "gemma", "vaultgemma")
 
 
 @pytest.mark.slow
@@ -143,7 +143,6 @@ def test_a_classifier_that_transformers_saved(tmp_path: Path) -> None:
     [
         ("diffusion_gemma", "is DiffusionGemma, which denoises a block of tokens at once and would need an encoder"),
         ("gemma3n", "is a Gemma 3n, whose layers have several streams"),
-        ("gemma", "is a Gemma 1"),
         ("embedding_gemma2", "is an EmbeddingGemma 2"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gemexport.formats.checkpoint import READERS
 from gemexport.formats.gemma.families import FAMILIES
 from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gemma.roles import Role
@@ -25,7 +26,7 @@ TYPES = {
     for family in FAMILIES
     for kind in (family.name, family.text_type, family.whole_type, family.reference_type, family.gguf, family.mlx_type)
     if kind
-}
+} - READERS.keys()  # "gemma" is a way to quantize as well
 # What tensors are called: each whole name, and the words of which they are made, where these are nobody else's.
 WORDS = {word for role in Role for word in re.split(r"[.{}]+", CANONICAL.stem(role)) if "_" in word}
 NAMES = re.compile(rf"(^|[^a-z_])({'|'.join(sorted(WORDS))}|model\.norm|model\.layers|norm\.weight)($|[^a-z_])")

@@ -1,4 +1,4 @@
-"""The text decoder of Gemma 2, 3 and 4, written once over a small set of operations.
+"""The text decoder of Gemma 1 to 4, written once over a small set of operations.
 
 ONNX and Core ML need a graph: each gives a `Backend` that spells these operations in its own
 operators, and calling `logits(architecture, backend)` makes the graph. A backend that computes
@@ -135,7 +135,7 @@ def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: L
     i = layer.index
     h = attention(a, b, norm(a, b, x, name(Role.INPUT_NORM, i)), layer)
     x = b.add(x, norm(a, b, h, name(Role.POST_ATTENTION_NORM, i)) if a.post_norms else h)
-    h = mlp(b, norm(a, b, x, name(Role.PRE_MLP_NORM, i)), i)
+    h = mlp(b, norm(a, b, x, name(a.mlp_norm, i)), i)
     if a.experts is not None:
         h = norm(a, b, h, name(Role.POST_DENSE_NORM, i))
         h = b.add(h, norm(a, b, experts(a, b, x, i), name(Role.POST_EXPERTS_NORM, i)))

@@ -115,6 +115,7 @@ class Architecture(BaseModel):
     layer_scalar: bool  # each layer's output is multiplied by a scalar
     qk_norm: bool = True  # queries and keys are RMS-normed
     post_norms: bool = True  # what attention and MLP add to the residual is RMS-normed
+    mlp_norm: Role = Role.PRE_MLP_NORM  # the norm that the MLP reads through
     max_positions: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -155,7 +156,7 @@ class Architecture(BaseModel):
     def _mlp(self, layer: Layer) -> dict[Role, Shape]:
         hidden, wide, experts = self.hidden_size, layer.intermediate_size, self.experts
         shapes: dict[Role, Shape] = {
-            Role.PRE_MLP_NORM: (hidden,),
+            self.mlp_norm: (hidden,),
             Role.GATE: (wide, hidden),
             Role.UP: (wide, hidden),
             Role.DOWN: (hidden, wide),

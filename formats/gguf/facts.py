@@ -20,7 +20,7 @@ def read_facts(family: Family[Any], metadata: Metadata, layers: int) -> Flat:
 
     Raises InputError for a value of another form, and for two keys that say one fact in two ways.
     """
-    flat: Flat = {"layers": layers}
+    flat: Flat = {"layers": layers, **family.built_in(layers)}
     for fact in family.facts:
         value = _read(fact, metadata, flat) if fact.is_said(flat) else fact.default(flat)
         known = flat.setdefault(fact.name, value)

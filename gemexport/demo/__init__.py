@@ -39,7 +39,7 @@ __all__ = [
     "write_generation_config",
 ]
 
-FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "vaultgemma"]
+FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "gemma", "vaultgemma"]
 TOWER = "model.vision_tower.patch_embedder.input_proj.weight"
 
 
@@ -96,7 +96,7 @@ def _size(role: Role, width: int, model: Architecture) -> float:
         return ATTENTION_SPREAD / float(width**0.5 * model.attention_scale)
     if role is Role.FINAL_NORM:
         return LOGIT_SPREAD
-    if role in ADDED:
+    if role in ADDED and role is not model.mlp_norm:
         return LAYER_SHARE_OF_SCALED if model.layer_scalar else LAYER_SHARE
     return 1.0
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
 from gemexport.formats.gemma.families.gemma3 import Gemma3
 from gemexport.formats.gemma.families.gemma4 import Gemma4
@@ -137,8 +138,15 @@ def _gemma2(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, An
     }  # fmt: skip
 
 
+def _gemma1(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, Any]:
+    return names | {
+        "eos_token_id": 1, "hidden_act": "gelu", "num_hidden_layers": len(GEMMA2_LAYERS), "rope_theta": 10000.0,
+    }  # fmt: skip
+
+
 Maker = Callable[[dict[str, Any], Size, str, bool], dict[str, Any]]
 CONFIGS: dict[type[Family[Any]], Maker] = {
+    Gemma1: _gemma1,
     Gemma2: _gemma2,
     Gemma3: _gemma3,
     Gemma4: _gemma4,

@@ -36,6 +36,7 @@ def models() -> Iterator[tuple[str, Model]]:
     yield "Gemma 3 4B, 12B, 27B, MedGemma, TranslateGemma", row("gemma3", scaled, "gemma3")
     yield "ShieldGemma 2", row("gemma3", scaled, "shieldgemma2")
     yield "Gemma 2", row("gemma2", _SHORT)
+    yield "Gemma 1", row("gemma", {"max_position_embeddings": 8192})
     yield "VaultGemma", row("vaultgemma", _SHORT)
 
 

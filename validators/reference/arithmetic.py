@@ -110,7 +110,7 @@ def _rounded_linear(sizes: tuple[int, ...]) -> experts.Linear:
 
 def _round_constants(model: Any) -> None:
     """Factors that a program in f16 has as f16 numbers, however it is evaluated: of per-layer inputs, of soft caps."""
-    text, cap = model.get_decoder(), model.config.final_logit_softcapping
+    text, cap = model.get_decoder(), getattr(model.config, "final_logit_softcapping", None)
     if hasattr(text, "per_layer_input_scale"):
         text.per_layer_input_scale = _half(text.per_layer_input_scale)
     if cap is not None:

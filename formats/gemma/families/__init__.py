@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.gemma.families.family import Family
+from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
 from gemexport.formats.gemma.families.gemma3 import Gemma3
 from gemexport.formats.gemma.families.gemma4 import Gemma4
@@ -14,13 +15,12 @@ from gemexport.formats.gemma.families.shieldgemma2 import ShieldGemma2
 from gemexport.formats.gemma.families.vaultgemma import VaultGemma
 from gemexport.formats.storage.errors import InputError
 
-FAMILIES: list[Family[Any]] = [Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), VaultGemma(), ShieldGemma2()]
+FAMILIES: list[Family[Any]] = [Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), Gemma1(), VaultGemma(), ShieldGemma2()]
 
 # Relatives that are refused by name, and what there would have to be.
 RELATIVES = {
     "diffusion_gemma": "DiffusionGemma, which denoises a block of tokens at once and would need an encoder beside the "
     "decoder, attention both ways within the block, and a loop over steps of denoising in every program",
-    "gemma": "a Gemma 1, whose norms are two a layer under other names",
     "gemma3n": "a Gemma 3n, whose layers have several streams (AltUp), low-rank residuals (LAuReL) and sparse MLPs",
     "embedding_gemma2": "an EmbeddingGemma 2, which makes one vector of a text: attention both ways, pooled, projected",
     "gemma4_assistant": "a drafter of Gemma 4, which runs on another model's keys, values and hidden states",

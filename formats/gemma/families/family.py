@@ -14,6 +14,7 @@ from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, P
 from gemexport.formats.gemma.facts import COMMON, Fact, Flat, spelt
 from gemexport.formats.gemma.fields import FULL, SLIDING, Positive, TextFields, kind_of
 from gemexport.formats.gemma.names import CANONICAL, Dialect, canonical_name
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.storage.errors import InputError
 
 F = TypeVar("F", bound=TextFields)
@@ -60,6 +61,7 @@ class Family(ABC, Generic[F]):
     layer_scalar: ClassVar[bool]
     qk_norm: ClassVar[bool] = True  # queries and keys are normed
     post_norms: ClassVar[bool] = True  # what attention and MLP add is normed
+    mlp_norm: ClassVar[Role] = Role.PRE_MLP_NORM  # what transformers calls the norm before the MLP by
     caps_attention: ClassVar[bool] = False  # llama.cpp's graph and mlx-lm's module soft-cap attention scores
     names: ClassVar[Dialect] = CANONICAL  # of the tensors in its checkpoints
 
@@ -116,6 +118,7 @@ class Family(ABC, Generic[F]):
             layer_scalar=self.layer_scalar,
             qk_norm=self.qk_norm,
             post_norms=self.post_norms,
+            mlp_norm=self.mlp_norm,
             max_positions=fields.max_position_embeddings,
             bos_token_id=fields.bos_token_id,
             eos_token_ids=fields.stops(),
@@ -137,6 +140,10 @@ class Family(ABC, Generic[F]):
 
     def file_config(self, flat: Flat, q_norm_factor: float) -> dict[str, Any]:
         """What the config.json of a GGUF file has beside `config`; its query norms were multiplied by a factor."""
+        return {}
+
+    def built_in(self, layers: int) -> Flat:
+        """What llama.cpp's graph of `layers` layers has built in and no row of `facts` says."""
         return {}
 
     def mlx_config(self, flat: Flat, source: dict[str, Any]) -> dict[str, Any]:

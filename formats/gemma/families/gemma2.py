@@ -27,7 +27,7 @@ def _usual(flat: Mapping[str, Any]) -> list[bool]:
 
 
 # src/models/gemma2.cpp
-FACTS = (
+FACTS: tuple[Fact, ...] = (
     *COMMON,
     Fact("full.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base", THETA),
     Fact(

@@ -67,6 +67,8 @@ GEMMA2 = COMMON | {
     "query_pre_attn_scalar": 48,
 }
 
+GEMMA1 = COMMON | {"num_hidden_layers": 3}
+
 
 class Eager:
     """The decoder's operations in PyTorch, computed at once."""
@@ -156,9 +158,10 @@ class Eager:
         ("Gemma4", EXPERTS),
         ("Gemma4Unified", UNIFIED),
         ("Gemma2", GEMMA2),
+        ("Gemma", GEMMA1),
         ("VaultGemma", GEMMA2),
     ],
-    ids=["gemma3", "e2b", "k_eq_v", "experts", "12b", "gemma2", "vaultgemma"],
+    ids=["gemma3", "e2b", "k_eq_v", "experts", "12b", "gemma2", "gemma1", "vaultgemma"],
 )
 def test_the_description_gives_transformers_logits(kind: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)

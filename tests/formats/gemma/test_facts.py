@@ -27,6 +27,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("gemma4_unified", {}),
     ("gemma2", {}),
     ("gemma2", {"layer_types": [FULL, FULL, SLIDING, FULL], "attn_logit_softcapping": None}),
+    ("gemma", {"rope_theta": 20000.0, "head_dim": 48}),
     ("vaultgemma", {"tie_word_embeddings": False}),
 ]
 
