@@ -27,7 +27,7 @@ from gemexport.shared.measured import Divergence
 def matrix(work: Path, asked: argparse.Namespace) -> int:
     """Print the matrix and every verdict; how many faults were missed."""
     model = SOURCES[asked.source](work / "model", asked.family)
-    bench = Bench(model, work / "work", whole=asked.whole)
+    bench = Bench(model, work / "work", source=asked.source, whole=asked.whole)
     cells = []
     names = [name for name in catalogue() if asked.faults is None or re.search(asked.faults, name)]
     for cell in bench.cells(tuple(column for column in COLUMNS if asked.only in (None, column[0])), names):

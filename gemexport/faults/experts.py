@@ -30,7 +30,7 @@ class Stack:
         found = [place.read() for place in self._places]
         order = np.argsort(np.concatenate(self._rows))
         scales = [np.concatenate(arrays)[order] for arrays in zip(*(each.scales for each in found), strict=True)]
-        return Numbers(np.concatenate([each.codes for each in found])[order], scales)
+        return Numbers(np.concatenate([each.codes for each in found])[order], scales, found[0].bits)
 
     def write(self, numbers: Numbers) -> None:
         for rows, place in zip(self._rows, self._places, strict=True):

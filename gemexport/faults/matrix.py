@@ -6,6 +6,7 @@ with one reference for all cells.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gemexport import demo
-from gemexport.demo import mobile as demo_mobile
+from gemexport.engine import rounding
 from gemexport.engine import steps as nodes
 from gemexport.faults import experts, weights
 from gemexport.faults.folders import TOKENIZER
+from gemexport.faults.sources import SOURCES, Source
 from gemexport.faults.weights import Fault, Harmless, Inapplicable, Subject
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.storage.errors import InputError
@@ -37,7 +38,7 @@ COLUMNS = (
     ("compressed-tensors", "w4a16"),
 )  # fmt: skip
 MODULES = {"gguf": "gguf", "mlx": "folders", "compressed-tensors": "folders", "onnx": "onnx", "coreml": "coreml"}
-ROUTING = ("one expert more chosen",)  # of a model with experts, made otherwise in each format
+OF_EXPERTS = (*experts.FAULTS, "one expert more chosen")  # which is made otherwise in each format
 ACTIVATIONS = ("activation scale doubled", "activation zero point off by one")  # of a mobile checkpoint
 OF_THE_OPERATOR = {
     "KV cache written one position late": "ONNX Runtime's operator writes the cache",
@@ -48,6 +49,8 @@ PARTS = {
     "conversion": "logits", "loss": "loss", "greedy": "greedy decoding",
 }  # fmt: skip
 TOKENS = 80  # of the tests' models, whose sliding window is 8
+# What four bits cost a random model is no fault, and catches none.
+RECIPE = RECIPES["default"].model_copy(update={"max_kld": math.inf})
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Bench:
     model: Path
     work: Path
     tokens: int = TOKENS
+    source: Source = "lattice"  # what the model is, and what a model with experts is to be
     whole: bool = False  # run the artefact even if weights and metadata have shown the fault
     floors: dict[str, Divergence] = field(default_factory=dict)
     _mobile: Bench | None = None
@@ -91,7 +95,9 @@ class Bench:
     def __post_init__(self) -> None:
         self.place = Place(self.model, self.work, self.tokens)
         self.work.mkdir(parents=True, exist_ok=True)
-        nodes.grids(self.place, RECIPES["default"], lambda _: None)
+        found = nodes.grids(self.place, RECIPE, lambda _: None)
+        if rounding.candidates(found, self.place.plain().model):
+            rounding.round_linears(self.place, RECIPE, None, lambda _: None)
         self.checkpoint = self.place.open()
 
     def clean(self, target: str, variant: str) -> Path:
@@ -150,7 +156,7 @@ class Bench:
 
     def _verdict(self, target: str, variant: str, found: Validation) -> tuple[str, str]:
         holds = TARGETS[target].holds(variant)
-        status, reason = verdict(bounds(found, self.floors, RECIPES["default"], holds), found.unjudged)
+        status, reason = verdict(bounds(found, self.floors, RECIPE, holds), found.unjudged)
         return status, str(reason)
 
     def mobile(self) -> Bench:
@@ -158,8 +164,8 @@ class Bench:
         if self._mobile is None:
             model = self.work / "mobile-model"
             if not model.exists():
-                demo_mobile.make(model, size="tiny")
-            self._mobile = Bench(model, self.work / "mobile", self.tokens, self.whole)
+                SOURCES["mobile"](model)
+            self._mobile = Bench(model, self.work / "mobile", self.tokens, "mobile", self.whole)
         return self._mobile
 
     def mixture(self) -> Bench:
@@ -167,15 +173,15 @@ class Bench:
         if self._mixture is None:
             model = self.work / "mixture-model"
             if not model.exists():
-                demo.make(model, size="tiny", experts=True)
-            self._mixture = Bench(model, self.work / "mixture", self.tokens, self.whole)
+                SOURCES[self.source](model, experts=True)
+            self._mixture = Bench(model, self.work / "mixture", self.tokens, self.source, self.whole)
         return self._mixture
 
     def suited(self, name: str) -> Bench:
         """The bench of a model that has what a fault breaks."""
-        if name in ACTIVATIONS:
+        if name in ACTIVATIONS and self.source != "mobile":
             return self.mobile()
-        return self.mixture() if name in experts.FAULTS or name in ROUTING else self
+        return self.mixture() if name in OF_EXPERTS else self
 
     def cell(self, name: str, target: str, variant: str) -> Cell:
         """Put one fault into one artefact and judge it."""
@@ -228,6 +234,7 @@ def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | st
         "RoPE partial factor wrong": not partial and target not in ("onnx", "coreml"),
         "soft cap lost": decoder.final_softcap is None,
         "shared KV layer reads the wrong donor": all(layer.owns_cache for layer in decoder.layers),
+        **dict.fromkeys(OF_EXPERTS, bench.source == "mobile"),
     }
     if missing.get(name):
         return "the model has none"

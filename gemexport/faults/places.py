@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemexport.faults.stored import Q40, Q80, Below, Numbers, Packed, Place, Plain, Twice
+from gemexport.faults.stored import Q40, Q80, Below, Bytes, Numbers, Packed, Place, Plain, Twice
 from gemexport.formats.pieces import Pieces
 from gemexport.formats.tensor import row_count
 
@@ -29,18 +29,37 @@ def gguf(path: Path, name: str) -> Place:
 
 
 def folder(path: Path, name: str) -> Place:
-    """A tensor of an MLX or a compressed-tensors folder."""
+    """A tensor of an MLX or a compressed-tensors folder: codes in words or in bytes, or plain."""
     from gemexport.formats.gemma.names import canonical_name
     from gemexport.formats.storage.safetensors import read_folder
 
     arrays = {canonical_name(key): item.array for key, item in read_folder(path).items()}
     stem = name.removesuffix(".weight")
+    scheme = f"{stem}.weight_scale"
     if f"{stem}.weight_packed" in arrays:
-        return Packed(arrays[f"{stem}.weight_packed"], [arrays[f"{stem}.weight_scale"]])
+        packed = arrays[f"{stem}.weight_packed"]
+        return Packed(packed, [arrays[scheme]], bits=_bits(packed, int(arrays[f"{stem}.weight_shape"][-1])))
+    if scheme in arrays:
+        return Bytes(arrays[name], arrays[scheme], 8)
     if f"{stem}.scales" in arrays:
         packed, *beside = (_matrix(arrays[key]) for key in (name, f"{stem}.scales", f"{stem}.biases"))
-        return Packed(packed, beside)
+        return Packed(packed, beside, bits=_bits(packed, _width(path, stem, beside[0].shape[1])))
     return Plain(arrays[name])
+
+
+def _bits(packed: Any, width: int) -> int:
+    """Of a code, rows of so many being whole words."""
+    return int(32 * packed.shape[-1] // width)
+
+
+def _width(path: Path, stem: str, blocks: int) -> int:
+    """Weights in a row of a module of an MLX folder: its config says how many a block has."""
+    from gemexport.formats.checkpoint import read_config
+    from gemexport.formats.gemma.names import canonical_name
+
+    said = read_config(path)["quantization"]
+    own = {canonical_name(f"{key}.weight"): value for key, value in said.items() if isinstance(value, dict)}
+    return int(blocks * own.get(f"{stem}.weight", said)["group_size"])
 
 
 def _matrix(array: Any) -> Any:
@@ -86,18 +105,20 @@ def _onnx(tensor: Any, copied: Any) -> Place:
 
 
 def coreml(path: Path, name: str) -> Place:
-    """A tensor of a Core ML package: 4-bit blocks, or plain."""
+    """A tensor of a Core ML package: codes or places in a table of numbers, or plain."""
     from gemexport.formats.coreml import stored_name
-    from gemexport.formats.coreml.arrays import ShiftScale, Stored
+    from gemexport.formats.coreml.arrays import Palette, ShiftScale, Stored
+    from gemexport.formats.coreml.blob import TYPES
 
     array = _coreml_constants(path, _changed(path, "*.mlmodel"))[stored_name(name)]
     if isinstance(array, ShiftScale):
         data, scale = array.data, array.scale
+        data = data.indices if isinstance(data, Palette) else data
         assert isinstance(data, Stored)
         assert isinstance(scale, Stored)
         packed = _blob(data).data.reshape(row_count(array.shape), -1)
         scales = _blob(scale).data.view("<f4" if scale.kind == "fp32" else "<f2")
-        return Packed(packed, [scales.reshape(len(packed), -1)])
+        return Packed(packed, [scales.reshape(len(packed), -1)], bits=TYPES[data.kind].bits)
     assert isinstance(array, Stored)
     if isinstance(array._source, np.ndarray):
         return Immediate(path, stored_name(name))

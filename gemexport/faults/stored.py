@@ -25,6 +25,12 @@ class Numbers:
 
     codes: Array
     scales: list[Array]
+    bits: int = 0  # of a code; 0: there are none
+
+    @property
+    def largest(self) -> int:
+        """The largest code, of signed ones or unsigned ones."""
+        return (1 << (self.bits - 1 if self.codes.dtype == np.int8 else self.bits)) - 1
 
 
 class Place(Protocol):
@@ -63,14 +69,14 @@ class Packed:
     def __init__(self, packed: Array, scales: Sequence[Array], transposed: bool = False, bits: int = 4) -> None:
         self._packed = writable(packed)
         self._scales = [writable(array) for array in scales]
-        self._transposed = transposed
+        self._transposed, self._bits = transposed, bits
         self._shifts = np.arange(0, 8, bits, dtype=np.uint8)
         self._mask = np.uint8((1 << bits) - 1)
 
     def read(self) -> Numbers:
         data = self._packed.view(np.uint8)
         codes = (data[:, :, None] >> self._shifts & self._mask).reshape(len(data), -1)
-        return Numbers(self._turned(codes), [self._turned(array).copy() for array in self._scales])
+        return Numbers(self._turned(codes), [self._turned(array).copy() for array in self._scales], self._bits)
 
     def write(self, numbers: Numbers) -> None:
         codes = self._turned(numbers.codes)
@@ -81,6 +87,20 @@ class Packed:
 
     def _turned(self, array: Array) -> Array:
         return np.ascontiguousarray(array.T) if self._transposed else array
+
+
+class Bytes:
+    """Signed codes of `bits` bits, each in a byte of its own, and scales beside them."""
+
+    def __init__(self, codes: Array, scales: Array, bits: int) -> None:
+        self._codes, self._scales, self._bits = writable(codes), writable(scales), bits
+
+    def read(self) -> Numbers:
+        return Numbers(self._codes.copy(), [self._scales.copy()], self._bits)
+
+    def write(self, numbers: Numbers) -> None:
+        self._codes[:] = numbers.codes
+        self._scales[:] = numbers.scales[0]
 
 
 class Q40:
@@ -94,7 +114,7 @@ class Q40:
         scales = np.ascontiguousarray(blocks[:, :, :SCALE_BYTES]).view("<f2")[:, :, 0]
         fields = blocks[:, :, SCALE_BYTES:]
         codes = np.concatenate([fields & 15, fields >> 4], axis=2)
-        return Numbers(codes.reshape(len(codes), -1), [scales])
+        return Numbers(codes.reshape(len(codes), -1), [scales], 4)
 
     def write(self, numbers: Numbers) -> None:
         blocks = self._blocks()
@@ -114,7 +134,8 @@ class Q80:
 
     def read(self) -> Numbers:
         scales = np.ascontiguousarray(self._blocks[:, :, :SCALE_BYTES]).view("<f2")[:, :, 0]
-        return Numbers(self._blocks[:, :, SCALE_BYTES:].reshape(len(self._blocks), -1).view(np.int8), [scales])
+        codes = self._blocks[:, :, SCALE_BYTES:].reshape(len(self._blocks), -1).view(np.int8)
+        return Numbers(codes, [scales], 8)
 
     def write(self, numbers: Numbers) -> None:
         scales = np.ascontiguousarray(numbers.scales[0])[:, :, None]
@@ -145,7 +166,7 @@ class Below:
     def read(self) -> Numbers:
         found = [place.read() for place in self._places]
         scales = [np.concatenate(arrays) for arrays in zip(*(each.scales for each in found), strict=True)]
-        return Numbers(np.concatenate([each.codes for each in found]), scales)
+        return Numbers(np.concatenate([each.codes for each in found]), scales, found[0].bits)
 
     def write(self, numbers: Numbers) -> None:
         start = 0

@@ -19,7 +19,7 @@ from gemexport.faults.stored import Numbers, Place, floats, like
 from gemexport.formats.gemma.architecture import Architecture, Layer
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import CANONICAL
-from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.roles import Kind, Role
 from gemexport.formats.tensor import from_bf16, to_bf16
 
 name_of = CANONICAL.name
@@ -160,23 +160,39 @@ def wide(subject: Subject) -> str:
 
 
 def scale_halved(subject: Subject) -> str:
-    """One block's scale is half of what it was."""
+    """One block's scale is half of what it was; a row may be a block."""
 
     def edit(numbers: Numbers) -> None:
         for array in numbers.scales:
-            array[3, 1] = like(floats(array[3:4, 1]) / np.float32(2), array)[0]
+            last = min(1, array.shape[1] - 1)
+            array[3, last] = like(floats(array[3:4, last]) / np.float32(2), array)[0]
 
     return subject.change(_matrix(subject), edit)
 
 
 def codes_off_by_one(subject: Subject) -> str:
     """One block's codes are one too large, the largest one too small."""
+    return subject.change(_matrix(subject), _off_by_one)
 
-    def edit(numbers: Numbers) -> None:
-        block = numbers.codes[2, 32:64]
-        numbers.codes[2, 32:64] = np.where(block < 15, block + 1, block - 1)
 
-    return subject.change(_matrix(subject), edit)
+def _off_by_one(numbers: Numbers) -> None:
+    block = numbers.codes[2, 32:64]
+    numbers.codes[2, 32:64] = np.where(block < numbers.largest, block + 1, block - 1)
+
+
+def _codes_of(bits: int) -> Make:
+    """The same fault in the last linear that has codes of so many bits."""
+
+    def fault(subject: Subject) -> str:
+        linears = [
+            spec for spec in subject.model.specs.values() if spec.role.kind is Kind.LINEAR and spec.role.in_layer
+        ]
+        for spec in reversed(linears):
+            if spec.shape[1] >= 64 and subject.place(spec.name).read().bits == bits:
+                return subject.change(spec.name, _off_by_one)
+        raise Inapplicable(f"no linear has codes of {bits} bits")
+
+    return fault
 
 
 def nibbles_exchanged(subject: Subject) -> str:
@@ -241,6 +257,8 @@ FAULTS: dict[str, Fault] = {
     "per-layer embedding shifted by a layer": per_layer_shifted,
     "one block's scale halved": scale_halved,
     "one block's codes off by one": codes_off_by_one,
+    "2-bit codes off by one": _codes_of(2),
+    "8-bit codes off by one": _codes_of(8),
     "nibbles exchanged": nibbles_exchanged,
     "one weight of a norm changed": one_weight,
     "every scale times 1.7": scales_larger,

@@ -10,15 +10,26 @@ import pytest
 
 from gemexport.exporters import compressed_tensors, coreml, gguf, mlx, onnx
 from gemexport.faults.places import PLACES
+from gemexport.faults.sources import SOURCES
 from gemexport.faults.stored import Packed, Twice
-from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
 from gemexport.registry import TARGETS
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.layers.1.layer_scalar")
+CODED = (
+    "model.embed_tokens.weight", "model.embed_tokens_per_layer.weight", "model.layers.2.mlp.up_proj.weight",
+    "model.layers.17.mlp.down_proj.weight", "model.layers.0.per_layer_input_gate.weight",
+)  # fmt: skip
 EXPORTERS = {
     "gguf": (gguf, "Q4_0"), "mlx": (mlx, "4bit"), "onnx": (onnx, "int4"), "coreml": (coreml, "int4"),
     "compressed-tensors": (compressed_tensors, "w4a16"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_mobile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with grids of 2, 4 and 8 bits."""
+    return SOURCES["mobile"](tmp_path_factory.mktemp("mobile") / "model")
 
 
 def digest(path: Path) -> str:
@@ -41,6 +52,32 @@ def test_reading_and_writing_back_changes_nothing(target: str, gemma4: Checkpoin
         again = PLACES[target](path, name).read()
         assert (again.codes == numbers.codes).all()
     assert digest(path) == before
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_codes_of_any_width_are_read_and_written_back(target: str, tiny_mobile: Path, tmp_path: Path) -> None:
+    """A mobile checkpoint has codes of 2, 4 and 8 bits, in blocks that are rows."""
+    exporter, variant = EXPORTERS[target]
+    path = TARGETS[target].path(tmp_path, "model", variant)
+    path.parent.mkdir(parents=True)
+    checkpoint = open_checkpoint(tiny_mobile)
+    exporter.export(checkpoint, path, variant=variant)
+    stored, before, widths = TARGETS[target].reader().tensors(path), digest(path), set()
+    for name in CODED:
+        tensor, grid = checkpoint.tensors[name], stored[name].grid
+        assert grid is not None
+        place = PLACES[target](path, name)
+        numbers = place.read()
+        assert numbers.codes.shape == tensor.shape
+        assert numbers.bits in (grid.bits, 8)  # a code of fewer may be a byte
+        codes, _ = stored[name].rows(0, 4).grid()
+        # Signed, or counted from the lowest, or bit patterns of signed ones.
+        assert np.unique((numbers.codes[:4].astype(int) - codes) % (1 << grid.bits)).size == 1
+        assert numbers.codes.max() <= numbers.largest
+        widths.add(numbers.bits)
+        place.write(numbers)
+    assert digest(path) == before
+    assert widths == ({4, 8} if target == "gguf" else {2, 4, 8})
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
