@@ -44,7 +44,8 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     exported = outcomes.get(step.export_node, Outcome())
     judged = with_unfinished(outcomes.get(step.validate_node, Outcome()), Unfinished.of(work, step.path))
     compiled = outcomes.get("npu", Outcome())
-    floors: dict[str, Divergence] = outcomes.get("reference", Outcome()).value or {}
+    reference = outcomes.get("reference", Outcome())
+    floors: dict[str, Divergence] = reference.value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
@@ -74,8 +75,9 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
         npu_bounds(npu) if npu else ()
     )
     status, reason = verdict(held, found.unjudged)
-    if crashed(judged) and judged.log is not None:
-        reason = f"{reason}; see {judged.log}"
+    log = judged.log if succeeded(reference) else reference.log
+    if crashed(judged) and log is not None:
+        reason = f"{reason}; see {log}"
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)

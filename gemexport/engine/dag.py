@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from gemexport.compress import PERCENT
@@ -15,7 +16,7 @@ from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.request import Request, Step
-from gemexport.shared.node import Call, Node
+from gemexport.shared.node import Call, Node, Outcome
 from gemexport.shared.place import Asked, Place
 
 
@@ -170,15 +171,23 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         # The reference's logits with the weights read back stay, those of all programs until they are compared.
         programs = len(step.target.arithmetics) + len(step.target.second_runtimes)
         taken = max(memory, rooms[step].least if frugal else rooms[step].most)
+        call = Call("gemexport.judge.validation:validate", arguments)
         nodes.append(
             Node(
-                step.validate_node, Call("gemexport.judge.validation:validate", arguments),
+                step.validate_node, call,
                 (before, *(("reference",) if runs else ())), memory=taken if runs else EXPORT_BYTES,
                 total=weights * (1 + len(step.target.arithmetics)), writes=logits if runs else 0,
                 scratch=programs * logits + step.target.copies * matrices if runs else 0,
+                without={"reference": partial(_without_logits, call)} if runs else {},
             )
         )  # fmt: skip
     return nodes
+
+
+def _without_logits(call: Call, reference: Outcome) -> Call:
+    """A validator after a reference that ended so: it judges what can be judged without."""
+    ending = reference.failure or str(reference.error)
+    return Call(call.function, {**call.arguments, "run_logits": False, "failed": ending})
 
 
 def _asked(asked: Request, step: Step) -> Asked:

@@ -18,7 +18,7 @@ from gemexport.engine.processes import Worker, Workers, threads_each
 from gemexport.engine.worker import Task
 from gemexport.formats.stamps import NOTHING, ChangedError, Stamps
 from gemexport.shared import scratch
-from gemexport.shared.node import Events, Node, Outcome, succeeded
+from gemexport.shared.node import Call, Events, Node, Outcome, succeeded
 
 LOGS = "logs"  # folder in the work folder
 _IDLE = Outcome()  # of a node that had no work
@@ -35,8 +35,9 @@ class _Running:
 class Scheduler:
     """Runs nodes as soon as what they need is there, `jobs` at a time, their estimates within `memory` bytes.
 
-    A node whose estimate alone is over the limit runs by itself. When a node fails, those that need it are left out;
-    all others run on. The folder `work` gets their logs, and the temporary files that are gone when the run ends.
+    A node whose estimate alone is over the limit runs by itself. When a node fails, those that cannot do without it are
+    left out; all others run on. The folder `work` gets their logs, and the temporary files that are gone when the run
+    ends.
     """
 
     jobs: int
@@ -67,7 +68,7 @@ class Scheduler:
                 if not ended:
                     for node in self._startable(waiting, running):
                         ready.remove(node.name)
-                        started = self._start(node)
+                        started = self._start(node, node.call_after(outcomes))
                         running[started.worker.connection.fileno()] = started
                     ended = self._wait(running, ended_beside)
                     if beside is not None and beside.done():
@@ -108,12 +109,12 @@ class Scheduler:
         if ended:
             self.source.check()
 
-    def _start(self, node: Node) -> _Running:
+    def _start(self, node: Node, call: Call) -> _Running:
         self.source.check()
         log = self.work / LOGS / f"{node.name.replace('/', '-').replace(':', '-')}.log"
         log.write_bytes(b"")
         threads = (os.cpu_count() or 1) if node.all_cores else threads_each(self.jobs)
-        worker = self.workers.serve(Task(node.call, log, self.work / scratch.FOLDER), threads, node.light)
+        worker = self.workers.serve(Task(call, log, self.work / scratch.FOLDER), threads, node.light)
         self.events.started(node)
         return _Running(node, worker, log)
 
@@ -178,10 +179,11 @@ def in_order(nodes: Sequence[Node]) -> TopologicalSorter[str]:
 
 
 def _hopeless(nodes: Sequence[Node], outcomes: Mapping[str, Outcome]) -> list[tuple[Node, Outcome]]:
-    """Those of the nodes of which a need has failed, and that as their outcome."""
+    """Those of the nodes of which a need has failed that they cannot do without, and that as their outcome."""
     found = []
     for node in nodes:
-        failed = next((need for need in node.needs if not succeeded(outcomes[need])), None)
+        needs = (need for need in node.needs if need not in node.without)
+        failed = next((need for need in needs if not succeeded(outcomes[need])), None)
         if failed is not None:
             before = outcomes[failed]
             cause = before.failure if before.left_out else f"{failed} did not succeed: {before.reason}"

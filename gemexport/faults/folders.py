@@ -220,13 +220,12 @@ def _save(subject: Subject, arrays: Mapping[str, tuple[Entry, NDArray[Any]]], fi
 
 
 def shape_turned(subject: Subject) -> str:
-    """A matrix [out, in] is stored as [in, out], the same bytes."""
+    """A matrix [out, in] is stored as [in, out], the same bytes; one scale a row stays so."""
     stem, arrays = wide(subject).removesuffix(".weight"), _arrays(subject)
     rows, width = subject.model.specs[wide(subject)].shape
     for name, (entry, array) in arrays.items():
-        if canonical_name(name).startswith(f"{stem}.") and len(entry.shape) == 2:
-            columns = entry.shape[1] * rows // width
-            arrays[name] = Entry(name, entry.dtype, (width, columns)), array
+        if canonical_name(name).startswith(f"{stem}.") and len(entry.shape) == 2 and entry.shape[1] * rows % width == 0:
+            arrays[name] = Entry(name, entry.dtype, (width, entry.shape[1] * rows // width)), array
     _save(subject, arrays)
     return stem
 

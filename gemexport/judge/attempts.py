@@ -27,6 +27,10 @@ class Attempts:
         """This part is not tried at all."""
         self._unjudged.append(UnjudgedReport(part=part, because="left out", reason=reason))
 
+    def fail(self, part: str, reason: str) -> None:
+        """This part is not tried, since what it rests on crashed."""
+        self._unjudged.append(UnjudgedReport(part=part, because="crashed", reason=reason))
+
     def make(self, part: str, attempt: Callable[[], Found]) -> Found | None:
         """What `attempt` returns; None where it raises, which is kept as this part's ending.
 

@@ -40,13 +40,14 @@ def validate(
     progress: Progress,
     asked: Asked | None = None,
     frugal: bool = False,
+    failed: str | None = None,
 ) -> Validation:
     """Weights, metadata, tokenizer, chat template and logits of one artefact.
 
     `asked` is what the exporter was asked for; None where somebody else may have made the artefact. `frugal`: its
-    program takes as little memory as it can, and others are not tried. Progress in weights, and as many for all
-    sequences. InputError where the artefact cannot be read; any other part that cannot be judged leaves the rest
-    (`Validation.unjudged`), one that takes the process along too.
+    program takes as little memory as it can, and others are not tried. `failed` is how the reference ended, where it
+    gave no logits. Progress in weights, and as many for all sequences. InputError where the artefact cannot be read;
+    any other part that cannot be judged leaves the rest (`Validation.unjudged`), one that takes the process along too.
     """
     attempts, unfinished = Attempts(), Unfinished.of(place.work, path)
     unfinished.forget()
@@ -56,8 +57,12 @@ def validate(
     checkpoint = place.open()
     facts = attempts.make("metadata", lambda: check_facts(checkpoint, target, path)) or ()
     judging.found = Validation(report, facts=facts, played=TARGETS[target].played, steps=judging.watch.seconds)
-    if not run_logits or report.missing:
-        attempts.leave_out("logits", MISSING if report.missing else NO_ROOM)
+    if report.missing:
+        attempts.leave_out("logits", MISSING)
+    elif failed is not None:
+        attempts.fail("logits", f"the reference did not succeed: {failed}")
+    elif not run_logits:
+        attempts.leave_out("logits", NO_ROOM)
     else:
         judging.run(checkpoint, digest, progress)
     judging.words(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class Node:
     all_cores: bool = False  # others wait for it, so it may use every core; else its share of them
     idle: Callable[[Mapping[str, Outcome]], bool] = lambda _: False  # whether what went before left it no work
     light: bool = False  # loads no runtime: it may share a process, one after the other, with other light ones
+    # Needs that it can do without, and what is called in place of `call` after such an ending of theirs.
+    without: Mapping[str, Callable[[Outcome], Call]] = field(default_factory=dict)
+
+    def call_after(self, outcomes: Mapping[str, Outcome]) -> Call:
+        """What is called once all needs have ended."""
+        failed = (name for name in self.without if not succeeded(outcomes[name]))
+        name = next(failed, None)
+        return self.call if name is None else self.without[name](outcomes[name])
 
 
 @dataclass

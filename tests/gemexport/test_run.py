@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,27 @@ def test_a_step_that_the_system_kills_says_so_in_the_report(tiny_gemma3: Path, t
     assert cause == "the process was killed; memory may be short"
     assert Path(log) == tmp_path / "out" / ".gemexport" / "logs" / "export gguf-Q4_0.log"
     assert Path(log).is_file()
+
+
+def test_what_the_reference_does_not_touch_is_judged_without_it(
+    tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> list[Node]:
+        call = Call("gemexport.engine.steps:reference", {"no": "argument of its"})
+        return [replace(node, call=call) if node.name == "reference" else node for node in graph(*given)]
+
+    monkeypatch.setattr("gemexport.run.graph", broken)
+    report = gemexport.export(tiny_gemma3, tmp_path / "out", formats=["gguf"], jobs=1, tokens=80)
+    (artifact,) = report.artifacts
+    assert artifact.weights is not None
+    assert artifact.weights.exact_fraction == 1
+    assert artifact.tokenizer is not None
+    assert artifact.chat is not None
+    assert [(item.part, item.because) for item in artifact.unjudged] == [("logits", "crashed")]
+    assert artifact.status == "error"
+    cause, _, log = str(artifact.reason).partition("; see ")
+    assert cause.startswith("logits not judged: the reference did not succeed: TypeError: ")
+    assert "Traceback" in Path(log).read_text()
 
 
 def test_what_judging_leaves_on_the_way_lies_beside_the_artefact(

@@ -152,6 +152,23 @@ def test_a_failure_takes_only_what_needs_it(tmp_path: Path) -> None:
     assert [name for name, outcome in outcomes.items() if succeeded(outcome)] == ["good"]
 
 
+def test_a_node_that_can_do_without_another_is_told_how_that_ended(tmp_path: Path) -> None:
+    def told(ending: Outcome) -> Call:
+        return call("work", value=len(str(ending.failure)))
+
+    nodes = [
+        Node("bad", call("fail")),
+        Node("good", call("work", value=7)),
+        Node("after", call("work", value=0), needs=("good", "bad"), without={"bad": told}),
+        Node("as ever", call("work", value=1), needs=("good",), without={"good": told}),
+        Node("of another", call("work", value=2), needs=("bad", "good"), without={"good": told}),
+    ]
+    outcomes = scheduler(tmp_path).run(nodes)
+    assert outcomes["after"].value == len("ZeroDivisionError: by nought")
+    assert outcomes["as ever"].value == 1
+    assert outcomes["of another"].left_out
+
+
 def test_what_ended_a_process_has_a_name(tmp_path: Path) -> None:
     nodes = [Node("aborts", call("crash", number=int(signal.SIGABRT))), Node("leaves", call("leave"))]
     outcomes = scheduler(tmp_path).run(nodes)
