@@ -17,7 +17,7 @@ from gemexport.judge.loss import judged_loss
 from gemexport.judge.npu import npu_bounds
 from gemexport.judge.verdict import bounds
 from gemexport.report.checksums import artifact_sha256, describe_files
-from gemexport.report.notes import lattice_notes, wording_notes
+from gemexport.report.notes import judging_notes, lattice_notes, wording_notes
 from gemexport.report.schema import (
     ArtifactReport,
     ExportStats,
@@ -81,7 +81,9 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)
-    base["notes"] = (*base.get("notes", ()), *as_run, *wording_notes(found.tokenizer, found.chat))
+    base["notes"] = (
+        *base.get("notes", ()), *as_run, *judging_notes(found.weights), *wording_notes(found.tokenizer, found.chat)
+    )  # fmt: skip
     return ArtifactReport(
         **base,
         status=status,

@@ -131,10 +131,25 @@ def _genai(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:
         if found is not None and found not in wanted:
             label = key if part is said else f"decoder.{key}"
             yield FactReport(name=f"{GENAI}: {label}", found=str(found), expected=_shown(wanted))
-    longest = settings_of(path, GENAI).get("search")
-    limit = longest.get("max_length") if isinstance(longest, dict) else None
-    if isinstance(limit, int) and limit > decoder.max_positions:
-        yield FactReport(name=f"{GENAI}: search.max_length", found=str(limit), expected=f"{decoder.max_positions}")
+    yield from _search(checkpoint, settings_of(path, GENAI).get("search"))
+
+
+def _search(checkpoint: Checkpoint, said: Any) -> Iterator[FactReport]:
+    """How far onnxruntime-genai goes on, and whether it samples: it takes the likeliest token unless it is told to.
+
+    With what it samples is compared with the tokenizer's settings.
+    """
+    if not isinstance(said, dict):
+        return
+    limit, longest = said.get("max_length"), checkpoint.architecture.max_positions
+    if isinstance(limit, int) and limit > longest:
+        yield FactReport(name=f"{GENAI}: search.max_length", found=str(limit), expected=str(longest))
+    ours, key = settings_of(checkpoint.assets, GENERATION), "do_sample"
+    if any(name in ours for name in SAMPLING):
+        expected, found = bool(ours.get(key)), said.get(key)
+        if bool(found) != expected:
+            text = "not given (False)" if found is None else str(found)
+            yield FactReport(name=f"{GENAI}: search.{key}", found=text, expected=str(expected))
 
 
 def _ids(listed: Any) -> frozenset[int]:

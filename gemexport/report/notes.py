@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from gemexport.compress import Compression
 from gemexport.formats.grids.recipe import Recipe, is_linear
 from gemexport.formats.grids.search import GridIndex, GridRecord
-from gemexport.shared.measured import ChatReport, Rounded, TokenizerReport
+from gemexport.shared.measured import ChatReport, Rounded, TokenizerReport, WeightsReport
 from gemexport.shared.node import Outcome
 
 
@@ -79,6 +79,17 @@ def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> t
         which = ", ".join(item.conversation for item in talked.differences if item.runtime)
         result.append(f"{talked.engine} lays out conversations differently with the checkpoint's own template: {which}")
     return tuple(result)
+
+
+def judging_notes(weights: WeightsReport) -> tuple[str, ...]:
+    """A sentence where codes were held to no promise, in an artefact of which nobody says who made it."""
+    unknown = sum(item.kept is None and item.blocks is not None for item in weights.tensors)
+    if not unknown:
+        return ()
+    many = "1 matrix has codes that are" if unknown == 1 else f"{unknown} matrices have codes that are"
+    rule = "their blocks are judged by the least error that such blocks can reach"
+    again = "what a run rounds on inputs is not rounded again to be compared"
+    return (f"{many} neither the checkpoint's nor what rounding to nearest gives: {rule}; {again}",)
 
 
 def _some(ids: tuple[int, ...], limit: int = 8) -> str:

@@ -24,6 +24,7 @@ from gemexport.formats.tensor import from_bf16, to_bf16
 from gemexport.judge.validation import check_weights
 from gemexport.judge.verdict import bounds
 from gemexport.registry import TARGETS
+from gemexport.report.notes import judging_notes
 from gemexport.shared.measured import Validation, WeightsReport
 from gemexport.shared.place import Asked, Place
 
@@ -239,6 +240,18 @@ def mlx_blocks(artefacts: Artefacts, path: Path) -> None:
 def _mlx(mx: Any, values: Any) -> list[Any]:
     packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
     return [packed, scales.astype(mx.float32), biases.astype(mx.float32)]
+
+
+def test_codes_that_nothing_was_promised_of_are_told(artefacts: Artefacts) -> None:
+    """As those of a run that rounds on inputs, which is not done again to judge one artefact."""
+    clean = artefacts.report("gguf", "Q4_0", artefacts.clean("gguf", "Q4_0"), known=False)
+    assert judging_notes(clean) == ()
+
+    def others(numbers: Numbers) -> None:
+        numbers.codes = numbers.codes ^ 1
+
+    (note,) = judging_notes(artefacts.report("gguf", "Q4_0", artefacts.broken("gguf", "Q4_0", FITTED, others), False))
+    assert note.startswith("1 matrix has codes that are neither the checkpoint's nor what rounding to nearest gives")
 
 
 @pytest.mark.parametrize("recode", [("gguf", "Q4_0", ggml_blocks), ("mlx", "4bit", mlx_blocks)])

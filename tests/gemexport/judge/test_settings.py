@@ -108,6 +108,14 @@ def test_sizes_of_genai_config_are_compared(gemma4: Checkpoint, tmp_path: Path) 
         ),
         ({"model__type": "gemma3_texy"}, "genai_config.json: type is gemma3_texy, the checkpoint says gemma3_text"),
         ({"model__bos_token_id": 9}, "genai_config.json: bos_token_id is 9, the checkpoint says 2"),
+        (
+            {"search__do_sample": False},
+            "genai_config.json: search.do_sample is False, the checkpoint says True",
+        ),
+        (
+            {"search__do_sample": None},
+            "genai_config.json: search.do_sample is not given (False), the checkpoint says True",
+        ),
         ({"search__max_length": 9999}, "genai_config.json: search.max_length is 9999, the checkpoint says 4096"),
     ):
         assert said(gemma4, edited(own, "genai_config.json", **changes)) == [told]
