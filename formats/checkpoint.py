@@ -19,7 +19,7 @@ from typing import Any
 
 from gemexport.formats import assets
 from gemexport.formats.activations import Activations
-from gemexport.formats.assets import reading
+from gemexport.formats.assets import kept, reading
 from gemexport.formats.assets.stops import GENERATION
 from gemexport.formats.assets.stops import check as check_generation
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
@@ -229,11 +229,7 @@ def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[],
     decoder = asked_of_tokens(model)
 
     def fill(target: Path) -> None:
-        with reading.uncollected():
-            composed = assets.compose(
-                folder, reading.read_tokenizer(folder / assets.TOKENIZER), decoder, weight_files(folder)
-            )
-        assets.write(composed, folder, target)
+        assets.write(kept.composed(folder, decoder, weight_files(folder)), folder, target)
 
     return unpacking(fill, lambda: assets.mark(folder, decoder), scratch, folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import settings
 from samples import with_grids
 
 from gemexport import demo
+from gemexport.formats.assets import kept
 from gemexport.formats.checkpoint import Checkpoint
 
 # The same examples in every run: what fails once in a hundred runs is for HYPOTHESIS_PROFILE=explore to find, not for
@@ -24,6 +25,18 @@ from gemexport.formats.checkpoint import Checkpoint
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that runs here, in whatever process, reads or leaves what a user's commands keep."""
+    before = os.environ.get(kept.WHERE)
+    os.environ[kept.WHERE] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ[kept.WHERE]
+    else:
+        os.environ[kept.WHERE] = before
 
 
 @pytest.fixture(scope="session")
