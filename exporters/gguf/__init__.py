@@ -26,7 +26,6 @@ from gemexport.exporters.gguf.facts import (
 )
 from gemexport.exporters.gguf.kquants import KQuants
 from gemexport.exporters.gguf.mix import MIXES
-from gemexport.exporters.gguf.tokenizer import tokenizer
 from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.support import experts, require
 from gemexport.formats.checkpoint import Checkpoint
@@ -146,6 +145,8 @@ class _Plan:
 
 
 def _plan(checkpoint: Checkpoint, variant: str, imatrix: Path | None) -> _Plan:
+    from gemexport.exporters.gguf.tokenizer import tokenizer  # compiled loops: `supports` is asked without them
+
     model = checkpoint.model
     require(checkpoint, supports(model, variant), "gguf")
     tokens, notes = tokenizer(checkpoint)

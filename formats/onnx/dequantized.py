@@ -264,10 +264,12 @@ def _packed(
 
     (scale, _), zero = factors
     middle = 0 if stored.signed else 1 << (stored.bits - 1)
-    zeros = np.zeros((1,), np.int64) if zero is None else zero[0].whole()
-    shifts = spread(zeros, () if zero is None else zero[0].shape).astype(np.float32) - np.float32(middle)
+    zeros = np.zeros(1, np.int64) if zero is None else zero[0].whole()
+    shifts = zeros.astype(np.float32) - np.float32(middle)
+    # Asked before they are spread over all blocks: mostly all are 0.
+    shifted = spread(shifts, () if zero is None else zero[0].shape) if shifts.any() else None
     scales = spread(scale.stored(), scale.shape)
     signed = stored.signed
     return PackedTensor(
-        name, codes.view(np.uint8), scales, stored.bits, signed=signed, transposed=wanted, zero_points=shifts
+        name, codes.view(np.uint8), scales, stored.bits, signed=signed, transposed=wanted, zero_points=shifted
     )

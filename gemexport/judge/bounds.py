@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from gemexport.shared.measured import LossWord
+from gemexport.shared.measured import Divergence, LossWord
 
 # A runtime in f32 is held to so many times the mean KL divergence, in nats, that PyTorch shows when it plays that
 # arithmetic on the run's own weights and tokens; to no less than the first of the two limits, and to no more than the
@@ -15,8 +15,10 @@ from gemexport.shared.measured import LossWord
 F32_FACTOR = 5.0
 F32_KLD = (1e-10, 1e-3)
 F32_TOP1 = 0.999
-# A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens.
-NOISE_FACTOR = 2.0
+# A runtime that rounds activations is held to what that rounding does in PyTorch, on the same weights and tokens: to
+# twice its mean, or to what two means over so few positions differ by, in standard errors. Where a router chooses
+# another expert a position is off by a nat, and of 128 positions it is three that make the mean.
+NOISE_FACTOR, NOISE_ERRORS = 2.0, 4.0
 NOISES = {
     "static-activations": ("f32-reordered",),
     "int8-activations-256": ("bf16", "int8-activations", "int8-activations-256"),
@@ -73,6 +75,13 @@ def f32_limit(played: float | None) -> float:
     """The mean KL divergence that a runtime in f32 is held to, where PyTorch playing it is off by `played`."""
     least, most = F32_KLD
     return least if played is None else min(max(F32_FACTOR * played, least), most)
+
+
+def noise_limit(played: Divergence) -> tuple[float, str]:
+    """What a runtime that computes as PyTorch `played` is held to, and how that is called."""
+    twice = NOISE_FACTOR * played.kld_mean
+    drawn = played.kld_mean + NOISE_ERRORS * math.sqrt(2) * (played.kld_error or 0.0)
+    return max((twice, f"{NOISE_FACTOR:g} times"), (drawn, f"{NOISE_ERRORS:g} standard errors beyond"))
 
 
 def tie(played: float | None) -> float:

@@ -18,7 +18,6 @@ from gemexport.judge.bounds import (
     CODEC_ROOM,
     F32_FACTOR,
     F32_TOP1,
-    NOISE_FACTOR,
     NOISES,
     REQUANTIZED_RMS,
     REQUANTIZED_VECTOR,
@@ -26,6 +25,7 @@ from gemexport.judge.bounds import (
     RUNTIME_TEXTS,
     VECTOR_STEPS,
     f32_limit,
+    noise_limit,
 )
 from gemexport.judge.diagnosis import diagnose
 from gemexport.judge.loss import judged_loss, loss_bounds
@@ -295,9 +295,9 @@ def _conversion(report: LogitsReport, floors: Mapping[str, Divergence], found: V
     if not noises:
         origin = "a number: nothing was measured that tells how far this arithmetic takes a right artefact"
         return [Bound.at_most(metric, conversion.kld_mean, math.inf, origin)]
-    noise, floor = max(noises.items(), key=lambda item: item[1].kld_mean)
-    origin = f"{NOISE_FACTOR:g} times what PyTorch in {noise} differs from its f32 on the same tokens"
-    return [Bound.at_most(metric, conversion.kld_mean, NOISE_FACTOR * floor.kld_mean, origin)]
+    (limit, multiple), noise = max((noise_limit(played), name) for name, played in noises.items())
+    origin = f"{multiple} what PyTorch in {noise} differs from its f32 on the same tokens"
+    return [Bound.at_most(metric, conversion.kld_mean, limit, origin)]
 
 
 def _in_f32(

@@ -225,6 +225,7 @@ class Figures(ReportModel):
     """
 
     kld_mean: float
+    kld_error: float | None = None  # standard error of the mean, over positions
     kld_max: float
     top1_agreement: float
     changed: float | None = None

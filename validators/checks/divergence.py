@@ -177,6 +177,13 @@ class Divergence:
         return self.kld_sum / max(self.positions, 1)
 
     @property
+    def kld_error(self) -> float:
+        """Standard error of that mean, in nats: how much it depends on which positions these are."""
+        if self.positions < 2:
+            return 0.0
+        return float(np.std([row[0] for row in self.rows], ddof=1) / np.sqrt(self.positions))
+
+    @property
     def top1_agreement(self) -> float:
         """Share of positions at which both models think the same token likeliest."""
         return self.agreed / max(self.positions, 1)

@@ -198,6 +198,7 @@ def test_ranges_serve_every_precision(two_layers: Any, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()  # left by a run that was killed
     exporter.ranges(checkpoint, tmp_path / "scratch", [TOKENS], **SIZES).save(tmp_path / "ranges.json")
     assert not (tmp_path / "scratch").exists()
+    assert tuple(quantized.PRECISIONS) == exporter.INTEGERS
     for variant in quantized.PRECISIONS:
         own = exporter.export(checkpoint, tmp_path / f"{variant}-own", variant=variant, calibration=[TOKENS], **SIZES)
         given = exporter.export(

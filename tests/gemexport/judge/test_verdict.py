@@ -203,6 +203,17 @@ def test_k_quants_are_held_to_the_noise_of_wider_blocks() -> None:
     assert broken(validation, **noises) == ["conversion.kld_mean in int8-activations-256"]
 
 
+def test_a_mean_that_few_positions_make_is_held_to_what_it_is_known_to() -> None:
+    """Where routers choose other experts, a few positions are off by a nat, and two means by their standard errors."""
+    validation = found(tensor(), logits=logits("int8-activations", kld=0.056, top1=0.9))
+    uncertain = figures(0.021).model_copy(update={"kld_error": 0.012})
+    assert broken(validation, **{"int8-activations": uncertain}) == []
+    certain = figures(0.021).model_copy(update={"kld_error": 0.002})
+    assert broken(validation, **{"int8-activations": certain}) == ["conversion.kld_mean in int8-activations"]
+    further = found(tensor(), logits=logits("int8-activations", kld=0.09, top1=0.9))
+    assert broken(further, **{"int8-activations": uncertain}) == ["conversion.kld_mean in int8-activations"]
+
+
 def test_noises_are_measured_for_who_needs_them() -> None:
     target = TARGETS["gguf"]
     assert "int8-activations-256" not in target.noises_of("Q4_0")
