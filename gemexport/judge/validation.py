@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.tensor import Tensor
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
 from gemexport.judge.norms import epsilon_differences
@@ -27,6 +29,7 @@ from gemexport.shared.measured import (
 from gemexport.shared.place import Asked, Place, Progress, opened
 from gemexport.shared.unfinished import Unfinished
 from gemexport.validators.checks import weights
+from gemexport.validators.checks.folds import folded
 
 MISSING = "tensors are missing, and nothing runs without them"
 NO_ROOM = "the model does not fit into --memory"
@@ -158,7 +161,12 @@ def check_weights(
         promises = TARGETS[target].promises(checkpoint, TARGETS[target].variants[0], {})
     else:
         promises = TARGETS[target].promises(opened(place, checkpoint)[0], asked.variant, asked.options)
-    found = weights.compare(checkpoint.tensors, stored, progress, promises=promises, ours=asked is not None)
+    source: Mapping[str, Tensor] = checkpoint.tensors
+    folds: dict[str, Tensor] = {}
+    if asked is None:
+        folds = folded(source, stored, checkpoint.model.specs, checkpoint.architecture.norm_offset)
+        source, promises = {**source, **folds}, {name: item for name, item in promises.items() if name not in folds}
+    found = weights.compare(source, stored, progress, promises=promises, ours=asked is not None)
     tensors = tuple(TensorReport.model_validate(item, from_attributes=True) for item in found.tensors)
     compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)
     report = WeightsReport(
@@ -168,6 +176,7 @@ def check_weights(
         max_relative_error=max((item.max_relative_error for item in tensors), default=0.0),
         missing=found.missing,
         unexpected=found.unexpected,
+        folded=tuple(folds),
         tensors=tensors,
     )
     return report, found.digest

@@ -82,14 +82,19 @@ def wording_notes(found: TokenizerReport | None, talked: ChatReport | None) -> t
 
 
 def judging_notes(weights: WeightsReport) -> tuple[str, ...]:
-    """A sentence where codes were held to no promise, in an artefact of which nobody says who made it."""
+    """Sentences where weights were held to no promise, in an artefact of which nobody says who made it."""
+    said = []
+    if weights.folded:
+        does = "channel scales are folded into norms and linears, as AWQ does, which changes no output"
+        said.append(f"{does}; these are compared with the checkpoint's under the same scales: {_kinds(weights.folded)}")
     unknown = sum(item.kept is None and item.blocks is not None for item in weights.tensors)
     if not unknown:
-        return ()
+        return tuple(said)
     many = "1 matrix has codes that are" if unknown == 1 else f"{unknown} matrices have codes that are"
     rule = "their blocks are judged by the least error that such blocks can reach"
     again = "what a run rounds on inputs is not rounded again to be compared"
-    return (f"{many} neither the checkpoint's nor what rounding to nearest gives: {rule}; {again}",)
+    said.append(f"{many} neither the checkpoint's nor what rounding to nearest gives: {rule}; {again}")
+    return tuple(said)
 
 
 def _some(ids: tuple[int, ...], limit: int = 8) -> str:

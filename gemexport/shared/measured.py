@@ -116,6 +116,7 @@ class WeightsReport(ReportModel):
     max_relative_error: float
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()  # compared with the source's under channel scales that somebody folded in, as AWQ does
     tensors: tuple[TensorReport, ...] = ()
 
 
