@@ -22,11 +22,13 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 ADDED, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS, ADDED, templates.FILE, "tokenizer.model", stops.GENERATION)
 NOTES = "notes.json"  # in a folder of composed files
-VERSION = "2"  # of what is composed; another one makes it anew
+VERSION = "3"  # of what is composed; another one makes it anew
 # Of the checkpoint's folder: read elsewhere, or nothing that a program needs.
 _READ = ("config.json", templates.OLD_FILE)
 _PLAIN = (".md", ".txt", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".gitattributes", ".gitignore", ".log")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+_USUAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+_FURTHER = ("additional_special_tokens", "extra_special_tokens")  # lists of more of them, or objects by name
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ def _leftovers(tokenizer: dict[str, Any]) -> Iterator[str]:
         if tokenizer.get(key):
             tokenizer[key] = None
             yield f"tokenizer.json has the state of a trainer ({key}), which {does}: it is taken out"
+    if tokenizer["model"].get("dropout"):
+        tokenizer["model"] = {**tokenizer["model"], "dropout": None}
+        yield "tokenizer.json has the state of a trainer (dropout), which splits texts by chance: it is taken out"
 
 
 def _composed_tokens(
@@ -129,6 +134,11 @@ def _composed_tokens(
     They join the ids by text in `known`, too.
     """
     wanted = {text: item for text, item in _beside(folder, settings) if text not in known}
+    following = max([*known.values(), *(item["id"] for item in wanted.values())], default=-1) + 1
+    new = [text for text in _special(folder, settings) if text not in known and text not in wanted]
+    wanted |= {
+        text: {"id": index, "content": text, **_USUAL, "special": True} for index, text in enumerate(new, following)
+    }
     if not wanted:
         return
     path, following = folder / TOKENIZER, max(known.values(), default=-1) + 1
@@ -144,7 +154,6 @@ def _composed_tokens(
 
 def _beside(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Tokens in `added_tokens_decoder` of tokenizer_config.json, or else in added_tokens.json."""
-    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         items = decoder.items() if isinstance(decoder, dict) else [("", None)]
@@ -152,13 +161,25 @@ def _beside(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, di
             if not (isinstance(item, dict) and isinstance(item.get("content"), str) and str(index).isdecimal()):
                 problem = "added_tokens_decoder is no object of tokens by id"
                 raise InputError(folder / SETTINGS, problem, "save the tokenizer again")
-            flags = {key: bool(item.get(key, usual[key])) for key in usual}
+            flags = {key: bool(item.get(key, _USUAL[key])) for key in _USUAL}
             yield item["content"], {"id": int(index), "content": item["content"], **flags}
         return
     for text, index in read_optional_json(folder / ADDED).items():
         if type(index) is not int or not 0 <= index < tables.MAX_ID:
             raise InputError(folder / ADDED, f"the id of {text!r} is {index!r:.40}", "save the tokenizer again")
-        yield text, {"id": index, "content": text, **usual}
+        yield text, {"id": index, "content": text, **_USUAL}
+
+
+def _special(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Texts that are called special tokens, each once, in the order in which transformers gives new ones their ids."""
+    given = {**read_optional_json(folder / SPECIAL_TOKENS), **settings}
+    found = [text_of(given.get(name)) for name in _NAMED]
+    for key in _FURTHER:
+        items = given.get(key) or ()
+        if not isinstance(items, list | tuple | dict):
+            raise InputError(folder / SETTINGS, f"{key} is no list of tokens", "save the tokenizer again")
+        found += [text_of(item) for item in (items.values() if isinstance(items, dict) else items)]
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def _surplus(ids: Mapping[str, int], rows: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gemexport.formats.checkpoint import Unpacked, open_checkpoint
+from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import LOCK
 
 TURN = 6  # <end_of_turn> of the tiny Gemma 3
@@ -86,6 +87,18 @@ def test_what_a_trainer_left_is_taken_out(key: str, value: Mapping[str, Any], mo
     assert json.loads((found.folder / "tokenizer.json").read_text("utf-8")) == before
 
 
+def test_all_that_a_trainer_left_is_taken_out(model: Path) -> None:
+    """With dropout the same text is other tokens each time."""
+    before = json.loads((model / "tokenizer.json").read_text("utf-8"))
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    edit(model / "tokenizer.json", truncation=cut, model={**before["model"], "dropout": 0.1})
+    found = unpacked(model)
+    assert [note.partition(")")[0] for note in found.notes if "trainer" in note] == [
+        f"tokenizer.json has the state of a trainer ({key}" for key in ("truncation", "dropout")
+    ]
+    assert json.loads((found.folder / "tokenizer.json").read_text("utf-8")) == before
+
+
 @pytest.mark.parametrize("place", ["tokenizer", "template", "both"])
 def test_the_end_of_a_turn_ends_an_answer(place: str, model: Path) -> None:
     """MLX stopped at 1 and 6, onnxruntime-genai at 1, llama.cpp at both."""
@@ -155,6 +168,31 @@ def test_tokens_that_only_other_files_name(place: str, model: Path) -> None:
     for text in ("<|start|>", "<|end|>", "a <|start|>b<|end|>"):
         assert composed.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
     assert composed.token_to_id("<|end|>") == 513
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "given"),
+    [
+        ("tokenizer_config.json", "additional_special_tokens", ["<eos>", "<|b|>", "<|a|>"]),
+        ("tokenizer_config.json", "extra_special_tokens", {"image_token": "<|b|>", "other_token": "<|a|>"}),
+        ("special_tokens_map.json", "additional_special_tokens", ["<|b|>", "<|a|>"]),
+    ],
+)
+def test_tokens_that_are_only_called_special(place: str, key: str, given: Any, model: Path) -> None:
+    """transformers gives them the next ids, in the order in which they are called so."""
+    transformers = pytest.importorskip("transformers")
+    edit(model / place, **{key: given})
+    found = unpacked(model)
+    assert only(found, "2 tokens that tokenizer.json lacks").endswith("<|b|>, <|a|>")
+    from tokenizers import Tokenizer
+
+    composed = Tokenizer.from_file(str(found.folder / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    for text in ("<|a|>", "<|b|>", "a <|b|>b<|a|>"):
+        assert composed.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+    edit(model / place, **{key: "<|a|>"})
+    with pytest.raises(InputError, match=f"{key} is no list of tokens"):
+        unpacked(model)
 
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] + message['content'] + '<end_of_turn>' }}{% endfor %}"
