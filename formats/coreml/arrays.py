@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemexport.formats.coreml.blob import Blob
-from gemexport.formats.tensor import from_bf16, matrix_of
+from gemexport.formats.grids.lattice import jit
+from gemexport.formats.tensor import Floats, from_bf16, matrix_of
 
 
 class Array(Protocol):
@@ -57,6 +58,24 @@ class Below:
         return self._base.numpy().reshape(self.shape)
 
 
+@jit
+def _of_nibbles(packed: NDArray[np.uint8], flip: int, scales: Floats, offsets: Floats, values: Floats) -> None:
+    """`scale * (code - offset)` of codes of four bits, two a byte, the low ones first; one scale a block, all flat.
+
+    `flip` is 8 for codes in two's complement, else 0. In one go: what is unpacked and widened one after the other is
+    written to memory and read from it six times. Numbers of 32 bits and views of a block make it a vectorised loop.
+    """
+    half, four, mask, sign = packed.size // scales.size, np.int32(4), np.int32(15), np.int32(flip)
+    for block in range(scales.size):
+        scale, offset = scales[block], offsets[block]
+        codes = packed[block * half : (block + 1) * half]
+        found = values[2 * block * half : 2 * (block + 1) * half]
+        for i in range(half):
+            byte = np.int32(codes[i])
+            found[2 * i] = (np.float32(((byte & mask) ^ sign) - sign) - offset) * scale
+            found[2 * i + 1] = (np.float32(((byte >> four) ^ sign) - sign) - offset) * scale
+
+
 def _plain(elements: NDArray, kind: str) -> NDArray:
     if kind == "bf16":
         return from_bf16(elements)
@@ -75,6 +94,13 @@ class Stored:
             return _plain(self._source[start:stop], self.kind)
         elements = self._source.elements(start * self._width, (stop - start) * self._width)
         return _plain(elements, self.kind).reshape(stop - start, *self.shape[1:])
+
+    def nibbles(self, start: int, stop: int) -> tuple[NDArray[np.uint8], bool] | None:
+        """The bytes of these rows of codes of four bits, and whether these are signed; None for anything else."""
+        source = self._source
+        if isinstance(source, np.ndarray) or source.kind.bits != 4 or self._width % 2:
+            return None
+        return source.data[start * self._width // 2 : stop * self._width // 2], source.kind.signed
 
     def numpy(self) -> NDArray:
         if isinstance(self._source, np.ndarray):
@@ -122,12 +148,16 @@ class ShiftScale:
         return None if self.offset is None else self._of_rows(self.offset, start, stop)
 
     def rows(self, start: int, stop: int) -> NDArray:
+        offsets, scales = self.offsets(start, stop), self.scales(start, stop)
+        if (packed := self._packed(start, stop, scales, offsets)) is not None:
+            (codes, signed), found = packed, np.empty((stop - start, *self.shape[1:]), np.float32)
+            shifts = (np.zeros(scales.shape, np.float32) if offsets is None else offsets.astype(np.float32)).reshape(-1)
+            _of_nibbles(codes, 8 if signed else 0, np.ascontiguousarray(scales).reshape(-1), shifts, found.reshape(-1))
+            return found
         values = self.data.rows(start, stop).astype(np.float32)
         axes = range(1, values.ndim)
-        offsets = self.offsets(start, stop)
         if offsets is not None:
             values -= _repeated(offsets.astype(np.float32), values.shape, axes)
-        scales = self.scales(start, stop)
         if values.ndim == 2 and scales.shape[1] != values.shape[1]:
             # The common case, one scale for consecutive weights of a row, without an expanded copy of the scales.
             blocks = values.reshape(*scales.shape, -1)
@@ -135,6 +165,18 @@ class ShiftScale:
             return values
         values *= _repeated(scales, values.shape, axes)
         return values
+
+    def _packed(
+        self, start: int, stop: int, scales: NDArray, offsets: NDArray | None
+    ) -> tuple[NDArray[np.uint8], bool] | None:
+        """The bytes of codes of four bits whose blocks lie along rows, as `nibbles`; None where they do not."""
+        if not isinstance(self.data, Stored) or len(self.shape) != 2 or stop <= start or not scales.size:
+            return None
+        if scales.dtype != np.float32 or self.shape[1] % (2 * scales.shape[1]):
+            return None
+        if offsets is not None and offsets.shape != scales.shape:
+            return None
+        return self.data.nibbles(start, stop)
 
     def numpy(self) -> NDArray:
         return self.rows(0, self.shape[0])

@@ -31,6 +31,10 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "real_div": torch.true_divide,
 }  # fmt: skip
 
+# Of a weight in a file: so many bytes as f32 stay in the processor's cache, and memory that the allocator has is used
+# again. In multiples of 16 rows the products are those of the whole.
+SLICE, ROWS = 2 << 20, 16
+
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def computed(x: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     if isinstance(weight, Weight):
         if weight.held is None:
             out, width = weight.shape
-            step = max(1, (16 << 20) // (4 * width))
+            step = max(ROWS, SLICE // (4 * width) // ROWS * ROWS)
             y = x.new_empty(*x.shape[:-1], out)
             for start in range(0, out, step):
                 stop = min(start + step, out)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemexport.formats.coreml.arrays import Nonzero, Palette, ShiftScale, Spread, Stored, sparse, spread
+from gemexport.formats.coreml.blob import TYPES, Blob, pack
 
 ct = pytest.importorskip("coremltools")
 
@@ -114,3 +115,28 @@ def test_sparse_codes() -> None:
     dense = ShiftScale(data, Stored("fp32", scale.shape, scale), Stored("int8", offset.shape, offset))
     wanted = constexpr_sparse_to_dense.decompress(values, mask)
     np.testing.assert_allclose(sparse(Nonzero(dense, stored), stored).numpy(), wanted, rtol=1e-6)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+    st.data(),
+)
+def test_codes_in_a_file_are_widened_in_one_go(
+    rows: int, blocks: int, half: int, signed: bool, with_offset: bool, seed: int, data: st.DataObject
+) -> None:
+    rng, kind = np.random.default_rng(seed), "int4" if signed else "uint4"
+    shape, low = (rows, 2 * blocks * half), -8 if signed else 0
+    codes = rng.integers(low, low + 16, shape).astype(np.int8 if signed else np.uint8)
+    scale = rng.normal(size=(rows, blocks)).astype(np.float32)
+    offset = rng.integers(low, low + 16, scale.shape).astype(codes.dtype) if with_offset else None
+    arrays = Stored("fp32", scale.shape, scale), None if offset is None else Stored(kind, scale.shape, offset)
+    wanted = ShiftScale(Stored(kind, shape, codes), *arrays).numpy()
+    array = ShiftScale(Stored(kind, shape, Blob(TYPES[kind], pack(codes, 4))), *arrays)
+    for start in range(rows):
+        np.testing.assert_array_equal(array.rows(start, rows).view(np.uint32), wanted[start:].view(np.uint32))
