@@ -21,7 +21,11 @@ from gemexport.formats.grids.lattice import jit, nearest
 from gemexport.formats.tensor import Codes, Floats, round_to
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that calibration never saw
+# The same of a head whose rows are looked up as well: as embeddings they meet nothing, and what they are off by counts
+# in every direction alike (docs/recipes.md).
+TIED_DAMPING = 0.1
 COLUMNS = 128  # that are rounded before what they are off by is put on all others
+PANEL, STRIP = 256, 1024  # columns of the factor that are found at a time, and rows of what is taken off them
 STARTS = 15  # scales that are tried in each direction of a block's largest weight
 
 
@@ -35,15 +39,17 @@ class Inputs:
 
     @classmethod
     def of(cls, gram: Floats, damping: float = DAMPING) -> Inputs:
-        """From H, `[in, in]`, the sum of the outer products of all inputs; H is damped in place."""
+        """From H, `[in, in]`, the sum of the outer products of all inputs; H is damped in place.
+
+        Memory: the factor, as large as H, and a strip of some megabytes.
+        """
         diagonal = np.einsum("ii->i", gram)
         diagonal += max(damping * float(diagonal.mean(dtype=np.float64)), float(np.finfo(np.float32).tiny))
         order = np.argsort(-diagonal, kind="stable")
-        backwards = order[::-1]
-        factor = np.linalg.cholesky(gram[np.ix_(backwards, backwards)].astype(np.float64))
-        factor = factor[::-1, ::-1].astype(np.float32)
+        factor = gram[np.ix_(order, order)]
+        _factorize(factor)
         factor /= np.diagonal(factor).copy()
-        return cls(gram, np.ascontiguousarray(factor), order)
+        return cls(gram, factor, order)
 
 
 def fit(values: Floats, inputs: Inputs, block: int, bits: int, rounds: int = 1) -> tuple[Codes, Floats]:
@@ -66,6 +72,27 @@ def error(values: Floats, inputs: Inputs, codes: Codes, scales: Floats) -> float
     block = values.shape[1] // scales.shape[1]
     off = values - codes * np.repeat(scales, block, axis=1)
     return float(np.einsum("ij,ij->", off @ inputs.gram, off, dtype=np.float64))
+
+
+def _factorize(gram: Floats) -> None:
+    """Put R, upper triangular, in the place of R R', in panels of columns from the last to the first.
+
+    Numbers are kept in f32 and computed with in f64: what rounding R does to R R' stays far below any damping, where a
+    factorization in f32 may meet a square that is negative.
+    """
+    size = len(gram)
+    for stop in range(size, 0, -PANEL):
+        start = max(0, stop - PANEL)
+        known = gram[start:stop, stop:].astype(np.float64).T
+        square = gram[start:stop, start:stop] - gram[start:stop, stop:] @ known
+        corner = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
+        inverse = np.linalg.inv(corner).T
+        for first in range(0, start, STRIP):
+            rows = slice(first, min(first + STRIP, start))
+            left = gram[rows, start:stop] - gram[rows, stop:].astype(np.float64) @ known
+            gram[rows, start:stop] = left @ inverse
+        gram[start:stop, start:stop] = corner
+        gram[stop:, start:stop] = 0
 
 
 @jit

@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     linear: Scheme | None = Scheme()
     embedding: Scheme | None = Scheme(bits=8)  # the head too, tied or not
     per_layer_embedding: Scheme | None = Scheme()
-    rounding: Literal["data", "nearest"] = "data"  # of plain linears: on what goes into them, or each weight by itself
+    rounding: Literal["data", "nearest"] = "data"  # of linears and the head: on their inputs, or each weight by itself
     # Beside matrices on a lattice: linears, which fine-tuning takes off it, all that is off it (True), or nothing.
     requantize_mixed: bool | Literal["linears"] = "linears"
     max_kld: float | None = None  # nats; budget of the mean loss
@@ -90,7 +90,7 @@ RECIPES = {
     for recipe in (
         Recipe(name="default", description="lattices pass through; plain models: 4 bit, embeddings 8 bit"),
         Recipe(name="rtn", description="as default, each weight rounded by itself: fast", rounding="nearest"),
-        Recipe(name="int4", description="plain tensors 4 bit, embeddings too", embedding=Scheme()),
+        Recipe(name="int4", description="plain tensors 4 bit, embedding and head too", embedding=Scheme()),
         Recipe(
             name="int8",
             description="plain tensors 8 bit",

@@ -10,8 +10,15 @@ from pathlib import Path
 from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
-from gemexport.engine.memory import EXPORT_BYTES, logits_memory, multiplied, reference_memory, validator_room
-from gemexport.engine.rounding import candidates
+from gemexport.engine.memory import (
+    EXPORT_BYTES,
+    logits_memory,
+    multiplied,
+    reference_memory,
+    rounding_memory,
+    validator_room,
+)
+from gemexport.engine.rounding import ENOUGH, candidates, rounded
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
@@ -48,20 +55,21 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
 
 
 def rounds(asked: Request) -> bool:
-    """Whether plain linears are rounded on what goes into them; what llm-compressor has rounded is not."""
-    return asked.compression is None and asked.recipe.rounding == "data" and asked.recipe.linear is not None
+    """Whether plain linears and the head are rounded on what goes into them; of what was compressed, the head alone."""
+    recipe = asked.recipe
+    few = recipe.embedding is not None and recipe.embedding.bits < ENOUGH
+    return recipe.rounding == "data" and (few or (asked.compression is None and recipe.linear is not None))
 
 
 def rounding(asked: Request, checkpoint: Checkpoint, place: Place) -> Node:
     """The node that chooses the codes of plain linears; with none it has no work."""
     arguments = {"place": place, "recipe": asked.recipe, "text": asked.calibration}
     call, model = Call("gemexport.engine.rounding:round_linears", arguments), checkpoint.model
-    layers = checkpoint.architecture.layers
-    # H of the widest row, its factor in float64 and what is made on the way, beside what a reference takes.
-    memory = reference_memory(checkpoint, asked.tokens) + 24 * max(layer.intermediate_size for layer in layers) ** 2
-    linears = sum(math.prod(spec.shape) for spec in model.specs.values() if spec.role.in_layer)
+    shapes = [model.specs[name].shape for name in rounded(model)]
+    weights = sum(map(math.prod, shapes))
+    memory = rounding_memory(checkpoint, asked.tokens, max(shape[-1] for shape in shapes))
     return Node(
-        "round", call, ("grids",), memory=memory, total=len(layers), writes=linears // 2, scratch=linears // 2,
+        "round", call, ("grids",), memory=memory, total=weights, writes=weights // 2, scratch=weights // 2,
         all_cores=True, idle=lambda outcomes: not candidates(outcomes["grids"].value, model),
     )  # fmt: skip
 

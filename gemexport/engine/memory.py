@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemexport.engine.disk import artifact_bytes, lying
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.storage.parallel import IN_FLIGHT
 from gemexport.request import Step
 from gemexport.validators.checks.prompts import sequence_length
 from gemexport.validators.runtimes.memory import INTERPRETER, Room, room, sizes
@@ -36,6 +37,13 @@ def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:
     made = length * max(3 * decoder.heads * length, 4 * wide)
     # A layer as f32 and, for whoever plays bf16, as that.
     return 6 * sizes(checkpoint.model, length, 0).layer + 4 * made + INTERPRETER
+
+
+def rounding_memory(checkpoint: Checkpoint, tokens: int, widest: int) -> int:
+    """What choosing codes takes: H of the widest row and its factor, and of slices of rows what is made on the way,
+    beside what the reference takes.
+    """
+    return reference_memory(checkpoint, tokens) + 8 * widest**2 + 16 * IN_FLIGHT
 
 
 def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The node `round`: codes of plain linears that are chosen on what goes into them, layer by layer.
+"""The node `round`: codes of plain linears that are chosen on what goes into them, layer by layer, the head last.
 
 The model's own layers compute what calibration texts make of each matrix' inputs, with the layers before it rounded
 already; on these the matrix is rounded (formats/grids/feedback.py), and what comes out of the rounded layer goes into
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gemexport.engine.calibration import CALIBRATION_TOKENS, spread
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.gemma.roles import Kind
 from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.search import Chosen, GridIndex, GridRecord, choose, fingerprint, read_index
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from gemexport.formats.grids.feedback import Inputs
-    from gemexport.validators.reference.walk import Visit
 
-VERSION = 2  # of how codes are chosen: what an earlier one chose is chosen again
+VERSION = 3  # of how codes are chosen: what an earlier one chose is chosen again
+ENOUGH = 8  # bits of a head that lose so little that choosing them is not worth the time: it has the most weights
 
 
 def quantized(index: GridIndex) -> list[GridRecord]:
@@ -41,28 +41,40 @@ def quantized(index: GridIndex) -> list[GridRecord]:
 
 
 def candidates(index: GridIndex, model: Model) -> dict[str, GridRecord]:
-    """Those of them that are linears of a layer, by name."""
-    specs = model.specs
-    return {
-        record.name: record
-        for record in quantized(index)
-        if specs[record.name].role.kind is Kind.LINEAR and specs[record.name].role.in_layer
-    }
+    """Those of them that are linears of a layer, or a head of few bits, by name."""
+    linears = {*rounded(model)}
+    found = {record.name: record for record in quantized(index) if record.name in linears}
+    output = found.get(head(model))
+    if output is not None and output.bits is not None and output.bits >= ENOUGH:
+        del found[output.name]
+    return found
+
+
+def rounded(model: Model) -> Iterator[str]:
+    """The matrices that a walk through the layers meets the inputs of: linears of a layer, and the head."""
+    for name, spec in model.specs.items():
+        if (spec.role.kind is Kind.LINEAR and spec.role.in_layer) or name == head(model):
+            yield name
+
+
+def head(model: Model) -> str:
+    """The matrix that gives the logits."""
+    return EMBEDDING if model.decoder.tied else HEAD
 
 
 def round_linears(place: Place, recipe: Recipe, text: Path | None, progress: Progress) -> Rounded:
-    """Choose the codes of every plain linear of a layer, in the grids of `place`; progress in layers.
+    """Choose the codes of every plain linear of a layer and of the head, in the grids of `place`; progress in weights.
 
     `text` is a file to take the inputs from (the built-in calibration texts when None). What an earlier run chose for
     the same checkpoint, recipe and text is used as it is. Raises InputError for a text that cannot be read.
     """
     checkpoint, index = place.open(), read_index(place.grids)
     assert index is not None
-    wanted, layers = candidates(index, checkpoint.model), len(checkpoint.architecture.layers)
+    wanted, model = candidates(index, checkpoint.model), checkpoint.model
     sequences = _sequences(checkpoint, text)
     mark = _mark(checkpoint, recipe, sequences)
     if index.chosen == mark:
-        progress(layers)
+        progress(sum(math.prod(model.specs[name].shape) for name in rounded(model)))
     else:
         index = choose(place.grids, mark, _chosen(place, checkpoint, wanted, sequences, progress))
     chosen = tuple(record.name for record in index.tensors if record.codes is not None)
@@ -94,37 +106,46 @@ def _chosen(
     sequences: Sequence[Sequence[int]],
     progress: Progress,
 ) -> Iterator[Chosen]:
-    """The linears of one layer after the other, each with its codes and scales."""
+    """The linears of one layer after the other and the head, each with its codes and scales."""
+    from gemexport.formats.grids.feedback import DAMPING, TIED_DAMPING
     from gemexport.shared.place import model_activations
     from gemexport.validators.reference import reference
 
     computed = reference(
         checkpoint.text_config, checkpoint.tensors, threads(), activations=model_activations(checkpoint)
     )
+    tensors, output = checkpoint.tensors, head(checkpoint.model)
     with computed.walk(sequences, place.work) as walk:
         for visit in walk.layers():
             for group in visit.together():
                 names = [name for name in group if name in wanted]
                 if names:
-                    inputs = _inputs(visit, names[0])
+                    inputs = _inputs(visit.inputs(names[0]), visit.matrices[names[0]].in_features, DAMPING)
                 for name in names:
-                    yield name, _slices(checkpoint.tensors[name], wanted[name], inputs, visit.matrices[name].weight)
-            progress(1)
+                    yield name, _slices(tensors[name], wanted[name], inputs, visit.matrices[name].weight)
+                progress(sum(math.prod(tensors[name].shape) for name in group))
+        if output in wanted:
+            damping = TIED_DAMPING if checkpoint.architecture.tied else DAMPING
+            inputs = _inputs(walk.last(), tensors[output].shape[-1], damping)
+            yield output, _slices(tensors[output], wanted[output], inputs)
+        progress(math.prod(tensors[output].shape))
 
 
-def _inputs(visit: Visit, name: str) -> Inputs:
-    """What a matrix is multiplied with, over all sequences."""
+def _inputs(found: Iterator[torch.Tensor], width: int, damping: float) -> Inputs:
+    """What a matrix is multiplied with, `[n, in]` of each sequence in turn, as rounding asks for it."""
+    import torch
+
     from gemexport.formats.grids.feedback import Inputs
 
-    width = visit.matrices[name].in_features
-    gram = np.zeros((width, width), np.float32)
-    for x in visit.inputs(name):
-        found = x.float().numpy()
-        gram += found.T @ found
-    return Inputs.of(gram)
+    gram = torch.zeros((width, width))
+    for x in found:
+        gram.addmm_(x.float().T, x.float())
+    return Inputs.of(gram.numpy(), damping)
 
 
-def _slices(tensor: Tensor, record: GridRecord, inputs: Inputs, weight: torch.Tensor) -> Iterator[tuple[Codes, Floats]]:
+def _slices(
+    tensor: Tensor, record: GridRecord, inputs: Inputs, weight: torch.Tensor | None = None
+) -> Iterator[tuple[Codes, Floats]]:
     """Codes and scales of a tensor's rows, slice by slice; `weight` becomes what they stand for."""
     import torch
 
@@ -135,7 +156,8 @@ def _slices(tensor: Tensor, record: GridRecord, inputs: Inputs, weight: torch.Te
     bits, block = record.bits, record.block
     start = 0
     for codes, scales in by_rows(lambda bounds: fit(tensor.rows(*bounds).values, inputs, block, bits), tensor):
-        with torch.no_grad():
-            weight[start : start + len(codes)].copy_(torch.from_numpy(codes * expand(scales, block)))
+        if weight is not None:
+            with torch.no_grad():
+                weight[start : start + len(codes)].copy_(torch.from_numpy(codes * expand(scales, block)))
         start += len(codes)
         yield codes, scales

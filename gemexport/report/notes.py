@@ -22,12 +22,12 @@ def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> st
 
 
 def rounding_notes(outcome: Outcome) -> list[str]:
-    """On what linears were rounded; the rest of what is quantized is counted, not named."""
+    """On what linears and the head were rounded; the rest of what is quantized is counted, not named."""
     found: Rounded | None = outcome.value
     if found is None:
         return []
     rest = f"; each weight of others by itself: {_kinds(found.nearest)}" if found.nearest else ""
-    return [f"{len(found.chosen)} linears were rounded on what goes into them, {found.tokens} tokens{rest}"]
+    return [f"{len(found.chosen)} matrices were rounded on what goes into them, {found.tokens} tokens{rest}"]
 
 
 def lattice_notes(index: GridIndex, recipe: Recipe) -> list[str]:

@@ -96,6 +96,16 @@ class Walk:
                 for number, found in self.slice(weight):
                     yield number, start, stop, found
 
+    def last(self) -> Iterator[torch.Tensor]:
+        """What the head is multiplied with, `[n, hidden]` of each sequence in turn; `layers()` comes before it."""
+        decoder = self._decoder
+        with decoder.filled(decoder.text.norm):
+            for number in range(len(self.sequences)):
+                (hidden,) = self.shelf.get(f"hidden-{len(self._layers)}-{number}")
+                with self.computing():
+                    found = decoder.text.norm(hidden)
+                yield found[0]
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """What comes after the layers, ready for slices of the head's rows as long as the block lasts."""

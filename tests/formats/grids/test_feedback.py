@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemexport.formats.grids import rounding
-from gemexport.formats.grids.feedback import Inputs, error, fit
+from gemexport.formats.grids.feedback import DAMPING, PANEL, Inputs, error, fit
 from gemexport.formats.grids.lattice import encode
 from gemexport.formats.tensor import Codes, Floats, holding, round_to
 
@@ -22,6 +22,18 @@ def inputs(width: int, tokens: int = 400, rank: int = 24, seed: int = 0) -> Floa
 def one_by_one(values: Floats, bits: int) -> tuple[Codes, Floats]:
     scales = rounding.fit(values, 32, bits)
     return encode(values, scales, bits), scales
+
+
+@pytest.mark.parametrize("width", [32, PANEL, 2 * PANEL + 96])
+def test_the_factor_is_of_h(width: int) -> None:
+    gram = inputs(width)
+    seen = Inputs.of(gram.copy())
+    damped = gram[np.ix_(seen.order, seen.order)] + DAMPING * np.diagonal(gram).mean() * np.eye(width)
+    np.testing.assert_allclose(seen.gram[np.ix_(seen.order, seen.order)], damped, rtol=1e-5)
+    np.testing.assert_array_equal(np.tril(seen.factor, -1), 0)
+    np.testing.assert_array_equal(np.diagonal(seen.factor), 1)
+    whole = np.linalg.cholesky(damped[::-1, ::-1].astype(np.float64))[::-1, ::-1]
+    np.testing.assert_allclose(seen.factor, whole / np.diagonal(whole), atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import pytest
 from gemexport import demo
 from gemexport.cli import main
 from gemexport.engine.dag import graph
-from gemexport.engine.rounding import round_linears
+from gemexport.engine.rounding import candidates, round_linears, rounded
 from gemexport.engine.steps import grids
-from gemexport.formats import gguf, mlx
+from gemexport.formats import compressed_tensors, coreml, gguf, mlx, onnx
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.gemma.names import EMBEDDING
+from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.recipe import load_recipe
 from gemexport.formats.grids.search import CODES, SCALES, attach, find_grids, read_index
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Floats, Rows, Tensor, TensorBase, evaluate
+from gemexport.registry import TARGETS
 from gemexport.request import request, steps
 from gemexport.shared.measured import Rounded
 from gemexport.shared.node import Outcome
@@ -36,12 +40,12 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def place_of(model: Path, work: Path) -> Place:
     place = Place(model, work, 64)
-    grids(place, load_recipe("default"), lambda _: None)
+    grids(place, load_recipe("int4"), lambda _: None)
     return place
 
 
 def choose(place: Place, text: Path | None = None) -> Rounded:
-    return round_linears(place, load_recipe("default"), text, lambda _: None)
+    return round_linears(place, load_recipe("int4"), text, lambda _: None)
 
 
 class Stored(TensorBase):
@@ -75,14 +79,15 @@ def test_less_is_lost_on_other_texts(plain: Path, tmp_path: Path) -> None:
     place = place_of(plain, tmp_path)
     before, one_by_one = loss(place), place.open().tensors
     done: list[int] = []
-    found = round_linears(place, load_recipe("default"), None, done.append)
-    layers = place.open().architecture.layers
-    assert len(done) == sum(done) == len(layers)
+    found = round_linears(place, load_recipe("int4"), None, done.append)
+    specs = place.open().model.specs
+    assert sum(done) == sum(math.prod(specs[name].shape) for name in rounded(place.open().model))
     assert found.tokens > 1500
     assert loss(place) < 0.9 * before
     kinds = {name.rpartition(".layers.")[2].partition(".")[2] for name in found.chosen}
     assert {"self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"} <= kinds
-    assert "model.embed_tokens.weight" in found.nearest
+    assert "model.embed_tokens.weight" in found.chosen, "it is the head"
+    assert {specs[name].role for name in found.nearest} <= {Role.PER_LAYER_EMBEDDING, Role.PER_LAYER_MODEL_PROJECTION}
     for name, tensor in place.open().tensors.items():
         same = tensor.grid is None or np.array_equal(tensor.rows(0, 8).codes, one_by_one[name].rows(0, 8).codes)
         assert same == (name not in found.chosen), name
@@ -92,7 +97,7 @@ def test_chosen_once_for_a_text(plain: Path, tmp_path: Path) -> None:
     place = place_of(plain, tmp_path / "work")
     first = choose(place)
     when = (place.grids / CODES).stat().st_mtime_ns
-    index = grids(place, load_recipe("default"), lambda _: None)
+    index = grids(place, load_recipe("int4"), lambda _: None)
     assert choose(place) == first
     assert (place.grids / CODES).stat().st_mtime_ns == when, "chosen again"
     assert read_index(place.grids) == index
@@ -120,23 +125,27 @@ def test_the_same_again_is_the_same_bytes(plain: Path, tmp_path: Path) -> None:
 def test_every_format_has_the_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = demo.make(tmp_path / "model", family="gemma3", size="tiny", rule=None)
     out = tmp_path / "out"
-    command = ["all", str(model), "-o", str(out), "--only", "gguf,mlx", "--no-validate", "--jobs", "1"]
+    names = {"gguf": gguf, "mlx": mlx, "onnx": onnx, "coreml": coreml, "compressed-tensors": compressed_tensors}
+    command = ["all", str(model), "-o", str(out), "--recipe", "int4", "--no-validate", "--jobs", "1"]
+    first = [f"{name}:{TARGETS[name].variants[0]}" for name in names]
     with pytest.raises(SystemExit) as ended:
-        main(command)
+        main([*command, "--variants", ",".join(first)])
     assert ended.value.code == 0
-    assert "linears were rounded on what goes into them" in capsys.readouterr().out
     checkpoint = attach(open_checkpoint(model), out / ".gemexport" / "grids")
     index = read_index(out / ".gemexport" / "grids")
     assert index is not None
     chosen = [record.name for record in index.tensors if record.codes is not None]
-    assert len(chosen) == 7 * len(checkpoint.architecture.layers)
-    stored = [gguf.tensors(out / "gguf" / "model-Q4_0.gguf"), mlx.tensors(out / "mlx" / "4bit")]
-    for name in chosen:
-        wanted, count = checkpoint.tensors[name].rows(0, 8), 8
-        for tensors in stored:
-            found = tensors[name].rows(0, count)
-            np.testing.assert_array_equal(found.codes, wanted.codes)
-            np.testing.assert_array_equal(found.scales, wanted.scales)
+    assert len(chosen) == 7 * len(checkpoint.architecture.layers) + 1
+    assert f"{len(chosen)} matrices were rounded on what goes into them" in capsys.readouterr().out
+    for format_name, module in names.items():
+        target = TARGETS[format_name]
+        stored = module.tensors(target.path(out, "model", target.variants[0]))
+        for name in chosen:
+            if (name, format_name) == (EMBEDDING, "compressed-tensors"):  # plain, as vLLM loads it
+                continue
+            wanted, found = (tensors[name].rows(0, 8) for tensors in (checkpoint.tensors, stored))
+            np.testing.assert_array_equal(found.codes, wanted.codes, f"{format_name}: {name}")
+            np.testing.assert_array_equal(found.scales, wanted.scales, f"{format_name}: {name}")
 
 
 @pytest.mark.parametrize(("recipe", "waited"), [("default", "round"), ("rtn", "grids"), ("lossless", "grids")])
@@ -159,3 +168,13 @@ def test_a_lattice_leaves_nothing_to_round(tiny_gemma3: Path, tmp_path: Path) ->
     plain = demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None)
     index = find_grids(open_checkpoint(plain), tmp_path / "grids", load_recipe("default"))
     assert not node.idle({"grids": Outcome(index)})
+
+
+def test_a_head_of_eight_bits_is_rounded_to_nearest(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(demo.make(tmp_path / "plain", family="gemma3", size="tiny", rule=None))
+    found = {
+        recipe: EMBEDDING
+        in candidates(find_grids(checkpoint, tmp_path / recipe, load_recipe(recipe)), checkpoint.model)
+        for recipe in ("default", "int4")
+    }
+    assert found == {"default": False, "int4": True}
