@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemexport.formats.checkpoint import Checkpoint
     from gemexport.formats.gemma.model import Model
     from gemexport.formats.promise import Promise
-    from gemexport.formats.tensor import DType, Grid
+    from gemexport.formats.tensor import DType, Grid, Tensor
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Target:
         found: Activations | None = None
         if self.computes_with_scales:
             found = import_module(f"gemexport.formats.{self.module}.activations").activations(path)
+        return found
+
+    def derived(self, path: Path) -> dict[str, tuple[str, Tensor]]:
+        """What an artefact holds once more on a coarser grid, by name, with the name of what it is made of."""
+        found: dict[str, tuple[str, Tensor]] = self.reader().derived(path) if self.calibrated else {}
         return found
 
     def adapter(self) -> ModuleType:

@@ -8,6 +8,7 @@ from gemexport.exporters.onnx.htp import by_rows, held_by_rows, row_grid
 from gemexport.exporters.onnx.qdq import constant_encoding
 from gemexport.formats.activations.ranges import Bits
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.promise import Anew, Promise, shifted_back
 from gemexport.formats.tensor import Floats, Rows, Tensor
 
@@ -22,6 +23,8 @@ def integer_promises(checkpoint: Checkpoint, bits: Bits) -> dict[str, Promise]:
             found[name] = Promise(shifted_back(tensor, _Integers(offset, bits)))
         elif role.is_looked_up:
             found[name] = Promise(tensor)
+            if name == EMBEDDING and checkpoint.architecture.tied:  # the head has columns of its own
+                found[HEAD] = Promise(_by_rows(tensor))
         else:
             found[name] = Promise(_by_rows(tensor))
     return found

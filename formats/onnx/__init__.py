@@ -81,6 +81,18 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
     return found
 
 
+def derived(path: str | Path) -> dict[str, tuple[str, Tensor]]:
+    """The weights that a model holds once more on a coarser grid, by name, each with the name of what it is made of.
+
+    `tensors` has none of them. Raises InputError as it does.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
+    for file in graph_files(Path(path)):
+        for tensor, _, original in _weights(read_model(file).graph, file, DERIVED):
+            found.setdefault(tensor.name, (original or "", tensor))
+    return found
+
+
 def graph_files(path: Path) -> list[Path]:
     """The graphs of a model: an .onnx file, or the `GRAPHS` in a folder, or the one graph in its folder `onnx`.
 
@@ -136,14 +148,14 @@ def read_model(file: Path) -> ir.Model:
     return model
 
 
-def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str | None]]:
-    """Each weight of one graph, where its data lie, and the name of the weight that it copies."""
+def _weights(graph: ir.Graph, file: Path, kind: str = COPY) -> Iterator[tuple[Tensor, Place, str | None]]:
+    """Each weight of one graph, where its data lie, and the name of the weight that it copies; or those `DERIVED`."""
     import onnx_ir as ir
 
     for value in graph.initializers.values():
         name = canonical_name(value.name or "")
         stored = value.const_value
-        if stored is None or DERIVED in stored.metadata_props:
+        if stored is None or (DERIVED in stored.metadata_props) != (kind == DERIVED):
             continue
         if name is None:
             _check_nameless(value, file)
@@ -153,7 +165,7 @@ def _weights(graph: ir.Graph, file: Path) -> Iterator[tuple[Tensor, Place, str |
             tensor = _stack(tensor, stored.metadata_props[SHAPE], file)
         if tensor is not None:
             place = (str(stored.location), stored.offset or 0) if isinstance(stored, ir.ExternalTensor) else None
-            yield tensor, place, stored.metadata_props.get(COPY)
+            yield tensor, place, stored.metadata_props.get(kind)
 
 
 def _check_nameless(value: ir.Value, file: Path) -> None:

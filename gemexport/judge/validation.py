@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.tensor import Tensor
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
@@ -155,17 +155,23 @@ def check_weights(
     place: Place, target: str, path: Path, progress: Progress, asked: Asked | None = None
 ) -> tuple[WeightsReport, str]:
     """The weights of an artefact against the source's and what was promised, and a digest of the values read back."""
-    stored = TARGETS[target].reader().tensors(path)
+    stored: dict[str, Tensor] = dict(TARGETS[target].reader().tensors(path))
     checkpoint = place.open()
     if asked is None:
         promises = TARGETS[target].promises(checkpoint, TARGETS[target].variants[0], {})
     else:
         promises = TARGETS[target].promises(opened(place, checkpoint)[0], asked.variant, asked.options)
-    source: Mapping[str, Tensor] = checkpoint.tensors
+    source: dict[str, Tensor] = dict(checkpoint.tensors)
+    for name, (original, tensor) in TARGETS[target].derived(path).items():
+        if name not in source:
+            stored[name] = tensor
+            if original in source:
+                source[name] = Pieces(name, source[original].shape, [whole(source[original])])
     folds: dict[str, Tensor] = {}
     if asked is None:
         folds = folded(source, stored, checkpoint.model.specs, checkpoint.architecture.norm_offset)
-        source, promises = {**source, **folds}, {name: item for name, item in promises.items() if name not in folds}
+        source |= folds
+        promises = {name: item for name, item in promises.items() if name not in folds}
     found = weights.compare(source, stored, progress, promises=promises, ours=asked is not None)
     tensors = tuple(TensorReport.model_validate(item, from_attributes=True) for item in found.tensors)
     compared, exact = sum(item.compared for item in tensors), sum(item.exact for item in tensors)

@@ -9,6 +9,7 @@ import pytest
 
 from gemexport.faults import experts
 from gemexport.faults.matrix import COLUMNS, Bench, Cell, applicable, catalogue, markdown
+from gemexport.faults.sources import SOURCES, Source
 
 FEW = (
     ("gguf", "Q4_0", "1 + weight norm for weight"),
@@ -23,6 +24,11 @@ FEW = (
     ("coreml", "int4", "sliding window off by one"),
     ("compressed-tensors", "w4a16", "soft cap lost"),
 )
+OF_WEIGHTS = (
+    "one block's scale halved", "one block's codes off by one", "nibbles exchanged", "one weight of a norm changed",
+    "scales rounded to bf16",
+)  # fmt: skip
+WIDTHS = ("2-bit codes off by one", "8-bit codes off by one")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,17 @@ def test_no_fault_is_missed(column: tuple[str, str], bench: Bench) -> None:
     cells = list(bench.cells((column,)))
     assert [text for cell in cells if (text := complaint(cell))] == [], markdown(cells)
     assert [cell.fault for cell in cells] == catalogue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "lattice"])
+def test_faults_of_weights_are_caught_whatever_these_lie_on(source: Source, tmp_path: Path) -> None:
+    """Of the other sources, and half of the formats, those that show without running; benchmarks/faults.py has all."""
+    bench = Bench(SOURCES[source](tmp_path / "model"), tmp_path / "work", source=source)
+    cells = list(bench.cells(COLUMNS[::2], (*OF_WEIGHTS, *WIDTHS)))
+    assert [text for cell in cells if (text := complaint(cell))] == [], markdown(cells)
+    caught = {cell.fault for cell in cells if cell.caught and cell.by == "weights"}
+    assert caught >= {*OF_WEIGHTS, *(WIDTHS if source == "mobile" else ())}
 
 
 def test_every_fault_is_applicable_somewhere(bench: Bench) -> None:

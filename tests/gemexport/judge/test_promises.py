@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from gemexport import demo
 from gemexport.engine import steps
 from gemexport.faults.places import PLACES
-from gemexport.faults.stored import Numbers, floats, like
-from gemexport.formats.gemma.names import CANONICAL
+from gemexport.faults.stored import Numbers, floats, like, writable
+from gemexport.formats.gemma.names import CANONICAL, EMBEDDING, HEAD
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.tensor import from_bf16, to_bf16
@@ -204,11 +204,32 @@ def test_codes_and_roundings_that_a_variant_asks_for_are_promised_too(artefacts:
     assert [line.partition(":")[0] for line in found] == ([] if variant in ("BF16", "F32") else ["weights.kept"])
 
 
+def test_a_head_on_a_grid_of_its_own_is_held_to_the_embedding(artefacts: Artefacts, tmp_path: Path) -> None:
+    """An NPU's integers need one scale a row, and the embedding has blocks: the head is a second, coarser one."""
+    onnx = pytest.importorskip("gemexport.formats.onnx")
+    options = {"calibration": [list(range(3, 67))], "context": 64, "prefill": 8}
+    path, place = TARGETS["onnx"].path(tmp_path, "model", "npu-a8"), artefacts.place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps.export(place, "onnx", "npu-a8", path, options, lambda _: None)
+
+    def report() -> WeightsReport:
+        return check_weights(place, "onnx", path, lambda _: None, Asked("npu-a8", options))[0]
+
+    before = report()
+    assert said(before) == []
+    head = next(item for item in before.tensors if item.name == HEAD)
+    assert head.kept == head.compared
+    original, tensor = onnx.derived(path)[HEAD]
+    assert original == EMBEDDING
+    writable(tensor.packed)[5, 7] ^= 1
+    (broken,) = said(report())
+    assert f"{HEAD} (from row 7, column 5)" in broken
+
+
 def ggml_blocks(artefacts: Artefacts, path: Path) -> None:
     """Put llama-quantize's own Q4_0 in the place of ours."""
     from gguf.constants import GGMLQuantizationType
 
-    from gemexport.faults.stored import writable
     from gemexport.formats.gguf import stored_tensors
     from gemexport.formats.gguf.parts import read_parts
     from gemexport.formats.gguf.quantizer import quantize
@@ -278,7 +299,6 @@ def test_one_scale_in_somebody_elses_file_is_named(artefacts: Artefacts, recode:
 
 def test_one_scale_in_a_file_of_k_quants_is_named(artefacts: Artefacts) -> None:
     pytest.importorskip("libggml")
-    from gemexport.faults.stored import writable
     from gemexport.formats.gguf import stored_tensors
     from gemexport.formats.gguf.parts import read_parts
 
