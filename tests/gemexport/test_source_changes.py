@@ -81,15 +81,16 @@ def test_the_command_says_it_in_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ended", [False, True])
-def test_in_every_step(ended: bool, models: Models, tmp_path: Path) -> None:
-    """Steps run side by side, so each is a run of its own."""
+@pytest.mark.parametrize(("ended", "formats"), [(False, None), (True, ("gguf", "compressed-tensors"))])
+def test_in_every_step(ended: bool, formats: tuple[str, ...] | None, models: Models, tmp_path: Path) -> None:
+    """Steps run side by side, so each is a run of its own. At their end all are looked at in one place."""
     steps: list[str] = []
-    gemexport.export(models[0], tmp_path / "seen", tokens=64, progress=lambda heard: steps.append(heard.step))
+    given = {"tokens": 64, "formats": formats}
+    gemexport.export(models[0], tmp_path / "seen", progress=lambda heard: steps.append(heard.step), **given)
     for step in dict.fromkeys(steps):
         out = tmp_path / "out"
         with pytest.raises(ChangedError):
-            gemexport.export(models[0], out, tokens=64, progress=swapping(step, ended, models))
+            gemexport.export(models[0], out, progress=swapping(step, ended, models), **given)
         assert not out.exists(), step
         models[0].rename(models[1])
         models[0].with_name("old").rename(models[0])
