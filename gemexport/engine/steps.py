@@ -81,5 +81,5 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
         kinds = [(passage.kind, len(tokens)) for passage, tokens in zip(passages, judged, strict=False)]
         floors[arithmetic] = Divergence.of(total, kinds)
     with atomic(place.work / FLOORS) as partial:
-        partial.write_text(json.dumps({name: found.kld_mean for name, found in floors.items()}), "utf-8")
+        partial.write_text(json.dumps({name: found.model_dump() for name, found in floors.items()}), "utf-8")
     return floors

@@ -47,8 +47,8 @@ REQUANTIZED_VECTOR = 1 / 255
 ROW_STEPS = 0.5 * (1 + 1e-4)
 BLOCK_STEPS = 1.0
 # Choices between tokens whose logits are closer than this are ties that rounding decides: which of them is likeliest
-# says nothing, alone or in a greedy continuation. A mean KL divergence d is logits that are off by sqrt(2 d) nats, and
-# there are two of them.
+# says nothing, alone or in a greedy continuation. A KL divergence d is logits that are off by sqrt(2 d) nats, and there
+# are two of them.
 TIE_NATS = 1e-3
 # Share of the texts that the runtime alone may read differently; with Gemma 3's own tables llama.cpp does 1.0 % so.
 RUNTIME_TEXTS = 0.02
@@ -84,6 +84,11 @@ def noise_limit(played: Divergence) -> tuple[float, str]:
     return max((twice, f"{NOISE_FACTOR:g} times"), (drawn, f"{NOISE_ERRORS:g} standard errors beyond"))
 
 
-def tie(played: float | None) -> float:
-    """The difference of two logits, in nats, below which a runtime in f32 may choose either."""
-    return max(TIE_NATS, 2 * math.sqrt(2 * f32_limit(played)))
+def tie(played: Divergence | None) -> float:
+    """The difference of two logits, in nats, below which a runtime in f32 may choose either.
+
+    A choice is one position, and a mean says little of the farthest: PyTorch's own is as much as eleven times its mean.
+    """
+    farthest = 0.0 if played is None else min(played.kld_max, F32_KLD[1])
+    limit = f32_limit(None if played is None else played.kld_mean)
+    return max(TIE_NATS, 2 * math.sqrt(2 * max(limit, farthest)))

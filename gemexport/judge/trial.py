@@ -67,8 +67,8 @@ class Trial:
         self._watch, self._attempts, self._frugal = watch, attempts, frugal
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
-        self._played = place.floors().get(target.played)
-        self._tie = tie(self._played)
+        played = place.floors().get(target.played)
+        self._limit, self._tie = f32_limit(None if played is None else played.kld_mean), tie(played)
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
         passages = place.passages(checkpoint)
         self._sequences = [passage.tokens for passage in passages]
@@ -139,7 +139,7 @@ class Trial:
                 with self._watch.time("compare"):
                     total.add(store.logits(sequence), output, sequence)
         conversion, runtime = found.conversion, found.runtime
-        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= f32_limit(self._played):
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= self._limit:
             with self._watch.time("walk"):
                 self.departs = self._walk(found)
         return LogitsReport(

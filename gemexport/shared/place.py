@@ -17,6 +17,7 @@ from gemexport.formats.stamps import NOTHING, Stamps
 from gemexport.formats.tensor import Tensor
 
 if TYPE_CHECKING:
+    from gemexport.shared.measured import Divergence
     from gemexport.validators.checks.prompts import Passage
     from gemexport.validators.reference import Reference
     from gemexport.validators.reference.arithmetic import Arithmetic
@@ -112,11 +113,13 @@ class Place:
         parts = (digest, activations.digest() if activations else "", "" if arithmetic == "f32" else arithmetic)
         return ReferenceStore(self.work / "reference" / "-".join(filter(None, parts)), make)
 
-    def floors(self) -> dict[str, float]:
-        """What the reference's step has left here: by arithmetic, how far PyTorch is from its own f32, mean KLD."""
+    def floors(self) -> dict[str, Divergence]:
+        """What the reference's step has left here: by arithmetic, how far PyTorch is from its own f32."""
+        from gemexport.shared.measured import Divergence
+
         path = self.work / FLOORS
-        found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return found
+        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return {name: Divergence.model_validate(figures) for name, figures in found.items()}
 
     def source(self) -> ReferenceStore:
         """The reference's logits with what the checkpoint holds, before it was compressed."""

@@ -192,8 +192,15 @@ def test_f32_is_held_to_what_pytorch_shows_when_it_plays_it() -> None:
 
 
 def test_ties_are_as_wide_as_the_bound() -> None:
-    assert tie(1e-11) == tie(None) == 1e-3
-    assert tie(1e-5) == pytest.approx(2 * (2 * 5e-5) ** 0.5)
+    assert tie(figures(1e-11)) == tie(None) == 1e-3
+    even = figures(1e-5).model_copy(update={"kld_max": 1e-5})
+    assert tie(even) == pytest.approx(2 * (2 * 5e-5) ** 0.5)
+
+
+def test_a_tie_is_as_wide_as_the_farthest_position_was() -> None:
+    far = figures(4.7e-6).model_copy(update={"kld_max": 5.4e-5})
+    assert tie(far) == pytest.approx(2 * (2 * 5.4e-5) ** 0.5)
+    assert tie(far.model_copy(update={"kld_max": 9.0})) == pytest.approx(2 * (2 * 1e-3) ** 0.5)
 
 
 def test_k_quants_are_held_to_the_noise_of_wider_blocks() -> None:
