@@ -293,7 +293,7 @@ FAULTS: dict[str, Fault | str] = {
     "epsilon 1e-5 in one norm": arithmetic.epsilon(1e-5, every=False),
     "epsilon 2e-6 in all norms": arithmetic.epsilon(2e-6, every=True),
     "attention scale 0.2 % larger in one layer": changed(arithmetic.attention_scale, "scale|departs at"),
-    "mask -20 for -inf": changed(arithmetic.mask),
+    "mask -20 for -inf": changed(arithmetic.mask, "adds to scores"),
     "general.file_type changed": folders.OF_GGUF,
     "context length 10": folders.edited("genai_config.json", _short),
     "head size 1": folders.edited("genai_config.json", _narrow),

@@ -12,6 +12,7 @@ from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.tensor import Tensor
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
+from gemexport.judge.masks import mask_differences
 from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
@@ -194,4 +195,5 @@ def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactRe
     decoder = checkpoint.architecture
     stated += setting_differences(checkpoint, path)
     stated += epsilon_differences(target, path, decoder) + table_differences(target, path, decoder)
+    stated += mask_differences(target, path)
     return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
