@@ -60,6 +60,7 @@ class Scheduler:
         ready: set[str] = set()
         running: dict[int, _Running] = {}
         outcomes: dict[str, Outcome] = {}
+        light = {node.name for node in nodes if node.light}
         try:
             while order.is_active():
                 ready.update(order.get_ready())
@@ -74,6 +75,9 @@ class Scheduler:
                     if beside is not None and beside.done():
                         beside.result()
                         ended_beside = None
+                light.difference_update(node.name for node, _ in ended)
+                if not light:  # nobody waits for what they hold in memory
+                    self.workers.dismiss()
                 self._check_source(ended)
                 for node, outcome in ended:
                     ready.discard(node.name)

@@ -27,7 +27,7 @@ from gemexport.shared.place import Place, Progress, threads
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.checks.layers import departure
 from gemexport.validators.reference.store import ReferenceStore
-from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits
+from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits, outputs
 
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
@@ -104,9 +104,10 @@ class Trial:
         now: list[tuple[Divergence, ReferenceStore]] = []
         for pair in ((found.conversion, self._read_back), (found.loss, self._source)):
             (now if pair[1].holds(self._sequences) else found.later).append(pair)
+        computed = outputs(runtime, self._sequences)
         for sequence in self._sequences:
             with watch.time("run"):
-                output = runtime.logits(sequence)
+                output = next(computed)
             found.top_k = output.ids.shape[1] if isinstance(output, TopLogits) else None
             for total, store in now:
                 with watch.time("compare"):

@@ -6,7 +6,8 @@ What loading all at once does besides (`from_pretrained`), and the key/value cac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ class Layerwise:
         """Teacher-forced logits `[len(tokens), vocab]`."""
         with self.laps.lap(len(tokens)):
             return self._reference.logits(tokens)
+
+    def together(self, sequences: Sequence[Sequence[int]]) -> Iterator[Floats]:
+        """The same of several, mapped: a layer is unpacked once for all of them."""
+        with tempfile.TemporaryDirectory(prefix="gemexport-") as folder:
+            paths = [Path(folder) / f"{number}.npy" for number in range(len(sequences))]
+            with self.laps.lap(sum(map(len, sequences))):
+                self._reference.write_logits(sequences, paths)
+            for path in paths:
+                found: Floats = np.load(path, mmap_mode="r")
+                yield found
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """Nothing: each token would take all layers anew, and there is no cache to try."""

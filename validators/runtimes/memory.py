@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.roles import Role
 
-INTERPRETER = 900 << 20  # of a step with the reference's libraries and a layer that it holds; measured, rounded up
+# Of a step with the reference's libraries and a layer that it holds, 900 MB, and of the command that waits for it;
+# measured, rounded up.
+INTERPRETER = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,3 +102,20 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Free what was loaded."""
         ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A runtime that reads its weights anew for whatever it computes, and so takes all sequences through at once."""
+
+    def together(self, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """What `logits` gives for each of them, in order."""
+        ...
+
+
+def outputs(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Iterator[Logits]:
+    """Teacher-forced logits of each sequence, in order, each computed when it is asked for unless all are at once."""
+    if isinstance(runtime, Together):
+        yield from runtime.together(sequences)
+    else:
+        yield from map(runtime.logits, sequences)

@@ -271,6 +271,19 @@ def test_a_worker_that_is_ready_serves_the_first_light_node(tmp_path: Path) -> N
     assert ready.poll() is not None
 
 
+def test_nobody_waits_in_memory_once_the_last_light_node_has_ended(tmp_path: Path) -> None:
+    idle: list[bool] = []
+
+    def started(node: Node) -> None:
+        idle.append(ready.poll() is None)
+
+    with prepared(2) as workers:
+        (ready,) = (worker.process for worker in workers.idle)
+        nodes = [Node("light", call("which"), light=True), Node("heavy", call("which"), needs=("light",))]
+        Scheduler(2, 1 << 30, tmp_path, Events(started=started), workers).run(nodes)
+    assert idle == [True, False]
+
+
 def test_a_worker_that_died_idle_is_replaced(tmp_path: Path) -> None:
     with prepared(2) as workers:
         (ready,) = (worker.process for worker in workers.idle)

@@ -18,6 +18,7 @@ from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks import prompts, tokenizer
 from gemexport.validators.checks.divergence import Divergence
 from gemexport.validators.runtimes import compressed_tensors as adapter
+from gemexport.validators.runtimes.protocol import outputs
 from gemexport.validators.runtimes.pytorch import whole
 
 pytest.importorskip("compressed_tensors")
@@ -60,6 +61,9 @@ def test_conversion(checkpoint: Checkpoint, tmp_path: Path, pack_embeddings: boo
     assert runtime.arithmetic == "f32"
     frugal = adapter.load(folder, threads=2, context=256, frugal=True)
     np.testing.assert_array_equal(frugal.logits(sequence), runtime.logits(sequence))
+    others = [sequence, sequence[:7]]
+    for found, tokens in zip(outputs(frugal, others), others, strict=True):
+        np.testing.assert_array_equal(found, runtime.logits(tokens), "all sequences go through a layer together")
     assert frugal.greedy(sequence[:20], 32) == [], "there is no cache to try"
     assert frugal.tokenize("Hello") == runtime.tokenize("Hello")
     own, usual = frugal.habits(), runtime.habits()
