@@ -83,6 +83,8 @@ class _Reader:
     def read(self, module: Module) -> Tensor | None:
         """The module's weight on its grid; None when it is plain."""
         packed, plain = module.arrays.get("weight_packed"), module.arrays.get("weight")
+        if packed is not None and plain is not None:
+            raise module.wrong("is there twice, packed and as it is", "download or save the model again")
         stored = packed or plain
         if stored is None or is_float(stored):
             if stored is not None and "weight_scale" in module.arrays:

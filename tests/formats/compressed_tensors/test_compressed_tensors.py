@@ -274,6 +274,7 @@ def _damaged(folder: Path, drop: str = "", flat: str = "", add: str = "", value:
         ({"add": f"{MODULE}.weight_zero_point"}, "does not make"),
         ({"add": f"{MODULE}.weight_global_scale"}, "has a global scale of 0.0"),
         ({"add": f"{MODULE}.bias", "value": torch.ones(64)}, "has a bias"),
+        ({"add": f"{MODULE}.weight", "value": torch.ones(64, 96)}, "is there twice, packed and as it is"),
         ({"add": "model.layers.0.mlp.up_proj.weight_scale"}, "is to be rounded while the model runs"),
     ],
 )
