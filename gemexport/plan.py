@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from gemexport.engine.dag import graph
-from gemexport.engine.disk import replaced, required
-from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.grids.expected import expected, expected_codec
+from gemexport.engine.disk import required
+from gemexport.engine.sizes import artifact_sizes, sized
 from gemexport.formats.storage.errors import shown
 from gemexport.registry import check_able
 from gemexport.report.render import size
-from gemexport.request import Request, Step, refusals, steps
+from gemexport.request import Request, refusals, steps
 from gemexport.shared.node import Node
-from gemexport.shared.place import GRIDS, WORK
+from gemexport.shared.place import WORK
 
 
 def print_plan(asked: Request, as_json: bool) -> None:
@@ -35,7 +33,7 @@ def print_plan(asked: Request, as_json: bool) -> None:
     refused = {step.export_node: reason for step, reason in refusals(checkpoint, wanted).items()}
     wanted = [step for step in wanted if step.export_node not in refused]
     sizes = artifact_sizes(asked, checkpoint, wanted)
-    nodes = [_sized(node, sizes, wanted) for node in graph(asked, checkpoint, asked.out / WORK, wanted)]
+    nodes = sized(graph(asked, checkpoint, asked.out / WORK, wanted), sizes, wanted)
     plan = {
         "jobs": asked.jobs,
         "memory_bytes": asked.memory,
@@ -50,26 +48,6 @@ def print_plan(asked: Request, as_json: bool) -> None:
         print(json.dumps(plan, indent=2))
         return
     _print(plan, nodes, sizes, asked.out)
-
-
-def artifact_sizes(asked: Request, checkpoint: Checkpoint, wanted: Sequence[Step]) -> dict[str, int]:
-    """Bytes of each artefact by its node, as the functions that write it lay it out, on grids that a sample tells."""
-    seen = expected(checkpoint, asked.out / WORK / GRIDS, asked.recipe)
-    sizes = {}
-    for step in wanted:
-        on = seen if step.codec is None else expected_codec(seen, step.codec)
-        options = asked.options.get(step.target.name, {})
-        sizes[step.export_node] = int(step.target.exporter().size(on, variant=step.variant, **options))
-    return sizes
-
-
-def _sized(node: Node, sizes: Mapping[str, int], wanted: Sequence[Step]) -> Node:
-    """The node with what its artefact takes of the disk."""
-    step = next((step for step in wanted if step.export_node == node.name), None)
-    if step is None:
-        return node
-    writes, scratch = replaced(sizes[node.name], step.path)
-    return replace(node, writes=writes, scratch=scratch)
 
 
 def _existing(folder: Path) -> Path:

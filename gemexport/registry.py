@@ -58,6 +58,7 @@ class Target:
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     second_runtimes: tuple[str, ...] = ()  # of gemexport.validators.runtimes: programs that run what they take besides
+    second_variants: tuple[str, ...] = ()  # that these take
     variant_users: tuple[tuple[str, tuple[str, ...]], ...] = ()  # who takes some variants, where not all take all
     copies: int = 0  # bytes of a weight in the copy that its runtime maps to compute in another arithmetic
     stand_in: str | None = None  # what runs an artefact here in place of the program that users have
@@ -101,6 +102,11 @@ class Target:
         """The modules with `load` of further programs that are installed and take the artefact at `path`."""
         modules = [import_module(f"gemexport.validators.runtimes.{name}") for name in self.second_runtimes]
         return [module for module in modules if module.takes(path)]
+
+    def programs(self, variant: str) -> tuple[str, ...]:
+        """Of gemexport.validators.runtimes, those that may judge a variant, all of them where that is not known."""
+        known = variant in self.known_variants and variant not in self.second_variants
+        return (self.runtime, *(() if known else self.second_runtimes))
 
     def holds(self, variant: str) -> Callable[[Grid, int], bool]:
         """Whether a variant has a container for a grid in rows of so many weights; as the default one for others."""
@@ -200,7 +206,7 @@ TARGETS: dict[str, Target] = {
             codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
             variant_users=(("ONNX Runtime", ("int4", "f32")), ("NPUs", ("npu", "npu-a8", "npu-a16"))),
             variant_noises=(("bf16", ()), ("int8-activations", ())),  # somebody else's compute in f16, or round to int8
-            computes_with_scales=True, second_runtimes=("openvino",),
+            computes_with_scales=True, second_runtimes=("openvino",), second_variants=("npu",),
             settings=(
                 Setting("ranges", "The activations.json of an earlier npu-a8 or npu-a16.", Path, "FILE"),
                 Setting("range_method", "minmax or percentile, for npu-a8 and npu-a16."),

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 from gemexport.engine.dag import graph, judgement
-from gemexport.engine.disk import check_room
-from gemexport.engine.memory import logits_memory
+from gemexport.engine.disk import check_room, is_ample
+from gemexport.engine.memory import COMMAND, logits_memory
 from gemexport.engine.output import claim, forget, work_beside
 from gemexport.engine.processes import Workers
 from gemexport.engine.scheduler import Scheduler
@@ -62,9 +62,10 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         _kept(paths, work),
     ):
         nodes = graph(asked, checkpoint, work, wanted)
-        check_room(work, nodes, asked.jobs)
+        if not is_ample(work, nodes, asked.jobs):
+            check_room(work, _exact(asked, checkpoint, nodes, wanted), asked.jobs)
         scheduler = Scheduler(
-            asked.jobs, asked.memory, work, events or Events(), workers or Workers(), checkpoint.stamps
+            asked.jobs, asked.memory - COMMAND, work, events or Events(), workers or Workers(), checkpoint.stamps
         )
         with ThreadPoolExecutor(1) as beside:
             settings = beside.submit(asked.place(work, checkpoint).plain().unpack)
@@ -89,6 +90,14 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         source.stamps.check()
         renderer.result().write_reports(report, asked.out)
     return report
+
+
+def _exact(asked: Request, checkpoint: Checkpoint, nodes: list[Node], wanted: list[Step]) -> list[Node]:
+    """The nodes with what their artefacts will come to, which takes as long as some exports, and their libraries."""
+    from gemexport.engine.sizes import artifact_sizes, sized
+
+    checkpoint.unpack()
+    return sized(nodes, artifact_sizes(asked, checkpoint, wanted), wanted)
 
 
 def _report(
@@ -179,7 +188,7 @@ def _judged(
 ) -> dict[str, Outcome]:
     """How the steps that judge an artefact ended."""
     check_room(work, nodes, asked.jobs)
-    scheduler = Scheduler(asked.jobs, asked.memory, work, events, source=checkpoint.stamps)
+    scheduler = Scheduler(asked.jobs, asked.memory - COMMAND, work, events, source=checkpoint.stamps)
     with ThreadPoolExecutor(1) as beside:
         outcomes = scheduler.run(nodes, beside.submit(asked.place(work, checkpoint).plain().unpack))
     return {name: _with_kept_log(name, outcome) for name, outcome in outcomes.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,14 @@ from gemexport.compress import PERCENT
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
 from gemexport.engine.memory import (
-    EXPORT_BYTES,
+    COMMAND,
+    export_memory,
+    judging_memory,
     logits_memory,
     multiplied,
     reference_memory,
     rounding_memory,
+    search_memory,
     validator_room,
 )
 from gemexport.engine.rounding import ENOUGH, candidates, rounded
@@ -43,12 +47,13 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
         before, recipe = ("compress",), recipe.model_copy(update={"requantize_mixed": True})
     call = Call("gemexport.engine.steps:grids", {"place": place, "recipe": recipe})
     scales = replaced(weights // 16, place.grids)[0]  # of 16 bits, one for 32 weights
-    nodes.append(Node("grids", call, before, memory=EXPORT_BYTES, total=weights, writes=scales, light=True))
+    searching = search_memory(checkpoint)
+    nodes.append(Node("grids", call, before, memory=searching, total=weights, writes=scales, light=True))
     if wanted and rounds(asked):
         nodes.append(rounding(asked, checkpoint, place))
     nodes += codecs(checkpoint, place, wanted)
     nodes += calibrations(asked, checkpoint, place, recipe, wanted)
-    nodes += [export(asked, checkpoint, place, step) for step in wanted]
+    nodes += [export(asked, checkpoint, place, step, wanted[:number]) for number, step in enumerate(wanted)]
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
     return nodes
@@ -86,14 +91,15 @@ def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Nod
         call = Call("gemexport.engine.steps:fit_codec", {"place": replace(place, codec=codec)})
         coded = _per_layer_weights(checkpoint)
         codes = coded * codec.codebooks * codec.bits // (8 * codec.vector)
+        fitting = search_memory(checkpoint)
         nodes.append(
-            Node(f"codec {codec}", call, ("grids",), memory=EXPORT_BYTES, total=coded, writes=codes, all_cores=True)
+            Node(f"codec {codec}", call, ("grids",), memory=fitting, total=coded, writes=codes, all_cores=True)
         )
     return nodes
 
 
-def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step) -> Node:
-    """The node that writes an artefact."""
+def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step, before: Sequence[Step]) -> Node:
+    """The node that writes an artefact, after those of the steps `before` it."""
     own, options = replace(place, codec=step.codec), asked.options.get(step.target.name, {})
     needs: tuple[str, ...] = (gridded(asked), *(() if step.codec is None else (f"codec {step.codec}",)))
     if measures(asked, step):
@@ -103,8 +109,9 @@ def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step) -> 
         "place": own, "target": step.target.name, "variant": step.variant, "path": step.path, "options": options,
     }  # fmt: skip
     writes, scratch = replaced(artifact_bytes(checkpoint.tensors, step.variant), step.path)
+    memory = export_memory(checkpoint, step.target.name, [earlier.target.name for earlier in before])
     return Node(
-        step.export_node, Call("gemexport.engine.steps:export", arguments), needs, memory=EXPORT_BYTES,
+        step.export_node, Call("gemexport.engine.steps:export", arguments), needs, memory=memory,
         total=checkpoint.plain_nbytes(), writes=writes, scratch=scratch, light=True,
     )  # fmt: skip
 
@@ -148,7 +155,7 @@ def judgement(asked: Request, checkpoint: Checkpoint, work: Path, step: Step) ->
     call = Call(
         "gemexport.judge.opening:open_artifact", {"place": place, "target": step.target.name, "path": step.path}
     )
-    opened = Node(step.open_node, call, memory=EXPORT_BYTES, light=True)
+    opened = Node(step.open_node, call, memory=export_memory(checkpoint, step.target.name), light=True)
     found = [*graph(asked, checkpoint, work, []), *validators(asked, checkpoint, place, [(step, "grids")])]
     return [opened, *(node if node.needs else replace(node, needs=(opened.name,)) for node in found)]
 
@@ -158,7 +165,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
     weights, logits = checkpoint.architecture.parameters(), 4 * asked.tokens * checkpoint.architecture.vocab_size
     memory, matrices = reference_memory(checkpoint, asked.tokens), multiplied(checkpoint)
     rooms = {step: validator_room(checkpoint, asked.tokens, step) for step, _ in wanted}
-    affordable = {step for step, room in rooms.items() if max(room.least, memory) <= asked.memory}
+    affordable = {step for step, room in rooms.items() if max(room.least, memory) <= asked.memory - COMMAND}
     nodes = []
     if affordable:
         # Blocks of a GGUF file go back as they are, so any variant may be computed as K-quants are.
@@ -171,7 +178,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         noisy = len(noises) * logits  # all of them go through a layer together
         nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:
-        runs, frugal = step in affordable, rooms[step].most > asked.memory
+        runs, frugal = step in affordable, rooms[step].most > asked.memory - COMMAND
         arguments = {
             "place": replace(place, codec=step.codec), "target": step.target.name, "path": step.path,
             "run_logits": runs, "asked": _asked(asked, step) if before == step.export_node else None, "frugal": frugal,
@@ -183,7 +190,7 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         nodes.append(
             Node(
                 step.validate_node, call,
-                (before, *(("reference",) if runs else ())), memory=taken if runs else EXPORT_BYTES,
+                (before, *(("reference",) if runs else ())), memory=taken if runs else judging_memory(checkpoint),
                 total=weights * (1 + len(step.target.arithmetics)), writes=logits if runs else 0,
                 scratch=programs * logits + step.target.copies * matrices if runs else 0,
                 without={"reference": partial(_without_logits, call)} if runs else {},

@@ -17,6 +17,14 @@ from gemexport.formats.tensor import ITEM_BYTES, Tensor
 from gemexport.shared.node import Node
 
 
+def is_ample(folder: Path, nodes: Sequence[Node], jobs: int) -> bool:
+    """Whether the disk of `folder` has room for these nodes however large their artefacts are.
+
+    Nothing written is larger than its weights in f32, eight times what codes of 4 bits come to.
+    """
+    return 8 * required(nodes, jobs) <= shutil.disk_usage(folder).free
+
+
 def check_room(folder: Path, nodes: Sequence[Node], jobs: int) -> None:
     """InputError where the disk of `folder` has no room for what these nodes write."""
     wanted, free = required(nodes, jobs), shutil.disk_usage(folder).free

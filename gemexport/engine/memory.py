@@ -1,15 +1,59 @@
-"""What the steps of a run take of the memory, in anonymous bytes; estimates, made before anything runs."""
+"""What the steps of a run take of the memory, in anonymous bytes; estimates, made before anything runs.
+
+Peaks as a run itself measures them (gemexport/shared/memory.py): what libraries take, which tiny models show, what is
+held of a tokenizer, and slices, layers or logits. `benchmarks/plans.py` holds them against runs.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Sequence
+
 from gemexport.engine.disk import artifact_bytes, lying
+from gemexport.engine.scheduler import KEPT_BYTES
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.storage.parallel import IN_FLIGHT
+from gemexport.formats.storage.parallel import IN_FLIGHT, SLICE
 from gemexport.request import Step
 from gemexport.validators.checks.prompts import sequence_length
-from gemexport.validators.runtimes.memory import INTERPRETER, Room, room, sizes
+from gemexport.validators.runtimes.memory import LIBRARIES, Room, room, sizes
 
-EXPORT_BYTES = 600 << 20  # of an interpreter with the libraries of an export, measured on Linux, rounded up
+SEARCH_BYTES = 66 << 20  # of an interpreter with NumPy and the compiled loops
+# Of one with the libraries of an export, by format.
+EXPORTS = {"gguf": 72 << 20, "mlx": 68 << 20, "onnx": 117 << 20, "coreml": 305 << 20, "compressed-tensors": 68 << 20}
+COMMAND = 124 << 20  # of the command itself, which waits for its steps; rounded up
+READ_ANEW = 2304  # bytes of a token, as tokenizer.json is parsed and read by tokenizers
+SPELT = 1152  # bytes of a token, as a GGUF file's tables are made of tokenizer.json
+LISTED = 200  # bytes of a token in the tables of a GGUF file that is the source
+HEAD = 64 << 20  # bytes of the head's rows that the reference takes at a time, in f32
+
+
+def search_memory(checkpoint: Checkpoint) -> int:
+    """What finding grids takes: slices of a matrix in each thread, fewer on a lattice, more where they are rounded."""
+    return SEARCH_BYTES + _source(checkpoint) + _slices(checkpoint, 14 << 20)
+
+
+def export_memory(checkpoint: Checkpoint, target: str, before: Sequence[str] = ()) -> int:
+    """What writing an artefact takes: libraries, slices of a matrix, for GGUF its tables of tokens before these.
+
+    Its process may have written artefacts of the targets `before` it, and still hold their libraries.
+    """
+    tables = SPELT * checkpoint.architecture.vocab_size if target == "gguf" else 0
+    shared = [taken for name in before if (taken := EXPORTS.get(name, SEARCH_BYTES)) <= KEPT_BYTES]
+    own = max([EXPORTS.get(target, SEARCH_BYTES), *shared])
+    return own + _source(checkpoint) + max(tables, _slices(checkpoint, 48 << 20))
+
+
+def _slices(checkpoint: Checkpoint, held: int) -> int:
+    """What slices of the largest matrix take in all threads, with what is held of those before."""
+    largest = max((math.prod(tensor.shape) for tensor in checkpoint.tensors.values()), default=0)
+    threads = min(os.cpu_count() or 1, IN_FLIGHT // SLICE)
+    return min(3 * 4 * largest, held + 2 * SLICE * threads)
+
+
+def _source(checkpoint: Checkpoint) -> int:
+    """What is held of a source whose tables of tokens every step reads."""
+    return LISTED * checkpoint.architecture.vocab_size if checkpoint.files else 0
 
 
 def validator_room(checkpoint: Checkpoint, tokens: int, step: Step) -> Room:
@@ -20,8 +64,14 @@ def validator_room(checkpoint: Checkpoint, tokens: int, step: Step) -> Room:
     weights = checkpoint.architecture.parameters()
     stored = (lying(step.path) or artifact_bytes(checkpoint.tensors, step.variant)) / weights
     found = sizes(checkpoint.model, sequence_length(checkpoint.architecture, tokens), stored)
-    programs = [room(program, found) for program in (step.target.runtime, *step.target.second_runtimes)]
-    return Room(programs[0].least, max(program.most for program in programs))
+    programs = [room(program, found) for program in (step.target.runtime, *step.target.programs(step.variant))]
+    source = _source(checkpoint)
+    return Room(programs[0].least + source, max(program.most for program in programs) + source)
+
+
+def judging_memory(checkpoint: Checkpoint) -> int:
+    """What judging weights and words takes, where no program runs."""
+    return LIBRARIES + READ_ANEW * checkpoint.architecture.vocab_size + _source(checkpoint)
 
 
 def multiplied(checkpoint: Checkpoint) -> int:
@@ -30,13 +80,18 @@ def multiplied(checkpoint: Checkpoint) -> int:
 
 
 def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:
-    """What the reference takes: the largest layer in f32, what it makes of a sequence, libraries."""
+    """What the reference takes: tokenizer, libraries, and the largest layer in f32 with what it makes of a sequence.
+
+    Or, where that is more, some rows of the head in f32, and rounded as whoever plays a program has them.
+    """
     decoder, length = checkpoint.architecture, sequence_length(checkpoint.architecture, tokens)
     wide = max(layer.intermediate_size for layer in decoder.layers)
     # Scores before and after the mask and the softmax; the feed-forward's gate, its activation, up, and their product.
     made = length * max(3 * decoder.heads * length, 4 * wide)
     # A layer as f32 and, for whoever plays bf16, as that.
-    return 6 * sizes(checkpoint.model, length, 0).layer + 4 * made + INTERPRETER
+    layer = 6 * sizes(checkpoint.model, length, 0).layer + 4 * made
+    head = 2 * min(HEAD, 4 * decoder.vocab_size * decoder.hidden_size)
+    return judging_memory(checkpoint) + max(layer, head)
 
 
 def rounding_memory(checkpoint: Checkpoint, tokens: int, widest: int) -> int:
@@ -50,4 +105,4 @@ def logits_memory(checkpoint: Checkpoint, tokens: int) -> int:
     """What a step takes that holds a model in f32 and logits of a sequence on both sides; libraries."""
     decoder = checkpoint.architecture
     logits = 4 * sequence_length(decoder, tokens) * decoder.vocab_size
-    return 4 * decoder.parameters() + 2 * logits + INTERPRETER
+    return 4 * decoder.parameters() + 2 * logits + judging_memory(checkpoint)

@@ -21,6 +21,7 @@ from gemexport.shared import scratch
 from gemexport.shared.node import Call, Events, Node, Outcome, succeeded
 
 LOGS = "logs"  # folder in the work folder
+KEPT_BYTES = 256 << 20  # a process that has taken more is not kept: what it still holds would add to the next step
 _IDLE = Outcome()  # of a node that had no work
 
 
@@ -135,7 +136,7 @@ class Scheduler:
             if outcome is None:
                 continue
             del running[ready.fileno()]
-            if item.node.light and succeeded(outcome):
+            if item.node.light and succeeded(outcome) and (outcome.peak_bytes or 0) <= KEPT_BYTES:
                 self.workers.keep(item.worker)
             else:
                 item.worker.kill()

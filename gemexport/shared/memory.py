@@ -31,11 +31,14 @@ class MemoryWatch:
         self._thread.join()
 
     def _run(self) -> None:
+        seen = set(descendants(os.getpid()))
         for tick in count():
             if self._stop.wait(self._interval):
                 return
             if tick % _LOOKED_FOR == 0:
-                processes = descendants(os.getpid())
+                # One that was just forked shares our memory, which would count twice, until it is another program.
+                before, seen = seen, set(descendants(os.getpid()))
+                processes = before & seen
             now = anonymous_bytes()
             if now is None:
                 return

@@ -1,7 +1,8 @@
 """What each program takes to run an artefact, in anonymous bytes: what is mapped from files is the system's to drop.
 
 Estimates from a model's sizes alone, before there is an artefact, so that a run can be planned; they import no runtime.
-The factors were measured on the real Gemma 3 270M (benchmarks/README.md); they are those of the adapters beside this.
+What libraries take was measured on tiny models, where they take it all, and the factors on the real Gemma 3 270M
+(benchmarks/README.md, benchmarks/plans.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.roles import Role
 
-# Of a step with the reference's libraries and a layer that it holds, 900 MB, and of the command that waits for it;
-# measured, rounded up.
-INTERPRETER = 1 << 30
+LIBRARIES = 350 << 20  # of a step with PyTorch, transformers and tokenizers
+TOKEN = 128  # bytes of a token of the vocabulary in a Gemma's tokenizer.json, its merges with it
+WORDS = 12 * TOKEN  # of a token, once the checkpoint's and the artefact's tokenizer have been compared
+CHUNK = 256  # positions whose logits a program gives at a time
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Sizes:
         """Bytes of a sequence's logits."""
         return self.position * self.positions
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are."""
+        return self.position // 4
+
 
 def sizes(model: Model, positions: int, stored: float) -> Sizes:
     """Those of `model` for sequences of so many tokens, in an artefact with so many bytes a weight."""
@@ -60,9 +67,10 @@ def sizes(model: Model, positions: int, stored: float) -> Sizes:
 
 
 def room(runtime: str, found: Sizes) -> Room:
-    """What a module of this package takes, the interpreter with it."""
+    """What a module of this package takes, with the interpreter, its libraries and what is known of the tokenizer."""
     least, most = _ROOMS[runtime](found)
-    return Room(INTERPRETER + least, INTERPRETER + max(least, most))
+    always = LIBRARIES + _OWN[runtime] + WORDS * found.vocabulary
+    return Room(always + least, always + max(least, most))
 
 
 def _llama_cpp(found: Sizes) -> tuple[int, int]:
@@ -73,17 +81,18 @@ def _llama_cpp(found: Sizes) -> tuple[int, int]:
 
 
 def _onnxruntime(found: Sizes) -> tuple[int, int]:
-    """Weights are mapped; laid out anew they are 1.2 times as large, in an NPU's two decoders 1.35 times each.
+    """Weights are mapped; laid out anew they are 1.2 times as large. The least is one of an NPU's decoders at a time.
 
-    The least is one decoder at a time (npu), or none laid out anew.
+    What such an artefact holds beside them (tables of embeddings that are the head as well) is not laid out.
     """
-    pieces = found.logits + 2 * 256 * found.position
-    return pieces + int(1.35 * found.stored * found.matrices), pieces + int(2.7 * found.stored * found.matrices)
+    pieces = found.logits + CHUNK * found.position
+    anew = int(1.2 * (found.stored if found.stored >= 2 else min(found.stored, 0.8)) * found.matrices)
+    return pieces + anew // 2, pieces + anew
 
 
 def _openvino(found: Sizes) -> tuple[int, int]:
-    """Compiled for the CPU, matrices in blocks take 3 bytes a weight."""
-    takes = found.logits + 2 * 256 * found.position + 3 * found.matrices
+    """Compiled for the CPU, matrices in blocks take 1.8 bytes a weight; tokenizers are done with by then."""
+    takes = found.logits + int(1.8 * found.matrices) - WORDS * found.vocabulary
     return takes, takes
 
 
@@ -93,24 +102,32 @@ def _mlx(found: Sizes) -> tuple[int, int]:
     The least leaves tables of codes in their file.
     """
     weight = 10 / 9 * found.stored if found.stored < 2 else 4
-    pieces = 2 * found.logits + _MLX_LIBRARIES + int(weight * found.matrices)
+    pieces = 2 * found.logits + int(weight * found.matrices)
     whole = pieces + int(weight * found.tables)
     return (pieces if found.stored < 2 else whole), whole
 
 
 def _compressed_tensors(found: Sizes) -> tuple[int, int]:
-    """Everything in f32, and the logits of PyTorch beside ours; the least is a layer, and what is unpacked for it."""
-    least = 2 * found.logits + 8 * found.layer
-    return least, max(least, 2 * found.logits + 4 * (found.matrices + found.tables))
+    """Everything in f32, and the logits; the least is a layer, and what is unpacked for it."""
+    least = found.logits + 8 * found.layer
+    return least, max(least, found.logits + 4 * (found.matrices + found.tables))
 
 
 def _coreml(found: Sizes) -> tuple[int, int]:
     """Constants are read by rows or a matrix at a time, or up to 4 GiB of them are held in f32."""
-    pieces = found.logits + 2 * 256 * found.position + 4 * found.layer
+    pieces = found.logits + CHUNK * found.position + 4 * found.layer
     return pieces, pieces + min(4 * found.matrices, 4 << 30)
 
 
-_MLX_LIBRARIES = 500 << 20  # of mlx-lm's own process
+# What a program's own libraries take: mlx-lm has a process of its own, OpenVINO compiles at run time.
+_OWN = {
+    "llama_cpp": 30 << 20,
+    "onnxruntime": 30 << 20,
+    "openvino": 380 << 20,
+    "mlx": 270 << 20,
+    "compressed_tensors": 20 << 20,
+    "coreml": 30 << 20,
+}
 _ROOMS: dict[str, Callable[[Sizes], tuple[int, int]]] = {
     "llama_cpp": _llama_cpp,
     "onnxruntime": _onnxruntime,

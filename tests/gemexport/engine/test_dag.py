@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemexport.engine.dag import graph, judgement
-from gemexport.engine.memory import EXPORT_BYTES, reference_memory, validator_room
+from gemexport.engine.memory import COMMAND, judging_memory, reference_memory, validator_room
 from gemexport.engine.scheduler import in_order
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.registry import TARGETS
@@ -76,12 +76,12 @@ def test_each_program_is_given_what_it_needs_of_the_memory(tiny_gemma4: Path, tm
     for step in steps(asked, checkpoint):
         room = validator_room(checkpoint, asked.tokens, step)
         for memory, runs, frugal in ((room.most, True, False), (room.least, True, True), (1 << 20, False, True)):
-            given = replace(asked, memory=max(memory, reference_memory(checkpoint, 100) if runs else 0))
+            given = replace(asked, memory=COMMAND + max(memory, reference_memory(checkpoint, 100) if runs else 0))
             nodes = {node.name: node for node in judgement(given, checkpoint, tmp_path, step)}
             arguments = nodes[step.validate_node].call.arguments
             assert arguments["run_logits"] == runs
-            assert arguments["frugal"] == (frugal and given.memory < room.most)
-            assert nodes[step.validate_node].memory <= max(given.memory, EXPORT_BYTES)
+            assert arguments["frugal"] == (frugal and given.memory < COMMAND + room.most)
+            assert nodes[step.validate_node].memory <= max(given.memory, judging_memory(checkpoint))
             assert ("reference" in nodes) == runs
 
 
