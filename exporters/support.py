@@ -30,6 +30,11 @@ def experts(model: Model) -> str | None:
     return "it has experts" if model.decoder.experts else None
 
 
+def embeddings(model: Model) -> str | None:
+    """Why a format that holds decoders alone does not hold a model that makes one vector of a text."""
+    return "it makes one vector of a text, not logits" if model.embedder else None
+
+
 def all_computed(model: Model) -> list[str]:
     """A sentence about what it costs where every position goes through all experts; none of a dense decoder."""
     experts = model.decoder.experts

@@ -17,12 +17,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gemexport.formats import assets
+from gemexport.formats import assets, sentence_transformers
 from gemexport.formats.activations import Activations
 from gemexport.formats.assets import kept, reading
 from gemexport.formats.assets.stops import GENERATION
 from gemexport.formats.assets.stops import check as check_generation
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
+from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
 from gemexport.formats.stamps import ADAPTER, NOTHING, Stamps
@@ -116,7 +117,7 @@ class Checkpoint:
     def facts(self) -> str:
         """What is another once the model is: its files' names, sizes and times, and the adapter, a line each."""
         lines = [] if self.adapter is None else [f"adapter {self.adapter}"]
-        for path in self.files or sorted(self.path.glob("*")):
+        for path in self.files or [*sorted(self.path.glob("*")), *sentence_transformers.files(self.path)]:
             if path.suffix in (".safetensors", ".json", ".gguf"):
                 status = path.stat()
                 lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
@@ -229,7 +230,8 @@ def _composing(folder: Path, model: Model, scratch: Path | None) -> Callable[[],
     decoder = asked_of_tokens(model)
 
     def fill(target: Path) -> None:
-        assets.write(kept.composed(folder, decoder, weight_files(folder)), folder, target)
+        read = [*weight_files(folder), *sentence_transformers.entries(folder)]
+        assets.write(kept.composed(folder, decoder, read), folder, target)
 
     return unpacking(fill, lambda: assets.mark(folder, decoder), scratch, folder)
 
@@ -304,7 +306,8 @@ def stored_arrays(folder: Path, model: Model) -> dict[str, MappedArray]:
     """
     found: dict[str, MappedArray] = {}
     remedy = "take out the one that is not the model's"
-    for name, array in read_folder(folder).items():
+    beside = sentence_transformers.arrays(folder)
+    for name, array in (*read_folder(folder).items(), *beside):
         canonical = model.family.canonical_name(name)
         other = found.setdefault(canonical, array)
         if other is not array and not _same_bytes(other, array):
@@ -382,6 +385,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy = f"give the model it was made for ({base or 'its base'}), and --adapter {folder}"
             raise InputError(folder, "is an adapter, not a model", remedy) from error
         raise InputError(folder, "there is no config.json", remedy) from error
+    if (modules := sentence_transformers.described(folder)) is not None:
+        config[MODULES] = modules
     inner = config.get("text_config")
     if isinstance(inner, dict) and isinstance(inner.get("quantization_config"), dict):
         # transformers and mlx-lm look there as well.

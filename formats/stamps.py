@@ -71,6 +71,7 @@ def _files(place: Path) -> Iterator[Path]:
             if entry.name in NAMES or entry.name.endswith(WEIGHTS):
                 yield place / entry.name
         yield from (place / templates.FOLDER).glob("*.jinja")
+        yield from place.glob("[0-9]*_*/*")  # modules of sentence-transformers
 
 
 def _difference(before: Stamp | None, after: Stamp | None) -> str:

@@ -15,6 +15,7 @@ from gemexport.formats.grids.search import GridIndex
 from gemexport.judge.diagnosis import rounded_as_run
 from gemexport.judge.loss import judged_loss
 from gemexport.judge.npu import npu_bounds
+from gemexport.judge.vectors import judged_vectors
 from gemexport.judge.verdict import bounds
 from gemexport.report.checksums import artifact_sha256, describe_files
 from gemexport.report.notes import judging_notes, lattice_notes, wording_notes
@@ -31,6 +32,7 @@ from gemexport.request import Request, Step
 from gemexport.shared.measured import Divergence, GridReport, NpuReport, Validation
 from gemexport.shared.node import Outcome, succeeded
 from gemexport.shared.unfinished import Unfinished
+from gemexport.shared.vectors import VectorDistance
 from gemexport.shared.widths import reported_widths, width_note
 
 
@@ -45,7 +47,7 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     judged = with_unfinished(outcomes.get(step.validate_node, Outcome()), Unfinished.of(work, step.path))
     compiled = outcomes.get("npu", Outcome())
     reference = outcomes.get("reference", Outcome())
-    floors: dict[str, Divergence] = reference.value or {}
+    floors: dict[str, Divergence | VectorDistance] = reference.value or {}
     base: dict[str, Any] = {"format": step.target.name, "variant": step.label}
     failed = next((item for item in (exported, judged, compiled) if not succeeded(item)), None)
     if step.path.exists() and succeeded(exported):
@@ -78,7 +80,9 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     log = judged.log if succeeded(reference) else reference.log
     if crashed(judged) and log is not None:
         reason = f"{reason}; see {log}"
-    measured = {"noise_floor": floors.get("bf16"), "seconds": judged.seconds}
+    of_vectors = {name: floor for name, floor in floors.items() if isinstance(floor, VectorDistance)}
+    of_logits = {name: floor for name, floor in floors.items() if isinstance(floor, Divergence)}
+    measured = {"noise_floor": of_logits.get("bf16"), "seconds": judged.seconds}
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)
     base["notes"] = (
@@ -89,12 +93,14 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
         status=status,
         reason=reason,
         unjudged=found.unjudged,
-        stand_in=step.target.stand_in if found.logits is not None else None,
+        stand_in=step.target.stand_in if found.logits is not None or found.vectors else None,
         weights=found.weights,
         facts=found.facts,
         tokenizer=found.tokenizer,
         chat=found.chat,
-        loss=judged_loss(found, floors),
+        loss=judged_loss(found, of_logits),
+        vectors=tuple(run.model_copy(update={"noise_floor": of_vectors.get("bf16")}) for run in found.vectors),
+        vector_loss=judged_vectors(found, of_vectors),
         logits=logits,
         more_logits=found.more_logits,
         departs=found.departs,
@@ -136,7 +142,7 @@ def _codec_notes(asked: Request, step: Step) -> list[str]:
 
 def _validation(found: Validation, seconds: float) -> ValidationReport:
     """How long the validation took, and the runtimes in it."""
-    runs = [logits.speed for logits in (found.logits, *found.more_logits) if logits and logits.speed]
+    runs = [run.speed for run in (found.logits, *found.more_logits, *found.vectors) if run and run.speed]
     return ValidationReport(seconds=seconds, runtime_seconds=sum(run.seconds for run in runs), steps=found.steps)
 
 

@@ -99,6 +99,33 @@ def test_programs_continue_alike_in_full_precision(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["max/7", None], ids=["lattice", "plain"])
+def test_an_embedding_model_is_judged_by_its_vectors(rule: str | None, tmp_path: Path) -> None:
+    wanted = {"gguf": ("Q4_0", "F32"), "onnx": ("int4", "f32")}
+    variants = supported("embeddinggemma", wanted)
+    folder = made("embeddinggemma", tmp_path, rule)
+    budget = None if rule else 1.0  # what 4 bits cost random weights is not asked here
+    report = gemexport.export(
+        folder, tmp_path / "out", formats=list(variants), variants=variants, tokens=1024, max_kld=budget
+    )
+    passed(report)
+    assert variants == wanted
+    for item in report.artifacts:
+        assert item.logits is None
+        assert item.vectors
+        assert item.vectors[-1].arithmetic == "f32"
+        assert all(run.texts >= 5 for run in item.vectors)
+        assert item.vector_loss
+        assert item.weights
+        if rule is not None:
+            assert item.vector_loss.word == "lossless"
+            assert all(tensor.exact_fraction == 1 for tensor in item.weights.tensors if len(tensor.shape) > 1)
+    source = tmp_path / "out" / str(report.artifacts[0].path)
+    again = gemexport.export(source, tmp_path / "again", formats=["gguf"], tokens=512, max_kld=budget)
+    passed(again)
+
+
+@pytest.mark.slow
 def test_12b_out_of_what_other_formats_hold(tmp_path: Path) -> None:
     """GGUF, MLX and compressed-tensors of a 12B-shaped model as MODEL: their codes pass through."""
     variants = {"gguf": ("Q4_0",), "mlx": ("4bit",), "compressed-tensors": ("w4a16",)}
@@ -152,7 +179,7 @@ def test_relatives_are_refused_by_name(kind: str, words: str, tmp_path: Path) ->
         open_checkpoint(tmp_path)
 
 
-def test_an_embedding_gemma_is_refused_as_what_it_is() -> None:
+def test_an_encoder_without_its_modules_is_refused_as_what_it_is() -> None:
     config = demo.config_json("gemma3", TINY) | {"use_bidirectional_attention": True}
-    with pytest.raises(InputError, match="it is an encoder such as EmbeddingGemma"):
+    with pytest.raises(InputError, match=r"as an encoder such as EmbeddingGemma does, and no modules\.json says"):
         describe(config, "config.json")

@@ -41,6 +41,7 @@ from gemexport.exporters.streaming import (
     write_plain,
     write_settings,
 )
+from gemexport.exporters.support import embeddings, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
@@ -106,6 +107,7 @@ def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], pack_embeddings:
 
 def _prepared(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) -> tuple[Checkpoint, _Plan]:
     """The tensors as a variant holds them, and how."""
+    require(checkpoint, supports(checkpoint.model, variant), "compressed-tensors")
     if variant == "bf16":
         return checkpoint, _Plan("bf16", dict.fromkeys(checkpoint.tensors, "bf16"))
     checkpoint, notes = experts.modules(checkpoint)
@@ -125,7 +127,8 @@ def _run(path: Path, notes: list[str]) -> str:
 
 def supports(model: Model, variant: str) -> str | None:
     """Why the format does not hold a model; None where it does."""
-    return None  # it holds whatever tensors there are
+    found = embeddings(model)  # else it holds whatever tensors there are
+    return None if found is None else f"no folder is made of this model: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -22,7 +22,7 @@ from gemexport.exporters.fitting import Answer, Container, fitting, left_out
 from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.graphs.decoder import logits
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.exporters.support import all_computed, require
+from gemexport.exporters.support import all_computed, embeddings, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.coreml import CODEC, FITTED_RMS, NORM_OFFSET, stored_name
@@ -115,7 +115,8 @@ def placed(activations: Activations | None, wanted: Placing) -> Activations:
 
 def supports(model: Model, variant: str) -> str | None:
     """Why no program is written of a model; None where it does."""
-    return None  # whatever the description of the decoder computes
+    found = embeddings(model)  # else whatever the description of the decoder computes
+    return None if found is None else f"no ML program is made of this model: {found}"
 
 
 def container(grid: Grid, width: int, variant: str) -> Answer:

@@ -27,7 +27,7 @@ from gemexport.exporters.gguf.facts import (
 from gemexport.exporters.gguf.kquants import KQuants
 from gemexport.exporters.gguf.mix import MIXES
 from gemexport.exporters.result import Export, Progress, ignore
-from gemexport.exporters.support import experts, require
+from gemexport.exporters.support import embeddings, experts, require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.roles import Role
@@ -215,7 +215,8 @@ def _write_vector(out: Writer, name: str, tensor: Tensor, offset: float, factor:
 
 def supports(model: Model, variant: str) -> str | None:
     """Why llama.cpp does not run a model; None where it does."""
-    made = experts(model) if variant in MIXES else None  # which type llama-quantize gives experts, and in what mix
+    # Which type llama-quantize gives experts and linears after the pooling, and in what mix.
+    made = experts(model) or embeddings(model) if variant in MIXES else None
     found = made or problem(model)
     return None if found is None else f"llama.cpp cannot run this decoder: {found}"
 

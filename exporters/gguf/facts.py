@@ -90,7 +90,7 @@ def metadata(model: Model, name: str, variant: str) -> dict[str, Value]:
         Keys.General.NAME: string(name),
         Keys.General.FILE_TYPE: uint32(FILE_TYPES[variant]),
         Keys.General.QUANTIZATION_VERSION: uint32(GGML_QUANT_VERSION),
-        **stated(model.family, flat_facts(model.decoder)),
+        **stated(model.family, flat_facts(model.decoder, model.embedder)),
     }
     factor = q_norm_factor(model)
     if factor != 1.0:

@@ -15,6 +15,7 @@ from gemexport.formats.gemma.roles import Role
 
 if TYPE_CHECKING:
     from gemexport.formats.gemma.architecture import Architecture, Layer
+    from gemexport.formats.gemma.embedder import Embedder
 
 V = TypeVar("V")
 name = CANONICAL.name
@@ -55,7 +56,8 @@ class Backend(Protocol[V]):
     def attention(self, q: V, layer: Layer, scale: float, softcap: float | None) -> V:
         """What `q` `[batch, n, heads, head_dim]` reads, same shape, out of the cache of `layer.kv_source`.
 
-        Causal, and within the sliding window if the layer slides; heads share kv heads in equal groups.
+        Causal unless the decoder is `bidirectional`, and within its `reach` if the layer slides; heads share kv heads
+        in equal groups.
         """
 
     def constant(self, weight: str) -> V:
@@ -93,10 +95,30 @@ class Backend(Protocol[V]):
         """
 
 
+class TextBackend(Backend[V], Protocol[V]):
+    """The operations besides that make one vector of a text."""
+
+    def mean(self, x: V) -> V:
+        """`[batch, size]`: the mean of `x` `[batch, n, size]` over the positions that hold a token."""
+
+    def unit(self, x: V) -> V:
+        """`x` `[batch, size]` over its length."""
+
+
 def logits(a: Architecture, b: Backend[V]) -> V:
     """The whole decoder: `[batch, n, vocabulary]` for the input ids."""
     x, tokens = embed(a, b)
     return head(a, b, layers(a, b, x, tokens))
+
+
+def vectors(a: Architecture, e: Embedder, b: TextBackend[V]) -> tuple[V, V]:
+    """A model that makes one vector of a text: its last hidden states `[batch, n, hidden]`, and `[batch, size]`."""
+    x, tokens = embed(a, b)
+    hidden = norm(a, b, layers(a, b, x, tokens), name(Role.FINAL_NORM))
+    x = b.mean(hidden)
+    for spec in e.specs():
+        x = b.linear(x, spec.name)
+    return hidden, b.unit(x)
 
 
 def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:

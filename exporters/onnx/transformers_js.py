@@ -26,7 +26,7 @@ def check(checkpoint: Checkpoint, variant: str) -> None:
     if variant not in FILES:
         raise InputError(variant, "has no layout for transformers.js", f"use one of {', '.join(FILES)}")
     kind = checkpoint.text_config.get("model_type")
-    if kind not in ONE_GRAPH:
+    if kind not in ONE_GRAPH or checkpoint.model.embedder is not None:
         problem = f"transformers.js does not run {kind} in one graph"
         raise InputError(checkpoint.path, problem, f"leave out the layout; it runs {', '.join(ONE_GRAPH)}")
 

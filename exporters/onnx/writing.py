@@ -18,6 +18,7 @@ from gemexport.exporters.graphs import decoder
 from gemexport.exporters.onnx import VARIANTS, supports, transformers_js
 from gemexport.exporters.onnx.additive import byte_notes
 from gemexport.exporters.onnx.common import KINDS, stored_bits
+from gemexport.exporters.onnx.encoder import add_vectors
 from gemexport.exporters.onnx.genai_config import genai_config
 from gemexport.exporters.onnx.graph import PRODUCER, GraphBuilder, Weights
 from gemexport.exporters.onnx.htp import held_by_rows
@@ -31,6 +32,7 @@ from gemexport.exporters.support import all_computed, require
 from gemexport.formats.activations import Activations, CacheActivations, LinearActivations
 from gemexport.formats.activations.ranges import ActivationRanges, Method, read_ranges
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import EMBEDDING, LOGITS
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -39,7 +41,8 @@ from gemexport.formats.tensor import Grid, Plain
 Placing = Literal["all", "linears", "none"]  # of static activation scales
 Layout = Literal["flat", "transformers.js"]
 CONTEXT, PREFILL = 2048, 128
-SCRIPT = Path(__file__).with_name("generate.py")  # goes along: it runs the graphs with nothing of ours
+# What goes along: it runs the graphs with nothing of ours, and a text to try it with.
+SCRIPTS = {LOGITS: ("generate.py", "The capital of France is"), EMBEDDING: ("embed.py", "What is a vector?")}
 
 
 def export(
@@ -87,11 +90,12 @@ def export(
                 graph.save(partial / name, PRODUCER)
             for name, text in plan.texts.items():
                 (partial / name).write_text(text, "utf-8")
-        shutil.copyfile(SCRIPT, partial / "generate.py")
+        script, text = SCRIPTS[checkpoint.model.gives]
+        shutil.copyfile(Path(__file__).with_name(script), partial / script)
         write_settings(partial, decoder_config(checkpoint), checkpoint)
         if layout == "transformers.js":
             transformers_js.arrange(partial, variant)
-    run = f"python {quote(str(path / 'generate.py'))} 'The capital of France is'"
+    run = f"python {quote(str(path / script))} {quote(text)}"
     return Export(
         path=path,
         variant=variant,
@@ -115,7 +119,8 @@ def size(
     """Bytes of what `export` writes; raises as it does. Of `npu-a8` and `npu-a16` within a hundredth."""
     checkpoint, _ = _prepared(checkpoint, variant, activations)
     context = min(context, checkpoint.architecture.max_positions)
-    settings = SCRIPT.stat().st_size + settings_bytes(decoder_config(checkpoint), checkpoint)
+    script = Path(__file__).with_name(SCRIPTS[checkpoint.model.gives][0])
+    settings = script.stat().st_size + settings_bytes(decoder_config(checkpoint), checkpoint)
     if variant in PRECISIONS:
         return settings + quantized_bytes(checkpoint, PRECISIONS[variant], context, prefill)
     plan = _plan(checkpoint, variant, context, prefill)
@@ -224,9 +229,11 @@ def _plan(checkpoint: Checkpoint, variant: str, context: int, prefill: int) -> _
 
 def _runtime(checkpoint: Checkpoint, quantized: bool) -> _Plan:
     """One graph with free sizes, and the configuration of onnxruntime-genai."""
-    a = checkpoint.architecture
+    a, embedder = checkpoint.architecture, checkpoint.model.embedder
     weights = Weights(checkpoint.tensors)
     graph = GraphBuilder(checkpoint.name)
+    if embedder is not None:
+        return _Plan(weights, {"model.onnx": add_vectors(a, embedder, graph, weights, quantized)})
     backend = OnnxRuntimeBackend(a, graph, weights, quantized)
     logits = decoder.logits(a, backend)
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", a.vocab_size])

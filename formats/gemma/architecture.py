@@ -104,7 +104,7 @@ class Architecture(BaseModel):
     rms_norm_eps: float
     norm_offset: float  # a norm multiplies by offset + weight: 1 for Gemma 3, 0 for Gemma 4
     attention_scale: float
-    sliding_window: int  # a query of a sliding layer sees itself and the window - 1 positions before
+    sliding_window: int  # see `reach`
     final_softcap: float | None
     attention_softcap: float | None
     embed_scale: float
@@ -116,10 +116,16 @@ class Architecture(BaseModel):
     qk_norm: bool = True  # queries and keys are RMS-normed
     post_norms: bool = True  # what attention and MLP add to the residual is RMS-normed
     mlp_norm: Role = Role.PRE_MLP_NORM  # the norm that the MLP reads through
+    bidirectional: bool = False  # a query sees what comes after it as well
     max_positions: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+
+    @property
+    def reach(self) -> int:
+        """How many positions before its own a query of a sliding layer sees; as many after it, of both ways."""
+        return self.sliding_window // 2 if self.bidirectional else self.sliding_window - 1
 
     def specs(self) -> Iterator[TensorSpec]:
         """Every tensor that the decoder needs, in the order of use."""

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from gemexport.formats.gemma.architecture import Architecture, Layer
+from gemexport.formats.gemma.embedder import DENSE, Embedder
 from gemexport.formats.gemma.fields import FULL, SLIDING
 
 Flat = dict[str, Any]
@@ -63,8 +64,11 @@ class Fact:
         return self.always or value != self.default(flat)
 
 
-def flat_facts(decoder: Architecture) -> Flat:
-    """The facts of a decoder; of an attention type that it does not have, those of the other."""
+def flat_facts(decoder: Architecture, embedder: Embedder | None = None) -> Flat:
+    """The facts of a decoder, and of what makes one vector of a text after it.
+
+    Of an attention type that it does not have, those of the other.
+    """
     sliding, full = kinds(decoder)
     narrow, wide = sliding or full, full or sliding
     assert narrow is not None
@@ -101,6 +105,21 @@ def flat_facts(decoder: Architecture) -> Flat:
         "experts.count": experts.count if experts else 0,
         "experts.top_k": experts.top_k if experts else 0,
         "experts.intermediate_size": experts.intermediate_size if experts else 0,
+        **_embedder_facts(embedder),
+    }
+
+
+MEAN = 1  # llama_pooling_type
+
+
+def _embedder_facts(embedder: Embedder | None) -> Flat:
+    """Pooling and the sizes of the linears after it, which llama.cpp counts from 2; 0 where there are none."""
+    dense = embedder.dense if embedder else ()
+    sizes = [dense[index] if index < len(dense) else (0, 0) for index in range(len(DENSE))]
+    return {
+        "pooling": MEAN if embedder else 0,
+        **{f"dense_{index}.out": out for index, (out, _) in enumerate(sizes, 2)},
+        **{f"dense_{index}.in": inside for index, (_, inside) in enumerate(sizes, 2)},
     }
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
+from gemexport.formats.gemma.embedder import Embedder
 from gemexport.formats.gemma.families import family_of
 from gemexport.formats.gemma.families.family import Family
 
 # Values beside the decoder's own: the whole model's say decides in transformers, and released configs name the end of a
 # turn there.
+LOGITS, EMBEDDING = "logits", "embedding"
 _WHOLE_DECIDES = ("eos_token_id", "tie_word_embeddings")
 
 
@@ -34,12 +36,24 @@ class Model:
 
     family: Family[Any]
     decoder: Architecture
+    embedder: Embedder | None = None
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The parts, each with its tensors."""
         tensors = tuple(self.decoder.specs())
-        return (Part("decoder", tensors, ("input_ids",), ("logits",), self.family.reference_class),)
+        if self.embedder is None:
+            return (Part("decoder", tensors, ("input_ids",), (LOGITS,), self.family.reference_class),)
+        return (
+            Part("encoder", tensors, ("input_ids",), ("hidden",), self.family.reference_class),
+            Part("embedder", self.embedder.specs(), ("hidden",), (EMBEDDING,), "SentenceTransformer"),
+        )
+
+    @property
+    def gives(self) -> str:
+        """What is judged of the model: `LOGITS` of each position, or the `EMBEDDING` of a text."""
+        (found,) = self.parts[-1].gives
+        return found
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -69,9 +83,10 @@ def describe(config: dict[str, Any], path: str | Path) -> Model:
     Raises InputError, naming `path`, for what is missing, contradictory or not supported.
     """
     family = family_of(config, path)
-    return Model(family, family.decoder(text_config(config, path), path))
+    decoder = family.decoder(text_config(config, path), path)
+    return Model(family, decoder, family.embedder(config, decoder.hidden_size, path))
 
 
 def architecture(config: dict[str, Any], path: str | Path) -> Architecture:
     """The decoder of the model that `config` describes; raises as `describe`."""
-    return describe(config, path).decoder
+    return family_of(config, path).decoder(text_config(config, path), path)

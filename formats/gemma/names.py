@@ -1,6 +1,7 @@
 """Names of tensors: a table of roles for each kind of files, used both ways.
 
-The canonical names are those of transformers' text models (modeling_gemma3.py, modeling_gemma4.py). The names of other
+The canonical names are those of transformers' text models (modeling_gemma3.py, modeling_gemma4.py), and of the modules
+of sentence-transformers, by their folders. The names of other
 formats are tables of the same kind beside what reads these formats.
 """
 
@@ -99,6 +100,8 @@ CANONICAL = Dialect(
         Role.LAYER_SCALAR: f"{_LAYER}layer_scalar",
         Role.FINAL_NORM: "model.norm.weight",
         Role.HEAD: "lm_head.weight",
+        Role.FIRST_DENSE: "2_Dense.linear.weight",
+        Role.SECOND_DENSE: "3_Dense.linear.weight",
     }
 )
 

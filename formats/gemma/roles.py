@@ -56,6 +56,8 @@ class Role(Enum):
     LAYER_SCALAR = ("layer scalar", Kind.SCALE, True)
     FINAL_NORM = ("final norm", Kind.NORM, False)
     HEAD = ("head", Kind.HEAD, False)
+    FIRST_DENSE = ("first dense", Kind.LINEAR, False)  # of a text's vector, after the pooling
+    SECOND_DENSE = ("second dense", Kind.LINEAR, False)
 
     def __init__(self, label: str, kind: Kind, in_layer: bool) -> None:
         self.label = label

@@ -38,6 +38,8 @@ Q_NORM_FACTOR = "gemexport.q_norm_factor"
 
 # Factors that lie beside a matrix, as its scale (src/models/gemma4.cpp); no other matrix has one.
 _BESIDE = {Role.ROUTER_SCALE: Role.ROUTER, Role.EXPERT_SCALE: Role.EXPERT_DOWN}
+# What gguf-py's map calls modules that are none of transformers'.
+_OWN = {Role.FIRST_DENSE: "dense_2_out", Role.SECOND_DENSE: "dense_3_out"}
 # Other converters keep the gate and the up projections of experts apart, which llama.cpp takes as well.
 _APART = ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight", "blk.{}.ffn_down_exps.weight")
 # Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
@@ -57,7 +59,8 @@ def file_names(family: Family[Any], layers: int) -> dict[str, str]:
     found = {}
     for layer in (None, *range(layers)):
         for role in (role for role in Role if role.in_layer == (layer is not None)):
-            stem = names.get_name(CANONICAL.name(_BESIDE.get(role, role), layer).removesuffix(WEIGHT))
+            theirs = CANONICAL.name(_BESIDE.get(role, role), layer).removesuffix(WEIGHT)
+            stem = names.get_name(_OWN.get(role, theirs))
             if stem is not None:
                 found[CANONICAL.name(role, layer)] = f"{stem}.{'scale' if role in _BESIDE else 'weight'}"
     return found

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from gemexport.formats.checkpoint import Checkpoint, checkpoint_name, unpacking
-from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.model import Model, text_config
 from gemexport.formats.gguf import family_of, joined_tensors, left_out, stored_tensors
 from gemexport.formats.gguf.config import config_json, model_of
 from gemexport.formats.gguf.container import MENDED
@@ -35,7 +35,7 @@ def checkpoint(path: Path, scratch: Path | None) -> Checkpoint:
         name=checkpoint_name(path),
         path=path,
         config=config,
-        text_config=config,
+        text_config=text_config(config, parts.path),
         model=model,
         tensors=tensors,
         unpack=unpacking(lambda folder: write(facts, config, folder), lambda: _mark(parts), scratch),

@@ -50,6 +50,10 @@ MAX_GRAPH_BYTES = 2 << 30  # of a graph without its external data: protobuf has 
 Place = tuple[str, int] | None  # the file of external data and the offset in it
 
 
+# Outputs of a graph that makes one vector of a text, as onnx-community's models call them.
+HIDDEN_OUTPUT, EMBEDDING_OUTPUT = "last_hidden_state", "sentence_embedding"
+
+
 def tensors(path: str | Path) -> dict[str, Tensor]:
     """The weights of a model by canonical name, mapped: of an .onnx file, or of the `GRAPHS` in a folder.
 

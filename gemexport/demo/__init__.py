@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gemexport.demo import configs, qat
+from gemexport.demo import configs, modules, qat
 from gemexport.demo import tokenizer as demo_tokenizer
 from gemexport.demo.configs import GLOBAL_HEAD_DIM, SIZES, Size, config_json
 from gemexport.formats.checkpoint import Checkpoint, Unpacked
 from gemexport.formats.gemma.architecture import Architecture, TensorSpec
+from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.roles import Role
@@ -39,7 +40,7 @@ __all__ = [
     "write_generation_config",
 ]
 
-FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "gemma", "vaultgemma"]
+FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "gemma", "vaultgemma", "embeddinggemma"]
 TOWER = "model.vision_tower.patch_embedder.input_proj.weight"
 
 
@@ -159,21 +160,28 @@ def write(
     of `extra`, which the decoder does not have, are zeros; those of the roles `plain` are on no grid.
     """
     model = describe(config, folder)
-    names = {name: _in_files(model, spec, prefix) for name, spec in model.specs.items()}
-    entries = [Entry(names[name], DTYPE_NAMES[dtype], spec.shape) for name, spec in model.specs.items()]
+    decoder = {spec.name: spec for spec in model.decoder.specs()}
+    names = {name: _in_files(model, spec, prefix) for name, spec in decoder.items()}
+    entries = [Entry(names[name], DTYPE_NAMES[dtype], spec.shape) for name, spec in decoder.items()]
+
+    def made(spec: TensorSpec) -> NDArray[Any]:
+        # A stream for each name: a model with other layers still has the same weights in those it shares.
+        stream = np.random.Generator(np.random.PCG64([seed, *spec.name.encode()]))
+        values = random_values(spec, model.decoder, quiet, stream)
+        return _stored(values, spec.role, None if spec.role in plain else rule, dtype)
+
     with atomic(folder) as partial:
         partial.mkdir()
         tokens = demo_tokenizer.write(partial, model.decoder.vocab_size, model.family.wording)
         quiet = demo_tokenizer.silent_ids(tokens)
         with ShardedWriter(partial, [*entries, *extra], max_shard_bytes=max_shard_bytes) as writer:
-            for name, spec in model.specs.items():
-                # A stream for each name: a model with other layers still has the same weights in those it shares.
-                stream = np.random.Generator(np.random.PCG64([seed, *name.encode()]))
-                values = random_values(spec, model.decoder, quiet, stream)
-                writer.write(names[name], _stored(values, spec.role, None if spec.role in plain else rule, dtype))
+            for name, spec in decoder.items():
+                writer.write(names[name], made(spec))
             for entry in extra:
                 writer.write(entry.name, np.zeros(entry.shape, NUMPY_DTYPES[entry.dtype]))
-        _write_json(partial / "config.json", config)
+        _write_json(partial / "config.json", {key: value for key, value in config.items() if key != MODULES})
+        if model.embedder is not None:
+            modules.write(partial, model.embedder, DTYPE_NAMES[dtype], made)
         write_generation_config(partial, text_config(config, folder))
     return folder
 

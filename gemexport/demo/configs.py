@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gemexport.demo import tokenizer as demo_tokenizer
+from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.families import named
+from gemexport.formats.gemma.families.embeddinggemma import EmbeddingGemma
 from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
@@ -144,8 +146,15 @@ def _gemma1(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, An
     }  # fmt: skip
 
 
+def _embeddinggemma(names: dict[str, Any], size: Size, spelling: str, experts: bool) -> dict[str, Any]:
+    wide = 4 * size.hidden
+    modules = {"pooling": "mean", "dense": [[wide, size.hidden], [size.hidden, wide]], "normalize": True}
+    return _gemma3(names, size, spelling, experts) | {"use_bidirectional_attention": True, MODULES: modules}
+
+
 Maker = Callable[[dict[str, Any], Size, str, bool], dict[str, Any]]
 CONFIGS: dict[type[Family[Any]], Maker] = {
+    EmbeddingGemma: _embeddinggemma,
     Gemma1: _gemma1,
     Gemma2: _gemma2,
     Gemma3: _gemma3,

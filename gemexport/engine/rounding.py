@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from gemexport.engine.calibration import CALIBRATION_TOKENS, spread
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.model import LOGITS, Model
 from gemexport.formats.gemma.names import EMBEDDING, HEAD
 from gemexport.formats.gemma.roles import Kind
 from gemexport.formats.grids.recipe import Recipe
@@ -53,7 +53,8 @@ def candidates(index: GridIndex, model: Model) -> dict[str, GridRecord]:
 def rounded(model: Model) -> Iterator[str]:
     """The matrices that a walk through the layers meets the inputs of: linears of a layer, and the head."""
     for name, spec in model.specs.items():
-        if (spec.role.kind is Kind.LINEAR and spec.role.in_layer) or name == head(model):
+        gives = name == head(model) and model.gives == LOGITS  # else it is a table alone
+        if (spec.role.kind is Kind.LINEAR and spec.role.in_layer) or gives:
             yield name
 
 
@@ -112,8 +113,9 @@ def _chosen(
     from gemexport.validators.reference import reference
 
     computed = reference(
-        checkpoint.text_config, checkpoint.tensors, threads(), activations=model_activations(checkpoint)
-    )
+        checkpoint.text_config, checkpoint.tensors, threads(), activations=model_activations(checkpoint),
+        embedder=checkpoint.model.embedder,
+    )  # fmt: skip
     tensors, output = checkpoint.tensors, head(checkpoint.model)
     with computed.walk(sequences, place.work) as walk:
         for visit in walk.layers():
@@ -128,7 +130,7 @@ def _chosen(
             damping = TIED_DAMPING if checkpoint.architecture.tied else DAMPING
             inputs = _inputs(walk.last(), tensors[output].shape[-1], damping)
             yield output, _slices(tensors[output], wanted[output], inputs)
-        progress(math.prod(tensors[output].shape))
+        progress(math.prod(tensors[output].shape) if checkpoint.model.gives == LOGITS else 0)
 
 
 def _inputs(found: Iterator[torch.Tensor], width: int, damping: float) -> Inputs:

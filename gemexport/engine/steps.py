@@ -14,6 +14,8 @@ from gemexport.formats.storage.files import atomic, remove
 from gemexport.registry import TARGETS
 from gemexport.shared.measured import Divergence
 from gemexport.shared.place import FLOORS, PLAYED_TOKENS, Place, Progress, model_activations, opened
+from gemexport.shared.probes import probe_of
+from gemexport.shared.vectors import VectorDistance
 from gemexport.shared.widths import widths
 
 if TYPE_CHECKING:
@@ -48,16 +50,15 @@ def export(place: Place, target: str, variant: str, path: Path, options: dict[st
     return replace(result, notes=[*notes, *checkpoint.unpack().notes, *result.notes], widths=written)
 
 
-def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence]:
-    """Logits of the source's weights in f32, and how far the same weights are from them in other arithmetics.
+def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence | VectorDistance]:
+    """What the source's weights give in f32, and how far the same weights are from that in other arithmetics.
 
     Progress in positions, for f32 and each of `noises` once a layer and once for the head.
     """
-    from gemexport.validators.checks import divergence
     from gemexport.validators.reference.store import compute_together
 
     checkpoint = place.plain()
-    tensors = dict(checkpoint.tensors)
+    tensors, probe = dict(checkpoint.tensors), probe_of(checkpoint.model)
     passages = place.passages(checkpoint)
     sequences = [passage.tokens for passage in passages]
     wanted, played = [(place.source(), sequences)], {}
@@ -67,19 +68,20 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
         exact = place.store("source", checkpoint, tensors, rounded)
         noisy = place.store("source", checkpoint, tensors, rounded, arithmetic)
         # What is left of f32 differs little from token to token, but where integers are made of it.
-        few = arithmetic.startswith("f32") and not checkpoint.activations
+        few = probe.prefixes and arithmetic.startswith("f32") and not checkpoint.activations
         judged = [sequences[0][:PLAYED_TOKENS]] if few else sequences
         wanted += [(exact, sequences), (noisy, judged)]
         played[arithmetic] = exact, noisy, judged
     compute_together(wanted, progress)
     floors = {}
     for arithmetic, (exact, noisy, judged) in played.items():
-        total = divergence.Divergence()
+        total = probe.sums()
         for whole, sequence in zip(sequences, judged, strict=False):
-            total.add(exact.logits(whole)[: len(sequence)], noisy.logits(sequence), sequence)
+            given = exact.logits(whole)[: len(sequence)] if probe.prefixes else exact.logits(whole)
+            total.add(given, noisy.logits(sequence), sequence)
         remove(noisy.folder)
         kinds = [(passage.kind, len(tokens)) for passage, tokens in zip(passages, judged, strict=False)]
-        floors[arithmetic] = Divergence.of(total, kinds)
+        floors[arithmetic] = probe.figures(total, kinds)
     with atomic(place.work / FLOORS) as partial:
         partial.write_text(json.dumps({name: found.model_dump() for name, found in floors.items()}), "utf-8")
     return floors

@@ -31,6 +31,7 @@ from gemexport.judge.verdict import bounds
 from gemexport.registry import TARGETS
 from gemexport.shared.measured import Divergence, LogitsReport, Validation
 from gemexport.shared.place import Asked, Place
+from gemexport.shared.vectors import VectorDistance
 
 Kind = Literal["lattice", "plain", "partly", "mobile"]
 KINDS: tuple[Kind, ...] = ("lattice", "plain", "partly", "mobile")
@@ -139,7 +140,7 @@ class Batch:
     model: Model
     folder: Path
     tokens: int
-    floors: dict[str, Divergence] = field(default_factory=dict)
+    floors: dict[str, Divergence | VectorDistance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         drawn, source = self.model, self.folder / "model"
@@ -156,7 +157,7 @@ class Batch:
         """What bf16 costs the model, in nats; its logits are scaled until that is as much as released ones show."""
         wanted = math.exp(np.random.default_rng([self.model.seed, 2]).uniform(*np.log(NOISE)))
         for tried in range(TRIES):
-            noise = nodes.reference(self.place, ("bf16",), lambda _: None)["bf16"].kld_mean
+            noise = nodes.reference(self.place, ("bf16",), lambda _: None)["bf16"].mean
             shutil.rmtree(self.place.work, ignore_errors=True)
             reached = NOISE[0] <= noise <= NOISE[1] and wanted / 2 <= noise <= 2 * wanted
             if tried + 1 == TRIES or (tried and reached):

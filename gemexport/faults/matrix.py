@@ -31,6 +31,7 @@ from gemexport.registry import TARGETS
 from gemexport.report.schema import verdict
 from gemexport.shared.measured import Divergence, Validation
 from gemexport.shared.place import Asked, Place
+from gemexport.shared.vectors import VectorDistance
 from gemexport.validators.runtimes.protocol import TopLogits
 
 COLUMNS = (
@@ -88,7 +89,7 @@ class Bench:
     tokens: int = TOKENS
     source: Source = "lattice"  # what the model is, and what a model with experts is to be
     whole: bool = False  # run the artefact even if weights and metadata have shown the fault
-    floors: dict[str, Divergence] = field(default_factory=dict)
+    floors: dict[str, Divergence | VectorDistance] = field(default_factory=dict)
     _mobile: Bench | None = None
     _mixture: Bench | None = None
 

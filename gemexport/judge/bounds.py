@@ -70,6 +70,16 @@ LOSSES: tuple[tuple[LossWord, float, float], ...] = (
     ("poor", math.inf, 1.0),
 )
 
+# The same of a text's vector, in 1 - cosine, means over texts. What a loss is called goes by its share of how far
+# apart unrelated texts are (docs/bounds.md has what that does to the nearest text).
+VECTOR_F32 = (1e-12, 1e-4)
+VECTOR_LOSSES: tuple[tuple[LossWord, float], ...] = (
+    ("lossless", 0.0),
+    ("near", 0.01),
+    ("lossy", 0.1),
+    ("poor", math.inf),
+)
+
 
 def f32_limit(played: float | None) -> float:
     """The mean KL divergence that a runtime in f32 is held to, where PyTorch playing it is off by `played`."""

@@ -15,8 +15,10 @@ from gemexport.formats.activations import Activations, CacheActivations, Quantiz
 from gemexport.formats.checkpoint import read_config
 from gemexport.formats.gemma import facts
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.facts import config_label, flat_facts, gguf_label
-from gemexport.formats.gemma.model import Model, describe
+from gemexport.formats.gemma.families import family_of
+from gemexport.formats.gemma.model import Model, architecture, describe
 from gemexport.shared.measured import FactReport
 from gemexport.validators.checks.vocabulary import GENAI, settings_of
 
@@ -101,7 +103,12 @@ def _core_ml(path: Path, model: Architecture) -> Iterator[FactReport]:
 def _config(path: Path, model: Model) -> Iterator[FactReport]:
     """The decoder in config.json, where there is one."""
     if (path / "config.json").is_file():
-        yield from _decoders(model, describe(read_config(path), path / "config.json"), config_label)
+        config = read_config(path)
+        if model.embedder is not None and MODULES not in config:  # a graph has in it what follows the decoder
+            stored = Model(family_of(config, path), architecture(config, path / "config.json"), model.embedder)
+        else:
+            stored = describe(config, path / "config.json")
+        yield from _decoders(model, stored, config_label)
 
 
 def _genai(path: Path, model: Architecture) -> Iterator[FactReport]:
@@ -141,6 +148,8 @@ def _decoders(model: Model, stored: Model, label: Label) -> Iterator[FactReport]
     if model.family.reference_type != stored.family.reference_type:
         yield FactReport(name="family", found=stored.family.name, expected=model.family.name)
     ours, theirs = (one.decoder.model_dump(exclude={"layers"}) for one in (model, stored))
+    if model.embedder != stored.embedder:
+        yield FactReport(name="what follows the decoder", found=str(stored.embedder), expected=str(model.embedder))
     mine, other = model.decoder.layers, stored.decoder.layers
     slides = any(layer.sliding for layer in (*mine, *other))
     for name, found, expected in _unlike("", theirs, ours):

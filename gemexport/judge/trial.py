@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import EMBEDDING, LOGITS
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.bounds import LAYER_ERROR, LAYER_ERRORS, f32_limit, tie
 from gemexport.judge.speed import Speedometer, Stopwatch
+from gemexport.judge.vectors import vector_limit
 from gemexport.judge.wording import Wordings, check_wording
 from gemexport.registry import Target
 from gemexport.shared.measured import (
@@ -22,13 +25,15 @@ from gemexport.shared.measured import (
     LogitsReport,
     SpeedReport,
 )
-from gemexport.shared.measured import Divergence as Figures
 from gemexport.shared.place import Place, Progress, threads
-from gemexport.validators.checks.divergence import Divergence
+from gemexport.shared.probes import Sums, probe_of
+from gemexport.shared.vectors import VectorDistance, VectorsReport
 from gemexport.validators.checks.layers import departure
 from gemexport.validators.reference.store import ReferenceStore
-from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits, outputs
+from gemexport.validators.runtimes.protocol import Logits, Runtime, TopLogits
 
+Run = LogitsReport | VectorsReport
+LIMITS = {LOGITS: f32_limit, EMBEDDING: vector_limit}  # of a runtime in f32, by what a model gives
 GREEDY_TOKENS = 32
 GREEDY_PROMPT = 48
 NO_CACHE = "within --memory the program computes every token anew, and tries neither its cache nor how it loads a model"
@@ -41,9 +46,9 @@ class Try:
     adapter: ModuleType
     arithmetic: str | None  # that was asked for
     runtime: Runtime  # closed
-    conversion: Divergence
-    loss: Divergence
-    later: list[tuple[Divergence, ReferenceStore]] = field(default_factory=list)
+    conversion: Any
+    loss: Any
+    later: list[tuple[Sums, ReferenceStore]] = field(default_factory=list)
     kept: list[Logits] = field(default_factory=list)  # by sequence, if anything is compared later
     top_k: int | None = None
     continuation: list[int] = field(default_factory=list)
@@ -67,8 +72,10 @@ class Trial:
         self._watch, self._attempts, self._frugal = watch, attempts, frugal
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
-        played = place.floors().get(target.played)
-        self._limit, self._tie = f32_limit(None if played is None else played.kld_mean), tie(played)
+        self._probe = probe_of(checkpoint.model)
+        played = place.floors(self._probe).get(target.played)
+        self._limit = LIMITS[self._probe.name](None if played is None else played.mean)
+        self._tie = tie(played) if self._probe.continues else 0.0
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
         passages = place.passages(checkpoint)
         self._sequences = [passage.tokens for passage in passages]
@@ -100,11 +107,11 @@ class Trial:
         with watch.time("tokenizer"):
             if self.wording is None:
                 self.wording = check_wording(self._attempts, self._place.work, self._checkpoint, self._path, runtime)
-        found = Try(adapter, arithmetic, runtime, Divergence(tie=self._tie), Divergence())
-        now: list[tuple[Divergence, ReferenceStore]] = []
+        found = Try(adapter, arithmetic, runtime, self._probe.sums(self._tie), self._probe.sums())
+        now: list[tuple[Sums, ReferenceStore]] = []
         for pair in ((found.conversion, self._read_back), (found.loss, self._source)):
             (now if pair[1].holds(self._sequences) else found.later).append(pair)
-        computed = outputs(runtime, self._sequences)
+        computed = self._probe.ask(runtime, self._sequences)
         for sequence in self._sequences:
             with watch.time("run"):
                 output = next(computed)
@@ -117,39 +124,46 @@ class Trial:
                     found.kept.append(self._keep(output))
             del output  # as large as a model, and not the runtime's memory
             progress(self._share(sequence))
-        with watch.time("run"), speed.generating(runtime):
-            found.continuation = runtime.greedy(self._prompt, GREEDY_TOKENS)
-        if not found.continuation:
+        if self._probe.continues:
+            with watch.time("run"), speed.generating(runtime):
+                found.continuation = runtime.greedy(self._prompt, GREEDY_TOKENS)
+        if self._probe.continues and not found.continuation:
             self._attempts.leave_out("greedy", NO_CACHE)
         found.speed = speed.report(runtime.laps)
         runtime.close()
         return found
 
-    def judge(self, tries: Sequence[Try]) -> list[LogitsReport]:
+    def judge(self, tries: Sequence[Try]) -> list[Run]:
         """What was run, against both references, which take what is asked of them through their layers in one go."""
-        judged = [[*self._prompt, *each.continuation] for each in tries]
+        judged = [[*self._prompt, *each.continuation] if each.continuation else [] for each in tries]
         with self._watch.time("reference"):
             self._source.compute(self._sequences)
-            self._read_back.compute([*self._sequences, *judged])
+            self._read_back.compute([*self._sequences, *filter(None, judged)])
         return [self._report(each, tokens) for each, tokens in zip(tries, judged, strict=True)]
 
-    def _report(self, found: Try, judged: list[int]) -> LogitsReport:
+    def _report(self, found: Try, judged: list[int]) -> Run:
         """What a runtime gave against both references, which have their logits of it all by now."""
         for total, store in found.later:
             for sequence, output in zip(self._sequences, found.kept, strict=True):
                 with self._watch.time("compare"):
                     total.add(store.logits(sequence), output, sequence)
-        conversion, runtime = found.conversion, found.runtime
-        if self.departs is None and runtime.arithmetic == "f32" and not conversion.kld_mean <= self._limit:
+        runtime, conversion = found.runtime, self._probe.figures(found.conversion)
+        loss = self._probe.figures(found.loss, self._kinds)
+        if self.departs is None and runtime.arithmetic == "f32" and not conversion.mean <= self._limit:
             with self._watch.time("walk"):
                 self.departs = self._walk(found)
+        if isinstance(conversion, VectorDistance):
+            return VectorsReport(
+                runtime=runtime.name, arithmetic=runtime.arithmetic, texts=conversion.texts,
+                tokens=sum(map(len, self._sequences)), conversion=conversion, loss=loss, speed=found.speed,
+            )  # fmt: skip
         return LogitsReport(
             runtime=runtime.name,
             arithmetic=runtime.arithmetic,
-            tokens=conversion.positions,
+            tokens=found.conversion.positions,
             top_k=found.top_k,
-            conversion=Figures.of(conversion),
-            loss=Figures.of(found.loss, self._kinds),
+            conversion=conversion,
+            loss=loss,
             greedy=self._greedy(judged, len(found.continuation)),
             speed=found.speed,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
 from gemexport.judge.tables import table_differences
-from gemexport.judge.trial import Trial, Try
+from gemexport.judge.trial import Run, Trial, Try
 from gemexport.judge.wording import Wordings, check_wording
 from gemexport.registry import TARGETS, Target
 from gemexport.shared.measured import (
@@ -29,6 +30,7 @@ from gemexport.shared.measured import (
 )
 from gemexport.shared.place import Asked, Place, Progress, opened
 from gemexport.shared.unfinished import Unfinished
+from gemexport.shared.vectors import VectorsReport
 from gemexport.validators.checks import weights
 from gemexport.validators.checks.folds import folded
 
@@ -62,11 +64,11 @@ def validate(
     facts = attempts.make("metadata", lambda: check_facts(checkpoint, target, path)) or ()
     judging.found = Validation(report, facts=facts, played=TARGETS[target].played, steps=judging.watch.seconds)
     if report.missing:
-        attempts.leave_out("logits", MISSING)
+        attempts.leave_out(checkpoint.model.gives, MISSING)
     elif failed is not None:
-        attempts.fail("logits", f"the reference did not succeed: {failed}")
+        attempts.fail(checkpoint.model.gives, f"the reference did not succeed: {failed}")
     elif not run_logits:
-        attempts.leave_out("logits", NO_ROOM)
+        attempts.leave_out(checkpoint.model.gives, NO_ROOM)
     else:
         judging.run(checkpoint, digest, progress)
     judging.words(checkpoint)
@@ -96,33 +98,41 @@ class _Judging:
     def run(self, checkpoint: Checkpoint, digest: str, progress: Progress) -> None:
         """The artefact in its own program, in each arithmetic, then in the others that take it."""
         assert self.found is not None
-        self.unfinished.keep(self.told(), ("tokenizer", "chat", "logits"))
+        part = checkpoint.model.gives
+        self.unfinished.keep(self.told(), ("tokenizer", "chat", part))
         given = (self.place, checkpoint, self.target, self.path, digest, self.watch, self.attempts, self.frugal)
-        trial = self.attempts.make("logits", partial(Trial, *given))
+        trial = self.attempts.make(part, partial(Trial, *given))
         if trial is None:
             return
         try:
-            first = _Program(self.target.adapter(), self.target.arithmetics, "logits")
-            logits = self._judged(trial, first, progress)
+            first = _Program(self.target.adapter(), self.target.arithmetics, part)
+            runs = self._judged(trial, first, progress)
             self.wording = trial.wording
-            self.found = replace(
-                self.found,
-                logits=next(iter(logits), None),
-                more_logits=tuple(logits[1:]),
-                departs=trial.departs,
-            )
+            self._add(runs, trial)
             for adapter in self.target.seconds(self.path):
-                part = f"logits in {adapter.__name__.rpartition('.')[2]}"
+                part = f"{checkpoint.model.gives} in {adapter.__name__.rpartition('.')[2]}"
                 if self.frugal:
                     self.attempts.leave_out(part, NO_ROOM)
                     continue
                 self.unfinished.keep(self.told(), (part,))
-                more = self._judged(trial, _Program(adapter, (None,), part), _uncounted)
-                self.found = replace(self.found, more_logits=(*self.found.more_logits, *more), departs=trial.departs)
+                self._add(self._judged(trial, _Program(adapter, (None,), part), _uncounted), trial)
         finally:
             trial.close()
 
-    def _judged(self, trial: Trial, program: _Program, progress: Progress) -> list[LogitsReport]:
+    def _add(self, runs: Sequence[Run], trial: Trial) -> None:
+        """Put what a program gave to what was found, after what those before gave."""
+        assert self.found is not None
+        found = self.found
+        of_logits = [run for run in (found.logits, *found.more_logits, *runs) if isinstance(run, LogitsReport)]
+        self.found = replace(
+            found,
+            logits=next(iter(of_logits), None),
+            more_logits=tuple(of_logits[1:]),
+            vectors=(*found.vectors, *(run for run in runs if isinstance(run, VectorsReport))),
+            departs=trial.departs,
+        )
+
+    def _judged(self, trial: Trial, program: _Program, progress: Progress) -> list[Run]:
         """What a program gave, in the arithmetics that it takes, against both references."""
         tries: list[Try] = []
         for arithmetic in program.arithmetics:

@@ -29,6 +29,7 @@ from gemexport.judge.bounds import (
 )
 from gemexport.judge.diagnosis import diagnose
 from gemexport.judge.loss import judged_loss, loss_bounds
+from gemexport.judge.vectors import judged_vectors, vector_bounds, vector_loss_bounds
 from gemexport.shared.bound import Bound
 from gemexport.shared.measured import (
     ChatReport,
@@ -38,6 +39,7 @@ from gemexport.shared.measured import (
     TokenizerReport,
     Validation,
 )
+from gemexport.shared.vectors import VectorDistance
 
 TEXT = 60  # characters of a text that is named
 NAMED = 3  # of the tensors, facts or texts that broke a bound
@@ -47,7 +49,7 @@ Holds = Callable[[Grid, int], bool]
 
 def bounds(
     found: Validation,
-    floors: Mapping[str, Divergence],
+    floors: Mapping[str, Divergence | VectorDistance],
     recipe: Recipe,
     holds: Holds = lambda grid, width: True,
     plain: DType | None = None,
@@ -66,11 +68,18 @@ def bounds(
         result += _tokenizer(found.tokenizer)
     if found.chat is not None:
         result += _chat(found.chat)
+    of_logits = {name: floor for name, floor in floors.items() if isinstance(floor, Divergence)}
+    of_vectors = {name: floor for name, floor in floors.items() if isinstance(floor, VectorDistance)}
     for logits in (found.logits, *found.more_logits):
         if logits is not None:
             second = found.logits is not None and logits.runtime != found.logits.runtime
-            result += _conversion(logits, floors, found, f", {logits.runtime}" if second else "")
-    loss = judged_loss(found, floors)
+            result += _conversion(logits, of_logits, found, f", {logits.runtime}" if second else "")
+    for run in found.vectors:
+        second = run.runtime != found.vectors[0].runtime
+        result += vector_bounds(run, of_vectors, found, f", {run.runtime}" if second else "")
+    if (moved := judged_vectors(found, of_vectors)) is not None:
+        result += vector_loss_bounds(moved, recipe)
+    loss = judged_loss(found, of_logits)
     if loss is not None:
         result += loss_bounds(loss, recipe, all(bound.held for bound in result))
     return tuple(result)

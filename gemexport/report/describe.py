@@ -21,7 +21,7 @@ from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.storage.safetensors import read_file, read_metadata
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, recognise
-from gemexport.report.render import LOSS_STYLES, number, quantity, share, size, style_of
+from gemexport.report.render import LOSS_STYLES, number, quantity, share, size, style_of, vector_loss
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import LossReport, NpuReport
 
@@ -219,6 +219,17 @@ def print_verdict(report: ArtifactReport) -> None:
                     f"{logits.arithmetic}",
                     soft_wrap=True,
                 )
+    for run in report.vectors:
+        for question, found in (("conversion", run.conversion), ("loss", run.loss)):
+            console.print(
+                f"{question:<12}1 - cosine {number(found.distance_mean)} (max {number(found.distance_max)}), "
+                f"relative error {number(found.error_mean)}, over {found.texts} texts in {run.runtime}, "
+                f"{run.arithmetic}",
+                soft_wrap=True,
+            )
+    if report.vector_loss:
+        style, told = LOSS_STYLES[report.vector_loss.word], vector_loss(report.vector_loss)
+        console.print(f"the loss is [{style}]{report.vector_loss.word}[/]: {_plain(told)}", soft_wrap=True)
     if report.loss:
         _print_loss(report.loss, console)
     if report.npu:

@@ -37,6 +37,7 @@ def models() -> Iterator[tuple[str, Model]]:
     yield "ShieldGemma 2", row("gemma3", scaled, "shieldgemma2")
     yield "Gemma 2", row("gemma2", _SHORT)
     yield "Gemma 1", row("gemma", {"max_position_embeddings": 8192})
+    yield "EmbeddingGemma", row("embeddinggemma", {"max_position_embeddings": 2048, "sliding_window": 512})
     yield "VaultGemma", row("vaultgemma", _SHORT)
 
 
@@ -50,7 +51,7 @@ def markdown() -> str:
     reasons: list[str] = []
     for name, model in models():
         answers = [target.supports(model, variant) for target, variant in columns]
-        reasons += [answer for answer in answers if answer is not None and answer not in reasons]
+        reasons = list(dict.fromkeys([*reasons, *filter(None, answers)]))
         cells = ["yes" if answer is None else f"no ({reasons.index(answer) + 1})" for answer in answers]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     notes = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]

@@ -29,6 +29,7 @@ from gemexport.shared.measured import (
     UnjudgedReport,
     WeightsReport,
 )
+from gemexport.shared.vectors import VectorLoss, VectorsReport
 
 Status = Literal["pass", "partial", "fail", "error", "written", "skipped"]
 # What a command leaves with status 0 for: judged and found right, or not asked to be judged, or to be made.
@@ -157,6 +158,8 @@ class ArtifactReport(ReportModel):
     loss: LossReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    vectors: tuple[VectorsReport, ...] = ()
+    vector_loss: VectorLoss | None = None
     departs: DepartureReport | None = None
     npu: NpuReport | None = None
     bounds: tuple[Bound, ...] = ()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from gemexport.formats.tensor import DType, Grid, Kind
 
 if TYPE_CHECKING:
+    from gemexport.shared.vectors import VectorsReport
     from gemexport.validators.checks import divergence
 
 Arithmetic = Literal[
@@ -249,6 +250,11 @@ class Divergence(Figures):
     top1_but_ties: float | None = None
     kinds: tuple[KindReport, ...] = ()
 
+    @property
+    def mean(self) -> float:
+        """The figure that bounds are of."""
+        return self.kld_mean
+
     @classmethod
     def of(cls, total: divergence.Divergence, kinds: Sequence[tuple[str, int]] = ()) -> Divergence:
         """The figures of what was added up over sequences, whose kinds and lengths may be given."""
@@ -406,6 +412,7 @@ class Validation:
     chat: ChatReport | None = None
     logits: LogitsReport | None = None
     more_logits: tuple[LogitsReport, ...] = ()
+    vectors: tuple[VectorsReport, ...] = ()  # in place of logits, of a model that makes one vector of a text
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
     facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
     played: str = "f32-reordered"  # the arithmetic of PyTorch that its program's f32 is held to

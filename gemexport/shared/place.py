@@ -15,9 +15,9 @@ from gemexport.formats.grids.search import attach
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.formats.stamps import NOTHING, Stamps
 from gemexport.formats.tensor import Tensor
+from gemexport.shared.probes import Probe, probe_of
 
 if TYPE_CHECKING:
-    from gemexport.shared.measured import Divergence
     from gemexport.validators.checks.prompts import Passage
     from gemexport.validators.reference import Reference
     from gemexport.validators.reference.arithmetic import Arithmetic
@@ -88,10 +88,9 @@ class Place:
     def passages(self, checkpoint: Checkpoint) -> list[Passage]:
         """The same with what kind of text each is of."""
         from gemexport.shared.texts import encoded
-        from gemexport.validators.checks import prompts
 
-        ids = encoded(checkpoint, self.work)
-        return prompts.passages(ids, checkpoint.architecture, self.tokens)
+        ids, probe = encoded(checkpoint, self.work), probe_of(checkpoint.model)
+        return probe.passages(ids, checkpoint.architecture, self.tokens)
 
     def store(
         self,
@@ -108,18 +107,17 @@ class Place:
             from gemexport.validators.reference import reference
 
             config, kind = checkpoint.text_config, cast("Arithmetic", arithmetic)
-            return reference(config, tensors, threads(), dtype=kind, activations=activations)
+            embedder = checkpoint.model.embedder
+            return reference(config, tensors, threads(), dtype=kind, activations=activations, embedder=embedder)
 
         parts = (digest, activations.digest() if activations else "", "" if arithmetic == "f32" else arithmetic)
         return ReferenceStore(self.work / "reference" / "-".join(filter(None, parts)), make)
 
-    def floors(self) -> dict[str, Divergence]:
+    def floors(self, probe: Probe) -> dict[str, Any]:
         """What the reference's step has left here: by arithmetic, how far PyTorch is from its own f32."""
-        from gemexport.shared.measured import Divergence
-
         path = self.work / FLOORS
         found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return {name: Divergence.model_validate(figures) for name, figures in found.items()}
+        return {name: probe.read(figures) for name, figures in found.items()}
 
     def source(self) -> ReferenceStore:
         """The reference's logits with what the checkpoint holds, before it was compressed."""

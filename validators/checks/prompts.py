@@ -15,6 +15,7 @@ SEPARATOR = "\n%%\n"
 DOCUMENT, SHORT = "document", ("prose", "code", "scripts")
 KINDS = (DOCUMENT, *SHORT)
 MIXED = "mixed"
+SHORTEST = 16  # tokens of a text that is compared by itself, but for BOS and EOS
 LEAST = 104  # tokens of each kind: a hundred of text, and BOS
 
 HARD_TEXTS: tuple[str, ...] = (
@@ -126,6 +127,28 @@ def passages(encoded: Mapping[str, Sequence[int]], architecture: Architecture, t
         for kind, count in counts.items()
         for found in sequences([encoded[text] for text in texts(kind)], architecture, count, longest)
     ]
+
+
+def whole_texts(encoded: Mapping[str, Sequence[int]], architecture: Architecture, tokens: int) -> list[Passage]:
+    """Built-in texts, each by itself between BOS and EOS, one of each kind in turn, as far as `tokens` tokens go.
+
+    One is longer than a sliding layer sees, where `tokens` allow it: it comes first, and has no more than half of them.
+    The others are cut, so that there are a dozen and more.
+    """
+    start = [] if architecture.bos_token_id is None else [architecture.bos_token_id]
+    end = list(architecture.eos_token_ids[:1])
+    stream = [token for text in texts(DOCUMENT) for token in encoded[text] if token < architecture.vocab_size]
+    longest = min(tokens // 2, sequence_length(architecture, tokens)) - len(start) - len(end)
+    found = [Passage(DOCUMENT, [*start, *stream[:longest], *end])]
+    left = tokens - len(found[0].tokens)
+    for row in zip_longest(*(texts(kind) for kind in SHORT)):
+        for kind, text in zip(SHORT, row, strict=True):
+            ids = [token for token in encoded[text] if token < architecture.vocab_size] if text is not None else []
+            whole = [*start, *ids[: max(SHORTEST, tokens // 32)], *end]
+            if ids and len(whole) <= left:
+                found.append(Passage(kind, whole))
+                left -= len(whole)
+    return found
 
 
 def sequences(

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from gemexport.formats.activations import Activations
+from gemexport.formats.gemma.embedder import Embedder
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.tensor import Floats, Tensor
 from gemexport.validators.reference.arithmetic import Arithmetic
@@ -35,11 +36,13 @@ def reference(
     *,
     dtype: Arithmetic = "f32",
     activations: Activations | None = None,
+    embedder: Embedder | None = None,
 ) -> Reference:
     """The decoder that `text_config` describes, holding `tensors` (canonical names, canonical values).
 
     `text_config` is the decoder's own config.json, in the old or the new spelling, with its `model_type`
-    (`gemma3_text`, `gemma4_text`). `activations` are rounded as the checkpoint, or the artefact, says.
+    (`gemma3_text`, `gemma4_text`). `activations` are rounded as the checkpoint, or the artefact, says. With an
+    `embedder` it gives one vector of a sequence where others give logits.
 
     The other ways to compute exist to be measured against "f32": "bf16", as the checkpoint is served;
     "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8 bits in blocks of 32, or, for
@@ -49,7 +52,7 @@ def reference(
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
-    return Reference(Decoder(text_config, tensors, dtype, activations), dtype, threads or os.cpu_count() or 1)
+    return Reference(Decoder(text_config, tensors, dtype, activations, embedder), dtype, threads or os.cpu_count() or 1)
 
 
 class Reference:
@@ -100,7 +103,8 @@ Wanted = tuple[Reference, Sequence[Sequence[int]], Sequence[Path]]  # sequences,
 def write_together(wanted: Sequence[Wanted], progress: Callable[[int], None] = lambda positions: None) -> None:
     """Leave the teacher-forced logits of sequences in files of NumPy's, `[n, vocab]` in f32, from several references.
 
-    Row i is what follows tokens[: i + 1]. The references hold the same tensors, and compute otherwise: each layer, and
+    Row i is what follows tokens[: i + 1]; with an embedder there is one row, the text's vector `[1, size]`.
+    The references hold the same tensors, and compute otherwise: each layer, and
     each slice of the head, is read once for all of them. Progress in positions, once for each layer and once for the
     head.
     """
@@ -116,19 +120,35 @@ def write_together(wanted: Sequence[Wanted], progress: Callable[[int], None] = l
                     pass
                 progress(count)
             del weights
-        files = [
-            [
-                held.enter_context(Columns(held.enter_context(atomic(path)), (len(tokens), wide.head.shape[0])))
-                for tokens, path in zip(sequences, paths, strict=True)
-            ]
-            for _, sequences, paths in wanted
-        ]
-        for walk in walks:
-            held.enter_context(walk.head())
-        for start, stop in head_slices(wide.head.shape):
-            weight = wide.read(wide.head, start, stop)
-            for walk, own in zip(walks, files, strict=True):
-                for number, found in walk.slice(weight):
-                    own[number].write(start, found.numpy())
+        if wide.embedder is not None:
+            _write_vectors(walks, [paths for *_, paths in wanted])
+        else:
+            _write_logits(walks, wanted, wide, held)
         for count in counts:
             progress(count)
+
+
+def _write_logits(walks: Sequence[Walk], wanted: Sequence[Wanted], wide: Decoder, held: ExitStack) -> None:
+    """The head, a slice of its rows at a time."""
+    files = [
+        [
+            held.enter_context(Columns(held.enter_context(atomic(path)), (len(tokens), wide.head.shape[0])))
+            for tokens, path in zip(sequences, paths, strict=True)
+        ]
+        for _, sequences, paths in wanted
+    ]
+    for walk in walks:
+        held.enter_context(walk.head())
+    for start, stop in head_slices(wide.head.shape):
+        weight = wide.read(wide.head, start, stop)
+        for walk, own in zip(walks, files, strict=True):
+            for number, found in walk.slice(weight):
+                own[number].write(start, found.numpy())
+
+
+def _write_vectors(walks: Sequence[Walk], paths: Sequence[Sequence[Path]]) -> None:
+    """What becomes of each text after the last layer."""
+    for walk, own in zip(walks, paths, strict=True):
+        for path, vector in zip(own, walk.vectors(), strict=True):
+            with atomic(path) as partial, partial.open("wb") as file:
+                np.save(file, vector.numpy()[None])

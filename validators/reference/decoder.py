@@ -11,7 +11,10 @@ import torch
 import transformers
 
 from gemexport.formats.activations import Activations
+from gemexport.formats.gemma.architecture import TensorSpec
+from gemexport.formats.gemma.embedder import Embedder
 from gemexport.formats.gemma.model import architecture
+from gemexport.formats.gemma.names import module_of
 from gemexport.formats.tensor import Floats, Tensor, matrix_of, row_slices
 from gemexport.validators.reference import activation_rounding
 from gemexport.validators.reference.arithmetic import DTYPES, Arithmetic, install
@@ -24,6 +27,7 @@ class Decoder:
     """transformers' causal language model of a config on the meta device, and the tensors that belong into it.
 
     `model` is that; `text` the model in it without the head, `embeddings` the tables of that by their names in it.
+    Of an `embedder`, `dense` are the linears that a text's vector goes through, modules of `model` as well.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Decoder:
         tensors: Mapping[str, Tensor],
         arithmetic: Arithmetic = "f32",
         activations: Activations | None = None,
+        embedder: Embedder | None = None,
     ) -> None:
         self.tensors, self.dtype = tensors, DTYPES[arithmetic]
         config = config_of(text_config)
@@ -42,6 +47,8 @@ class Decoder:
                 config, attn_implementation=attention, experts_implementation="eager", dtype=self.dtype
             ).eval()
         self.text: Any = self.model.model
+        self.embedder = embedder
+        self.dense = [_attached(self.model, spec) for spec in (embedder.specs() if embedder else ())]
         self._names: dict[torch.nn.Module, str] = {module: name for name, module in self.model.named_modules()}
         embedding, head = (
             f"{self._names[module]}.weight"
@@ -122,6 +129,17 @@ class Decoder:
             rows[first:last].copy_(torch.from_numpy(_writable(values)))
         found.weight = torch.nn.Parameter(rows, requires_grad=False)
         return found
+
+
+def _attached(model: Any, spec: TensorSpec) -> torch.nn.Linear:
+    """A new linear in `model`, under the name of its tensor, without weights."""
+    place, _, inner = module_of(spec.name).rpartition(".")
+    out, inside = spec.shape
+    found = torch.nn.Linear(inside, out, bias=False, device="meta", dtype=model.dtype)
+    holder = torch.nn.Module()
+    holder.add_module(inner, found)
+    model.add_module(place, holder)
+    return found
 
 
 def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:

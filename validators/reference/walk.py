@@ -106,6 +106,21 @@ class Walk:
                     found = decoder.text.norm(hidden)
                 yield found[0]
 
+    def vectors(self) -> Iterator[torch.Tensor]:
+        """What becomes of each sequence after the last layer: a vector `[size]` in f32, of length 1."""
+        decoder, last = self._decoder, len(self._layers)
+        with ExitStack() as held:
+            for module in (decoder.text.norm, *decoder.dense):
+                held.enter_context(decoder.filled(module))
+            for number in range(len(self.sequences)):
+                with self.computing():
+                    (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
+                    found = decoder.text.norm(hidden)[0].mean(0, keepdim=True)
+                    for linear in decoder.dense:
+                        found = linear(found)
+                    found = torch.nn.functional.normalize(found)[0].float()
+                yield found
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """What comes after the layers, ready for slices of the head's rows as long as the block lasts."""

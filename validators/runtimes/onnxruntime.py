@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gemexport.formats.onnx import graph_files, read_model
+from gemexport.formats.onnx import EMBEDDING_OUTPUT, graph_files, read_model
 from gemexport.formats.storage.errors import InputError
 from gemexport.validators.checks.habits import Habits
 from gemexport.validators.checks.layers import in_order
@@ -54,6 +54,10 @@ def load(path: Path, *, threads: int, context: int, frugal: bool = False) -> Onn
     file = graph_files(path)[0] if path.exists() else path
     if file.stem in NPU_GRAPHS or not file.is_file():
         raise InputError(path, "there is no model.onnx", "give an .onnx file or the folder of one")
+    if EMBEDDING_OUTPUT in {value.name for value in read_model(file).graph.outputs}:
+        from gemexport.validators.runtimes.onnx_encoder import OnnxEncoder  # which is made of what is here
+
+        return OnnxEncoder(file, threads, folder)
     return OnnxModel(file, threads, folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gemexport.formats.gemma.families.embeddinggemma import EmbeddingGemma
 from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
@@ -15,7 +16,9 @@ from gemexport.formats.gemma.families.shieldgemma2 import ShieldGemma2
 from gemexport.formats.gemma.families.vaultgemma import VaultGemma
 from gemexport.formats.storage.errors import InputError
 
-FAMILIES: list[Family[Any]] = [Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), Gemma1(), VaultGemma(), ShieldGemma2()]
+FAMILIES: list[Family[Any]] = [
+    Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), Gemma1(), VaultGemma(), ShieldGemma2(), EmbeddingGemma()
+]  # fmt: skip
 
 # Relatives that are refused by name, and what there would have to be.
 RELATIVES = {
@@ -61,7 +64,7 @@ def by_gguf(architecture: str) -> Family[Any] | None:
 def family_of(config: dict[str, Any], path: str | Path) -> Family[Any]:
     """The family of a config.json; InputError, naming `path`, for an architecture that is none of those here."""
     kind = str(config.get("model_type"))
-    family = by_type(kind)
+    family = next((family for family in FAMILIES if family.claims(config)), None) or by_type(kind)
     if family is not None and kind == family.whole_type and not isinstance(config.get("text_config"), dict):
         if "num_hidden_layers" not in config:
             problem = f"says that the model is a {kind} with all its parts, and has no text_config for the decoder"

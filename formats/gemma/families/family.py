@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope
+from gemexport.formats.gemma.embedder import Embedder
 from gemexport.formats.gemma.facts import COMMON, Fact, Flat, spelt
 from gemexport.formats.gemma.fields import FULL, SLIDING, Positive, TextFields, kind_of
 from gemexport.formats.gemma.names import CANONICAL, Dialect, canonical_name
@@ -63,7 +64,16 @@ class Family(ABC, Generic[F]):
     post_norms: ClassVar[bool] = True  # what attention and MLP add is normed
     mlp_norm: ClassVar[Role] = Role.PRE_MLP_NORM  # what transformers calls the norm before the MLP by
     caps_attention: ClassVar[bool] = False  # llama.cpp's graph and mlx-lm's module soft-cap attention scores
+    bidirectional: ClassVar[bool] = False
     names: ClassVar[Dialect] = CANONICAL  # of the tensors in its checkpoints
+
+    def claims(self, config: dict[str, Any]) -> bool:
+        """Whether a config is this family's though its `model_type` is another's."""
+        return False
+
+    def embedder(self, config: dict[str, Any], hidden: int, path: str | Path) -> Embedder | None:
+        """What makes one vector of a text, of a model that does; InputError for what is not done here."""
+        return None
 
     def spelt(self, config: dict[str, Any]) -> dict[str, Any]:
         """A decoder's own config as the reference's class spells it."""
@@ -119,6 +129,7 @@ class Family(ABC, Generic[F]):
             qk_norm=self.qk_norm,
             post_norms=self.post_norms,
             mlp_norm=self.mlp_norm,
+            bidirectional=self.bidirectional,
             max_positions=fields.max_position_embeddings,
             bos_token_id=fields.bos_token_id,
             eos_token_ids=fields.stops(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def _usual(flat: Mapping[str, Any]) -> list[bool]:
 
 
 # src/models/gemma3.cpp
-FACTS = (
+FACTS: tuple[Fact, ...] = (
     *COMMON,
     Fact("full.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base", SLIDING_THETA, others=(OLLAMA_GLOBAL,)),
     Fact("sliding.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base_swa", SLIDING_THETA, others=(OLLAMA_LOCAL,)),
@@ -73,8 +73,9 @@ class Gemma3(Even[Fields]):
 
     name = "gemma3"
     text_type = reference_type = mlx_type = "gemma3_text"
-    whole_type = gguf = "gemma3"
-    whole_class = "Gemma3ForConditionalGeneration"
+    gguf = "gemma3"
+    whole_type: ClassVar[str | None] = "gemma3"
+    whole_class: ClassVar[str | None] = "Gemma3ForConditionalGeneration"
     reference_class = "Gemma3ForCausalLM"
     wording = Wording(("<start_of_turn>", "<end_of_turn>"), eos="<end_of_turn>", adds_runs=True)
     facts = FACTS
@@ -83,10 +84,6 @@ class Gemma3(Even[Fields]):
     default_window = 4096
     gguf_layers_by_width = 62  # 27B
     mlx_rounds_embed_scale = True
-
-    def refused(self, fields: Fields) -> dict[str, bool]:
-        encoder = "it is an encoder such as EmbeddingGemma, with attention both ways and one vector for a text"
-        return {encoder: fields.use_bidirectional_attention in (True, "all"), **fields.refused()}
 
     def rope(self, fields: Fields, kind: str) -> Rope:
         sliding = kind == SLIDING

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from gemexport.exporters.graphs.decoder import logits
+from gemexport.exporters.graphs.decoder import logits, vectors
 from gemexport.formats.gemma.architecture import Architecture, Layer
-from gemexport.formats.gemma.model import architecture
+from gemexport.formats.gemma.embedder import MODULES
+from gemexport.formats.gemma.model import EMBEDDING, architecture, describe
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -111,8 +112,16 @@ class Eager:
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
         scores = scores if softcap is None else self.softcap(scores, softcap)
         ago = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
-        unseen = (ago < 0) | (ago >= self.a.sliding_window) if layer.sliding else ago < 0
+        unseen = torch.zeros_like(ago, dtype=torch.bool) if self.a.bidirectional else ago < 0
+        if layer.sliding:
+            unseen |= ago.abs() > self.a.reach
         return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
+
+    def mean(self, x: Any) -> Any:
+        return x.mean(1)
+
+    def unit(self, x: Any) -> Any:
+        return torch.nn.functional.normalize(x)
 
     def constant(self, weight: str) -> Any:
         return self.weights[weight]
@@ -180,3 +189,31 @@ def test_the_description_gives_transformers_logits(kind: str, settings: dict[str
         wanted, found = model(ids).logits, logits(a, Eager(a, weights, ids))
     assert wanted.std() > 0.1
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [8, 9])
+def test_the_description_gives_the_vectors_of_transformers(window: int) -> None:
+    """Both ways, half a window on either side; then the mean, two linears and a length of 1."""
+    torch.manual_seed(0)
+    settings = GEMMA3 | {"use_bidirectional_attention": True, "sliding_window": window}
+    config = transformers.Gemma3TextConfig(**settings)
+    model = transformers.Gemma3TextModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.2))
+    said = config.to_dict() | {MODULES: {"pooling": "mean", "dense": [[96, 64], [24, 96]], "normalize": True}}
+    described = describe(said, "config.json")
+    assert described.gives == EMBEDDING
+    assert described.embedder is not None
+    state = model.state_dict()
+    weights = {name: state[name.removeprefix("model.")] for name in described.decoder.tensor_shapes()}
+    first, second = (torch.randn(spec.shape) * 0.2 for spec in described.embedder.specs())
+    weights |= {spec.name: value for spec, value in zip(described.embedder.specs(), (first, second), strict=True)}
+    ids = torch.randint(0, 80, (2, 24))
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state
+        vector = torch.nn.functional.normalize(wanted.mean(1) @ first.T @ second.T)
+        hidden, found = vectors(described.decoder, described.embedder, Eager(described.decoder, weights, ids))
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, vector, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from gemexport.demo import SIZES, config_json
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.gemma.model import architecture
+from gemexport.validators.checks import prompts as built_in
 from gemexport.validators.checks.prompts import (
     HARD_TEXTS,
     KINDS,
@@ -119,3 +122,15 @@ def test_a_hundred_tokens_of_other_scripts_are_of_several() -> None:
     start = "".join(texts("scripts")[:4])
     assert all(sample in start for sample in ("дождь", "图书馆", "القطار", "बारिश"))
     assert sorted(prompts()) == sorted(text for kind in KINDS for text in texts(kind))
+
+
+def test_texts_by_themselves_are_many_and_one_is_long() -> None:
+    decoder = architecture(config_json("embeddinggemma", SIZES["tiny"]), "config.json")
+    ids = {text: list(range(3, 200)) for kind in built_in.KINDS for text in built_in.texts(kind)}
+    for tokens in (256, 512, 2048):
+        found = built_in.whole_texts(ids, decoder, tokens)
+        assert len(found) > 7
+        assert {passage.kind for passage in found} == set(built_in.KINDS)
+        assert sum(len(passage.tokens) for passage in found) <= tokens
+        assert len(found[0].tokens) > decoder.sliding_window
+        assert all((passage.tokens[0], passage.tokens[-1]) == (2, 1) for passage in found)

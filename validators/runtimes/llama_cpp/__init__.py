@@ -95,13 +95,18 @@ class LlamaCpp:
             error = self._refused(path)
             self.close()
             raise error
-        self._batch = self._api.llama_batch_init(BATCH, 0, 1)
+        self._pools = self._api.llama_pooling_type(self._context) > 0
+        if self._pools:  # a text's tokens are seen together
+            self._api.llama_free(self._context)
+            self._context = self._api.llama_init_from_model(self._model, self._params(threads, context, context))
+            self._api.llama_set_embeddings(self._context, True)
+        self._batch = self._api.llama_batch_init(context if self._pools else BATCH, 0, 1)
         self._seen: dict[str, list[Floats]] | None = None  # what layers give, while somebody asks for it
 
-    def _params(self, threads: int, context: int) -> Any:
+    def _params(self, threads: int, context: int, batch: int = BATCH) -> Any:
         params = self._api.llama_context_default_params()
         params.n_ctx = context
-        params.n_batch = params.n_ubatch = BATCH
+        params.n_batch = params.n_ubatch = batch
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION_OFF
         params.type_k = params.type_v = TYPE_F32
@@ -123,6 +128,13 @@ class LlamaCpp:
             out[start : start + len(part)] = self._decode(part, start)
         return out
 
+    def vector(self, tokens: Sequence[int]) -> Floats:
+        """A text's vector `[1, size]` as llama-server gives it: of length 1, which the model's own graph leaves out."""
+        self._run(tokens, 0)
+        size = self._api.llama_model_n_embd_out(self._model)
+        found: Floats = np.ctypeslib.as_array(self._api.llama_get_embeddings_seq(self._context, 0), (1, size))
+        return (found / np.linalg.norm(found.astype(np.float64))).astype(np.float32)
+
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` most likely tokens after `tokens`, one at a time through llama.cpp's cache."""
         self._clear()
@@ -141,7 +153,7 @@ class LlamaCpp:
         """
         self._seen = {}
         try:
-            self.logits(tokens)
+            _ = self.vector(tokens) if self._pools else self.logits(tokens)
             seen = {name: np.concatenate(parts) for name, parts in self._seen.items()}
         finally:
             self._seen = None
@@ -216,6 +228,11 @@ class LlamaCpp:
 
         The array is llama.cpp's own memory, valid until the next call. Raises ValueError past the context.
         """
+        self._run(tokens, position)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(tokens), self._vocab_size))
+
+    def _run(self, tokens: Sequence[int], position: int) -> None:
+        """Take the tokens, which follow so many in the cache, through the graph."""
         if position + len(tokens) > self._context_size:
             raise ValueError(f"{position + len(tokens)} tokens do not fit into a context of {self._context_size}")
         batch = self._batch
@@ -232,4 +249,3 @@ class LlamaCpp:
             status = self._api.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returns {status}: {' '.join(self._api.messages)}")
-        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(tokens), self._vocab_size))
