@@ -115,7 +115,8 @@ def export(
             progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
-    return Export(path=path, variant=variant, run=f"llama-server -m {quote(str(path))}", notes=notes, files=[path])
+    serves = "llama-server" if model.embedder is None else "llama-server --embeddings"
+    return Export(path=path, variant=variant, run=f"{serves} -m {quote(str(path))}", notes=notes, files=[path])
 
 
 def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], imatrix: Path | None = None) -> int:
