@@ -248,9 +248,16 @@ def from_bf16(bits: NDArray[np.uint16]) -> Floats:
 def to_bf16(values: Floats) -> NDArray[np.uint16]:
     """The bit patterns of float32 values rounded to bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)  # in place: arrays on the way take longer than what is computed
+    rounded += bits
+    rounded >>= np.uint32(16)
+    found = rounded.astype(np.uint16)
     nan = np.isnan(values)
-    return np.where(nan, np.uint32(0x7FC0), rounded).astype(np.uint16)
+    if nan.any():
+        found[nan] = 0x7FC0
+    return found
 
 
 def round_to(values: Floats, dtype: DType) -> Floats:
