@@ -116,7 +116,10 @@ class Judge:
             byte = file.read(1)[0]
             file.seek(flip.offset)
             file.write(bytes([byte ^ flip.bits]))
-        status, reason = self.bench.judge(flip.target, flip.variant, path, wording=flip.part != "weights")
+        try:
+            status, reason = self.bench.judge(flip.target, flip.variant, path, wording=flip.part != "weights")
+        except Exception as error:  # which a step ends with
+            return "caught", f"a step that fails: {type(error).__name__}: {error}"
         if status != "pass":
             return "caught", reason
         same = outputs(self.bench, flip.target, path) == self._clean(flip.target, flip.variant)
@@ -146,7 +149,7 @@ def outputs(bench: Bench, target: str, path: Path) -> Any:
             found.append((habits.begins, habits.stops, habits.decode(ids) if habits.decode else None))
     layouts = [conversation.layout() for conversation in chat.CONVERSATIONS]
     template = artifact.template() if artifact else None
-    found += [runtime.chat(layouts), [template.render(layout) for layout in layouts] if template else None]
+    found += [runtime.chat(layouts), template.render(layouts) if template else None]
     runtime.close()
     return found
 
@@ -175,8 +178,6 @@ def run(work: Path, flips: list[Flip]) -> list[Flip]:
         except BrokenProcessPool:
             verdict, reason = "caught", "the process died"
             pool = ProcessPoolExecutor(1, context, _start, (work,))
-        except Exception as error:
-            verdict, reason = "caught", f"a step that fails: {type(error).__name__}: {error}"
         done.append(Flip(**{**asdict(flip), "verdict": verdict, "reason": reason.splitlines()[0] if reason else ""}))
         if verdict != "caught" or reason.startswith(("the process", "a step")):
             print(f"{verdict}: {flip.file} {flip.offset} ^{flip.bits:#x}: {flip.around} {reason[:200]}", flush=True)

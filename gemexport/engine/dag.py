@@ -28,7 +28,7 @@ from gemexport.formats.grids.recipe import Recipe
 from gemexport.formats.grids.vector_codec import Codec
 from gemexport.request import Request, Step
 from gemexport.shared.node import Call, Node, Outcome
-from gemexport.shared.place import Asked, Place
+from gemexport.shared.place import Asked, Place, played_of
 
 
 def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
@@ -174,7 +174,10 @@ def validators(asked: Request, checkpoint: Checkpoint, place: Place, wanted: lis
         noises.add("bf16")  # which tells what of the loss is noise
         call = Call("gemexport.engine.steps:reference", {"place": place, "noises": tuple(sorted(noises))})
         positions = asked.tokens * (len(checkpoint.architecture.layers) + 1)
-        total, writes = positions * (1 + len(noises)), logits * (2 if checkpoint.activations else 1)
+        total, writes = (
+            positions * (1 + len(played_of(noises, checkpoint))),
+            logits * (2 if checkpoint.activations else 1),
+        )
         noisy = len(noises) * logits  # all of them go through a layer together
         nodes.append(Node("reference", call, memory=memory, total=total, writes=writes, scratch=noisy, all_cores=True))
     for step, before in wanted:

@@ -13,7 +13,16 @@ from gemexport.formats.grids.search import GridIndex, find_grids
 from gemexport.formats.storage.files import atomic, remove
 from gemexport.registry import TARGETS
 from gemexport.shared.measured import Divergence
-from gemexport.shared.place import FLOORS, PLAYED_TOKENS, Place, Progress, model_activations, opened
+from gemexport.shared.place import (
+    FLOORS,
+    PLAYED_TOKENS,
+    UNROUNDED,
+    Place,
+    Progress,
+    model_activations,
+    opened,
+    played_of,
+)
 from gemexport.shared.probes import probe_of
 from gemexport.shared.vectors import VectorDistance
 from gemexport.shared.widths import widths
@@ -53,7 +62,7 @@ def export(place: Place, target: str, variant: str, path: Path, options: dict[st
 def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict[str, Divergence | VectorDistance]:
     """What the source's weights give in f32, and how far the same weights are from that in other arithmetics.
 
-    Progress in positions, for f32 and each of `noises` once a layer and once for the head.
+    Progress in positions, for f32 and each of `played_of(noises)` once a layer and once for the head.
     """
     from gemexport.validators.reference.store import compute_together
 
@@ -62,26 +71,28 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
     passages = place.passages(checkpoint)
     sequences = [passage.tokens for passage in passages]
     wanted, played = [(place.source(), sequences)], {}
-    for arithmetic in noises:
+    for name in played_of(noises, checkpoint):
+        arithmetic = name.removesuffix(UNROUNDED)
         # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
         rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
+        rounded = None if name.endswith(UNROUNDED) else rounded
         exact = place.store("source", checkpoint, tensors, rounded)
         noisy = place.store("source", checkpoint, tensors, rounded, arithmetic)
         # What is left of f32 differs little from token to token, but where integers are made of it.
-        few = probe.prefixes and arithmetic.startswith("f32") and not checkpoint.activations
+        few = probe.prefixes and arithmetic.startswith("f32") and not rounded
         judged = [sequences[0][:PLAYED_TOKENS]] if few else sequences
         wanted += [(exact, sequences), (noisy, judged)]
-        played[arithmetic] = exact, noisy, judged
+        played[name] = exact, noisy, judged
     compute_together(wanted, progress)
     floors = {}
-    for arithmetic, (exact, noisy, judged) in played.items():
+    for name, (exact, noisy, judged) in played.items():
         total = probe.sums()
         for whole, sequence in zip(sequences, judged, strict=False):
             given = exact.logits(whole)[: len(sequence)] if probe.prefixes else exact.logits(whole)
             total.add(given, noisy.logits(sequence), sequence)
         remove(noisy.folder)
         kinds = [(passage.kind, len(tokens)) for passage, tokens in zip(passages, judged, strict=False)]
-        floors[arithmetic] = probe.figures(total, kinds)
+        floors[name] = probe.figures(total, kinds)
     with atomic(place.work / FLOORS) as partial:
         partial.write_text(json.dumps({name: found.model_dump() for name, found in floors.items()}), "utf-8")
     return floors

@@ -25,7 +25,7 @@ from gemexport.shared.measured import (
     LogitsReport,
     SpeedReport,
 )
-from gemexport.shared.place import Place, Progress, threads
+from gemexport.shared.place import Place, Progress, played_by, threads
 from gemexport.shared.probes import Sums, probe_of
 from gemexport.shared.vectors import VectorDistance, VectorsReport
 from gemexport.validators.checks.layers import departure
@@ -72,8 +72,9 @@ class Trial:
         self._watch, self._attempts, self._frugal = watch, attempts, frugal
         self._checkpoint, self._target, self._path = checkpoint, target, path
         self._place = place
-        self._probe = probe_of(checkpoint.model)
-        played = place.floors(self._probe).get(target.played)
+        self._probe, activations = probe_of(checkpoint.model), target.activations(path)
+        self.played = played_by(target.played, checkpoint, activations)
+        played = place.floors(self._probe).get(self.played)
         self._limit = LIMITS[self._probe.name](None if played is None else played.mean)
         self._tie = tie(played) if self._probe.continues else 0.0
         self._scratch = place.work / "logits" / f"{target.name}-{path.name}"
@@ -86,7 +87,7 @@ class Trial:
         self.wording: Wordings | None = None  # in the first arithmetic
         self.departs: DepartureReport | None = None  # of the first runtime that does, in f32
         self._source = place.source()
-        self._read_back = place.store(digest, checkpoint, read_back, target.activations(path))
+        self._read_back = place.store(digest, checkpoint, read_back, activations)
 
     def _load(self, adapter: ModuleType, arithmetic: str | None) -> Runtime:
         context = max(map(len, self._sequences)) + GREEDY_TOKENS

@@ -104,6 +104,7 @@ class _Judging:
         trial = self.attempts.make(part, partial(Trial, *given))
         if trial is None:
             return
+        self.found = replace(self.found, played=trial.played)
         try:
             first = _Program(self.target.adapter(), self.target.arithmetics, part)
             runs = self._judged(trial, first, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +31,7 @@ GRIDS = "grids"
 RANGES = "ranges"
 VECTORS = "ple-codec"  # of the vector codec's fit
 PLAYED_TOKENS = 128  # of the first sequence, on which another f32 is played
+UNROUNDED = " without integers"  # behind the name of an f32 that is played without a checkpoint's static scales
 FLOORS = "reference/floors.json"  # file in it of what other arithmetics are off by
 SOURCE = "source"  # of what is unpacked from a model in one file
 JUDGED = "judged"  # of what validators have found so far
@@ -128,6 +129,20 @@ class Place:
 def model_activations(checkpoint: Checkpoint) -> Activations | None:
     """The static scales that transformers computes a checkpoint with: it keeps caches in floating point."""
     return checkpoint.activations.without_caches() if checkpoint.activations else None
+
+
+def played_of(noises: Collection[str], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What PyTorch plays: these arithmetics, and those of f32 without a checkpoint's static scales too if it has some.
+
+    A program that leaves the scales out is held to the second: integers made of f32 differ a thousand times as much.
+    """
+    rounded = [f"{name}{UNROUNDED}" for name in noises if name.startswith("f32")] if checkpoint.activations else []
+    return (*noises, *rounded)
+
+
+def played_by(played: str, checkpoint: Checkpoint, stored: Activations | None) -> str:
+    """The name of what a program's f32 is held to: `played`, without integers where the artefact makes none."""
+    return f"{played}{UNROUNDED}" if checkpoint.activations and not stored else played
 
 
 @dataclass(frozen=True)
