@@ -234,6 +234,7 @@ def applicable(name: str, target: str, variant: str, bench: Bench) -> Fault | st
         "per-layer embedding shifted by a layer": decoder.per_layer is None,
         "RoPE partial factor wrong": not partial and target not in ("onnx", "coreml"),
         "soft cap lost": decoder.final_softcap is None,
+        "tied head untied with noise": not decoder.tied,
         "shared KV layer reads the wrong donor": all(layer.owns_cache for layer in decoder.layers),
         **dict.fromkeys(OF_EXPERTS, bench.source == "mobile"),
     }
