@@ -29,6 +29,8 @@ def export(
     validate: bool = True,
     allow_partial: bool = False,
     max_kld: float | None = None,
+    size: int | str | None = None,
+    bits: float | None = None,
     fresh: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     ple_codec: str | None = None,
@@ -43,8 +45,10 @@ def export(
     `ple_codec`, such as "aqlm:2x8" or "none,aqlm:2x8", is for the per-layer embeddings, an artefact each in formats
     that hold one (docs/ple-codec.md). `progress` is called with an `Advance` whenever a step starts, advances or ends;
     what it raises ends the run. Without it there are bars on a terminal, on standard error, and nothing elsewhere. With
-    `allow_partial` the report is `ok` also where something was not judged, and nothing is known to be wrong; `max_kld`
-    is the mean loss in nats that may be, in place of the recipe's and of what is called `poor` (docs/bounds.md).
+    `allow_partial` the report is `ok` also where something was not judged, and nothing is known to be wrong; `size`
+    (bytes, or such as "2.6GB"), `bits` (of codes, in the mean) or else `max_kld` (nats) choose the width of every plain
+    matrix (docs/recipes.md); `max_kld` is also the mean loss that may be, in place of the recipe's and of what is
+    called `poor` (docs/bounds.md).
 
     Writes into `out` (default: `NAME-gemexport`) and returns what `report.json` there holds. Raises InputError when
     the request or the checkpoint is at fault, RuntimeError when a step fails without which there is nothing; an
@@ -56,8 +60,8 @@ def export(
     asked = request(
         model=model, out=out, formats=formats, variants=variants, recipe=recipe, jobs=jobs, memory=memory,
         adapter=adapter, compress=compress, compress_python=compress_python, calibration=calibration, tokens=tokens,
-        validate=validate, allow_partial=allow_partial, max_kld=max_kld, fresh=fresh, options=options,
-        ple_codec=ple_codec,
+        validate=validate, allow_partial=allow_partial, max_kld=max_kld, size=size, bits=bits, fresh=fresh,
+        options=options, ple_codec=ple_codec,
     )  # fmt: skip
     with listening(progress) as events:
         return run(asked, events)
@@ -80,7 +84,8 @@ def validate(
 ) -> ArtifactReport:
     """Judge an artefact, whoever made it, against the checkpoint (and the LoRA adapter) it was made from.
 
-    With `out` the reports lie in that folder, where `allow_partial` says what is well; `max_kld` is as in `export`.
+    With `out` the reports lie in that folder, where `allow_partial` says what is well; `max_kld` is the mean
+    loss that may be.
     With `qnn_context` an NPU variant of ONNX is also compiled for Qualcomm's HTP of architecture `qnn_arch` and run in
     its emulator; the context binaries appear in that folder. `progress` is as in `export`. Raises InputError when one
     of them cannot be read, RuntimeError when a step fails without which there is no verdict.

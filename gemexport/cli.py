@@ -54,6 +54,20 @@ MaxKld = Annotated[
     float | None,
     typer.Option(metavar="NATS", help="The mean loss that may be; default: the recipe's, or what is not called poor."),
 ]
+Within = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="The mean loss that may be: of a plain model the smallest artefacts within it, and the verdict's limit.",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Bytes of an artefact at most, such as 2.6GB: widths are chosen, matrix by matrix."
+    ),
+]
+Bits = Annotated[float | None, typer.Option(metavar="BITS", help="The same for the mean width of codes, such as 4.5.")]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
 Fresh = Annotated[
     bool,
@@ -122,7 +136,9 @@ def export_all(
     tokens: Tokens = 512,
     no_validate: NoValidate = False,
     allow_partial: AllowPartial = False,
-    max_kld: MaxKld = None,
+    max_kld: Within = None,
+    size: Size = None,
+    bits: Bits = None,
     fresh: Fresh = False,
     ple_codec: PleCodec = None,
     as_json: Json = False,
@@ -132,7 +148,7 @@ def export_all(
         as_json, model=model, out=out, formats=split_formats(only), skip=split_formats(skip),
         variants=split_variants(variants), adapter=adapter, compress=compress, compress_python=compress_python,
         calibration=calibration, recipe=recipe, jobs=jobs, memory=memory, tokens=tokens, validate=not no_validate,
-        allow_partial=allow_partial, max_kld=max_kld, fresh=fresh, ple_codec=ple_codec,
+        allow_partial=allow_partial, max_kld=max_kld, size=size, bits=bits, fresh=fresh, ple_codec=ple_codec,
     )  # fmt: skip
 
 
@@ -141,7 +157,8 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "out": (Out, None), "adapter": (Adapter, None), "compress": (Compress, None),
     "compress_python": (CompressPython, None), "calibration": (Calibration, None), "recipe": (RecipeName, "default"),
     "memory": (Memory, None), "tokens": (Tokens, 512), "no_validate": (NoValidate, False),
-    "allow_partial": (AllowPartial, False), "max_kld": (MaxKld, None), "fresh": (Fresh, False),
+    "allow_partial": (AllowPartial, False), "max_kld": (Within, None),
+    "size": (Size, None), "bits": (Bits, None), "fresh": (Fresh, False),
     "as_json": (Json, False),
 }  # fmt: skip
 
@@ -262,6 +279,33 @@ def plan(
         memory=memory, tokens=tokens, validate=not no_validate, ple_codec=ple_codec,
     )  # fmt: skip
     print_plan(asked, as_json)
+
+
+@app.command()
+def sweep(
+    model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to look at.")] = None,
+    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    variants: Variants = None, adapter: Adapter = None, calibration: Calibration = None,
+    recipe: RecipeName = "default", jobs: Jobs = None, memory: Memory = None, fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Tell what a plain MODEL would lose at which size in each format, before any artefact is written."""
+    from gemexport.report.console import watching
+    from gemexport.request import request
+    from gemexport.sweep import as_json as spelt
+    from gemexport.sweep import print_sweep
+    from gemexport.sweep import sweep as run_sweep
+
+    asked = request(
+        model=model, out=out, formats=split_formats(only), skip=split_formats(skip), variants=split_variants(variants),
+        adapter=adapter, calibration=calibration, recipe=recipe, jobs=jobs, memory=memory, fresh=fresh,
+    )  # fmt: skip
+    with watching(as_json) as events:
+        found = run_sweep(asked, events)
+    if as_json:
+        _print_json(spelt(found))
+    else:
+        print_sweep(asked, found)
 
 
 @app.command()

@@ -56,6 +56,7 @@ class Target:
     noises: tuple[str, ...] = ()  # arithmetics of PyTorch that a runtime which does not compute in f32 is held to
     codec_variants: tuple[str, ...] = ()  # those that hold per-layer embeddings in a vector codec
     variant_noises: tuple[tuple[str, tuple[str, ...]], ...] = ()  # more of them, and the variants that they are for
+    code_widths: tuple[tuple[str, tuple[int, ...]], ...] = ()  # variants that hold a matrix in any of so many bits
     calibrated: tuple[str, ...] = ()  # variants that want ranges of activations, of which they make integers
     second_runtimes: tuple[str, ...] = ()  # of gemexport.validators.runtimes: programs that run what they take besides
     second_variants: tuple[str, ...] = ()  # that these take
@@ -144,6 +145,10 @@ class Target:
             *(noise for noise, variants in self.variant_noises if foreign or variant in variants),
         )
 
+    def widths(self, variant: str) -> tuple[int, ...]:
+        """The bits of codes that a variant holds as narrow as they are, matrix by matrix; none of those made anew."""
+        return next((widths for name, widths in self.code_widths if name == variant), ())
+
     def missing(self) -> list[str]:
         """Packages of the extra that are not installed."""
         return [package for package in self.packages if not _installed(package)]
@@ -188,7 +193,7 @@ TARGETS: dict[str, Target] = {
             "gguf/{name}-{variant}.gguf",
             "gguf", "llama_cpp", "llama", ("gguf", "xllamacpp"),
             arithmetics=(None, "f32"), noises=("bf16", "int8-activations"), copies=4,
-            played="f32-f16-gelu",
+            played="f32-f16-gelu", code_widths=(("Q4_0", (4, 5, 8)),),
             variant_noises=(("int8-activations-256", _K_QUANTS),),
             settings=(
                 Setting("imatrix", "Importances for K-quants, from llama-imatrix; docs/kquants.md.", Path, "FILE"),
@@ -196,14 +201,14 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "mlx", "MLX", "Macs", ("4bit",), ("4bit", "bf16", "f32"), "mlx/{variant}",
-            "mlx", "mlx", "mlx", ("mlx", "mlx_lm"),
+            "mlx", "mlx", "mlx", ("mlx", "mlx_lm"), code_widths=(("4bit", (2, 3, 4, 5, 6, 8)),),
             settings=(Setting("scales", "f16, bf16 or f32; see docs/mlx-scales.md."),),
         ),
         Target(
             "onnx", "ONNX", "ONNX Runtime and NPUs", ("int4", "npu"), ("int4", "npu", "npu-a8", "npu-a16", "f32"),
             "onnx/{variant}",
             "onnx", "onnxruntime", "onnx", ("onnx", "onnx_ir", "onnxruntime"), calibrated=("npu-a8", "npu-a16"),
-            codec_variants=("int4", "npu", "npu-a8", "npu-a16"),
+            codec_variants=("int4", "npu", "npu-a8", "npu-a16"), code_widths=(("int4", (2, 4, 8)), ("npu", (4, 8))),
             variant_users=(("ONNX Runtime", ("int4", "f32")), ("NPUs", ("npu", "npu-a8", "npu-a16"))),
             variant_noises=(("bf16", ()), ("int8-activations", ())),  # somebody else's compute in f16, or round to int8
             computes_with_scales=True, second_runtimes=("openvino",), second_variants=("npu",),
@@ -219,13 +224,13 @@ TARGETS: dict[str, Target] = {
             "coreml", "coreml", "coreml", ("coremltools", "torch"), arithmetics=_CORE_ML, noises=("bf16",),
             played="f32-f16-constants", stand_in=None if platform.system() == "Darwin" else _NO_CORE_ML,
             computes_with_scales=True,
-            codec_variants=("int4",),
+            codec_variants=("int4",), code_widths=(("int4", (2, 4, 8)),),
         ),
         Target(
             "compressed-tensors", "compressed-tensors", "vLLM and transformers", ("w4a16",), ("w4a16", "bf16"),
             "compressed-tensors/{variant}",
             "compressed_tensors", "compressed_tensors", "compressed-tensors", ("compressed_tensors", "transformers"),
-            computes_with_scales=True,
+            computes_with_scales=True, code_widths=(("w4a16", (4, 8)),),  # vLLM has kernels for these
             settings=(
                 Setting(
                     "pack_embeddings",

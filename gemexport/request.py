@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from gemexport.compress import FOLDER, Compression, compression
 from gemexport.formats.checkpoint import Adapters, Checkpoint, adapter_folders, checkpoint_name, open_checkpoint
+from gemexport.formats.grids.allocation import Goal
 from gemexport.formats.grids.recipe import RECIPES, Recipe, load_recipe
 from gemexport.formats.grids.vector_codec import Codec, parse_all
 from gemexport.formats.storage.errors import InputError
@@ -51,6 +52,22 @@ def _memory(given: Any) -> Any:
     if size < MEGABYTE and not text[-1].isalpha():
         raise InputError(f"--memory {text}", "is too small for bytes", "write a unit, such as 8GB")
     return size
+
+
+def _size(given: Any) -> Any:
+    """Bytes of a size such as 2.6GB or 2.6GiB; InputError for anything else."""
+    if given is None or isinstance(given, int):
+        return given
+    try:
+        return TypeAdapter(ByteSize).validate_python(str(given).strip())
+    except ValidationError as error:
+        raise InputError(f"--size {given}", "is not a size", "write it like 2.6GB") from error
+
+
+def _mean_bits(bits: float | None) -> float | None:
+    if bits is not None and not 0 < bits <= 16:
+        raise InputError(f"--bits {bits}", "is no mean width of codes", "give bits, such as 4.5")
+    return bits
 
 
 def _budget(nats: float | None) -> float | None:
@@ -95,6 +112,8 @@ class Request:
     tokens: Annotated[int, AfterValidator(_at_least(2))] = DEFAULT_TOKENS
     validate: bool = True
     max_kld: Annotated[float | None, AfterValidator(_budget)] = None  # nats, in place of the recipe's
+    size: Annotated[int | None, BeforeValidator(_size)] = None  # bytes of an artefact at most: widths are chosen for it
+    bits: Annotated[float | None, AfterValidator(_mean_bits)] = None  # of a code, in the mean: likewise
     allow_partial: bool = False  # whether all is well where something was not judged, and nothing is known to be wrong
     fresh: bool = False
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of exporters, by format
@@ -112,6 +131,15 @@ class Request:
     def budget(self) -> Recipe:
         """The recipe with the loss that may be."""
         return self.recipe if self.max_kld is None else self.recipe.model_copy(update={"max_kld": self.max_kld})
+
+    @property
+    def goal(self) -> Goal | None:
+        """What widths are chosen for; beside a size or bits, a loss is but judged."""
+        if self.size is not None:
+            return Goal(kind="size", most=self.size)
+        if self.bits is not None:
+            return Goal(kind="bits", most=self.bits)
+        return None if self.max_kld is None else Goal(kind="max_kld", most=self.max_kld)
 
     def checkpoint(self) -> Checkpoint:
         """The model, with its adapter merged in; what lies beside its weights is judged when it is wanted."""
@@ -139,6 +167,8 @@ def request(
     chosen = [target(name).name for name in formats or ()]
     for path in (model, out or "."):
         _check_name(path)
+    if "size" in said and "bits" in said:
+        raise InputError(f"--size {said['size']} --bits {said['bits']}", "ask for two things", "give one of them")
     try:
         return Request(
             model=Path(model),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from gemexport.engine.dag import graph, judgement
+from gemexport.engine.dag import graph, grid_index, judgement
 from gemexport.engine.disk import check_room, is_ample
 from gemexport.engine.memory import COMMAND, logits_memory
 from gemexport.engine.output import claim, forget, work_beside
@@ -29,7 +29,7 @@ from gemexport.judge.speed import machine
 from gemexport.outcomes import artifact_report, crashed, fingerprint, model_report
 from gemexport.registry import Target, check_able
 from gemexport.report.earlier import Earlier, merged, withdrawn
-from gemexport.report.notes import compression_note, rounding_notes
+from gemexport.report.notes import allocation_notes, compression_note, rounding_notes
 from gemexport.report.schema import ArtifactReport, ModelReport, Report, package_versions
 from gemexport.request import Request, Step, refusals, steps
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
@@ -72,12 +72,14 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             renderer = beside.submit(_renderer)
             outcomes = scheduler.run(nodes, settings)
         source, notes = checkpoint, [*earlier.notes]
-        for name in ("compress", "grids", "round"):
+        for name in ("compress", "grids", "allocate", "round"):
             if name in outcomes:
                 value_of(name, outcomes)
         if asked.compression is not None:
             checkpoint = asked.place(work, source).checkpoint()
             notes.append(compression_note(asked.compression, asked.recipe, outcomes["compress"]))
+        if "allocate" in outcomes:
+            notes += allocation_notes(outcomes["allocate"])
         if "round" in outcomes:
             notes += rounding_notes(outcomes["round"])
         artifacts = [artifact_report(asked, step, outcomes, work) for step in wanted] + refused + unavailable
@@ -85,7 +87,7 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
         if errors and all(artifact.status in ("error", "skipped") for artifact in artifacts):
             raise errors[0]
         _sweep(work)
-        model = model_report(asked, source, checkpoint, outcomes["grids"], notes)
+        model = model_report(asked, source, checkpoint, _gridded(outcomes), notes)
         report = _report(asked, model, merged(earlier.rows, artifacts), outcomes, started)
         source.stamps.check()
         renderer.result().write_reports(report, asked.out)
@@ -98,6 +100,11 @@ def _exact(asked: Request, checkpoint: Checkpoint, nodes: list[Node], wanted: li
 
     checkpoint.unpack()
     return sized(nodes, artifact_sizes(asked, checkpoint, wanted), wanted)
+
+
+def _gridded(outcomes: Mapping[str, Outcome]) -> Outcome:
+    """How the search of grids ended, with those that formats were made of."""
+    return replace(outcomes["grids"], value=grid_index(outcomes))
 
 
 def _report(

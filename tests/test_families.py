@@ -14,6 +14,7 @@ from gemexport.demo.configs import wrapped
 from gemexport.formats.checkpoint import open_checkpoint
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.model import describe
+from gemexport.formats.grids.recipe import RECIPES
 from gemexport.formats.storage.errors import InputError
 from gemexport.registry import TARGETS
 from gemexport.report.schema import Report
@@ -67,14 +68,15 @@ NAMES = ("gemma4-12b", "gemma3-4b", "gemma2", "gemma", "vaultgemma")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_default_artefact_passes(name: str, rule: str | None, tmp_path: Path) -> None:
     variants = supported(name, {target.name: target.variants for target in TARGETS.values()})
-    kld = None if rule else 100.0  # what 4 bits cost random weights is not asked here
+    # What 4 bits cost random weights is not asked here: a recipe's budget, for which no width is chosen.
+    recipe = RECIPES["default"].model_copy(update={"max_kld": None if rule else 100.0})
     report = gemexport.export(
         made(name, tmp_path, rule),
         tmp_path / "out",
         formats=list(variants),
         variants=variants,
         tokens=128,
-        max_kld=kld,
+        recipe=recipe,
     )
     passed(report)
     assert sum(map(len, variants.values())) == len(report.artifacts) >= 4

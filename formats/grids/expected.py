@@ -33,10 +33,10 @@ def expected(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> Checkpoint
     chosen = recipe.chosen({name: None if name not in found else found[name] is not None for name in matrices}, left)
     for name, tensor in matrices.items():
         if tensor.grid is not None:
-            second = None if held_everywhere(tensor.grid) else _rounded(tensor, FALLBACK)
+            second = None if held_everywhere(tensor.grid) else rounded(tensor, FALLBACK)
             fallbacks |= {} if second is None else {name: second}
         elif name in chosen:
-            tensors[name] = _rounded(tensor, chosen[name]) or tensor
+            tensors[name] = rounded(tensor, chosen[name]) or tensor
         else:
             tensors[name] = found[name] or tensor
     return replace(checkpoint, tensors=tensors, fallbacks=fallbacks)
@@ -70,7 +70,7 @@ def _on_lattice(tensor: Tensor) -> GridTensor | None:
     )
 
 
-def _rounded(tensor: Tensor, scheme: Scheme) -> GridTensor | None:
+def rounded(tensor: Tensor, scheme: Scheme) -> GridTensor | None:
     """The tensor in a scheme, with scales of 1; None where it stays as it is."""
     rows, width = matrix_of(tensor.shape)
     if width % scheme.group_size:

@@ -18,6 +18,8 @@ from gemexport.formats.gemma.roles import Kind, Role
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.reading import read_text
 
+WIDTHS = (2, 3, 4, 5, 6, 8)  # of codes
+
 
 class Scheme(BaseModel):
     """Signed integer codes with one scale a block."""
@@ -30,8 +32,8 @@ class Scheme(BaseModel):
     @field_validator("bits")
     @classmethod
     def _known(cls, bits: int) -> int:
-        if bits not in (2, 4, 8):
-            raise ValueError("bits must be 2, 4 or 8")
+        if bits not in WIDTHS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}")
         return bits
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -263,6 +263,39 @@ def _fit_slice(tensor: Tensor, bounds: tuple[int, int], scheme: Scheme) -> tuple
         float(np.square(difference, dtype=np.float64).sum()),
         float(np.square(values, dtype=np.float64).sum()),
     )
+
+
+def allocate(
+    checkpoint: Checkpoint, source: Path, folder: Path, mark: str, schemes: Mapping[str, Scheme | None]
+) -> GridIndex:
+    """Keep in `folder` the grids of `source`, with other schemes for tensors that lie on no lattice; None: no grid.
+
+    A folder that was made under the same `mark` is used as it is, with the codes that were chosen in it since.
+    """
+    known, index = read_index(folder), read_index(source)
+    if known is not None and known.fingerprint == mark:
+        return known
+    assert index is not None
+    with atomic(folder) as partial:
+        partial.mkdir()
+        shutil.copyfile(source / SCALES, partial / SCALES)
+        with (partial / SCALES).open("ab") as file:
+            records = [
+                _again(checkpoint.tensors[record.name], record, schemes[record.name], file)
+                if record.name in schemes
+                else record
+                for record in index.tensors
+            ]
+        index = GridIndex(fingerprint=mark, tensors=records)
+        (partial / INDEX).write_text(index.model_dump_json(indent=1), "utf-8")
+    return index
+
+
+def _again(tensor: Tensor, record: GridRecord, scheme: Scheme | None, file: BinaryIO) -> GridRecord:
+    """The record of a plain tensor in another scheme, whose scales go to the end of `file`."""
+    plain = {"bits": None, "block": None, "scale_dtype": None, "codes": None, "offset": 0, "squared_error": 0.0}
+    bare = record.model_copy(update=plain)
+    return bare if scheme is None else _round(tensor, bare, scheme, file, None)
 
 
 Chosen = tuple[str, Iterable[tuple[Codes, Floats]]]  # a tensor's name; codes and scales of its rows, slice by slice

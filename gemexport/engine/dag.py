@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from gemexport.compress import PERCENT
+from gemexport.engine.budget import Artefact
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
 from gemexport.engine.memory import (
@@ -23,10 +24,15 @@ from gemexport.engine.memory import (
     validator_room,
 )
 from gemexport.engine.rounding import ENOUGH, candidates, rounded
+from gemexport.engine.sensitivity import scratch_bytes
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.model import LOGITS
 from gemexport.formats.grids.recipe import Recipe
+from gemexport.formats.grids.search import GridIndex
 from gemexport.formats.grids.vector_codec import Codec
+from gemexport.formats.storage.errors import InputError
 from gemexport.request import Request, Step
+from gemexport.shared.measured import Allocated
 from gemexport.shared.node import Call, Node, Outcome
 from gemexport.shared.place import Asked, Place, played_of
 
@@ -49,6 +55,10 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     scales = replaced(weights // 16, place.grids)[0]  # of 16 bits, one for 32 weights
     searching = search_memory(checkpoint)
     nodes.append(Node("grids", call, before, memory=searching, total=weights, writes=scales, light=True))
+    artefacts = allocated(asked, checkpoint, wanted)
+    if artefacts:
+        place = replace(place, allocated=True)
+        nodes.append(allocation(asked, checkpoint, place, artefacts))
     if wanted and rounds(asked):
         nodes.append(rounding(asked, checkpoint, place))
     nodes += codecs(checkpoint, place, wanted)
@@ -57,6 +67,52 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     if asked.validate and wanted:
         nodes += validators(asked, checkpoint, place, [(step, step.export_node) for step in wanted])
     return nodes
+
+
+def allocated(asked: Request, checkpoint: Checkpoint, wanted: Sequence[Step]) -> list[Artefact]:
+    """The artefacts that widths are chosen for; none without a goal. InputError for one that has no widths to choose.
+
+    A loss is but judged where there are none, where llm-compressor or a codec has chosen, and of a model that gives no
+    logits, of which none is measured.
+    """
+    if asked.goal is None:
+        return []
+    others = asked.compression is not None or any(asked.ple_codec) or checkpoint.model.gives != LOGITS
+    without = [step for step in wanted if others or not step.target.widths(step.variant)]
+    if without and asked.goal.kind != "max_kld":
+        problem = f"chooses widths, and those of {without[0].key} are given already or cannot be chosen by a loss"
+        raise InputError(f"--{asked.goal.kind}", problem, "leave out one of the two")
+    return [
+        Artefact(step.target.name, step.variant, asked.options.get(step.target.name, {}))
+        for step in wanted
+        if step not in without
+    ]
+
+
+def allocation(asked: Request, checkpoint: Checkpoint, place: Place, artefacts: Sequence[Artefact]) -> Node:
+    """The node that chooses widths."""
+    arguments = {
+        "place": place, "recipe": asked.recipe, "goal": asked.goal, "artefacts": artefacts, "text": asked.calibration,
+    }  # fmt: skip
+    call, layers = Call("gemexport.engine.budget:allocate_widths", arguments), checkpoint.architecture.layers
+    weights = checkpoint.architecture.parameters()
+    return Node(
+        "allocate", call, ("grids",), memory=room_to_round(asked, checkpoint), total=2 * len(layers),
+        writes=weights // 8, scratch=scratch_bytes(checkpoint), all_cores=True,
+    )  # fmt: skip
+
+
+def sweeping(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]) -> list[Node]:
+    """The nodes that tell what each of the artefacts would lose at which size."""
+    place = asked.place(work, checkpoint)
+    artefacts = [Artefact(step.target.name, step.variant) for step in wanted]
+    arguments = {"place": place, "recipe": asked.recipe, "artefacts": artefacts, "text": asked.calibration}
+    call, layers = Call("gemexport.engine.budget:sweep_widths", arguments), checkpoint.architecture.layers
+    node = Node(
+        "sweep", call, ("grids",), memory=room_to_round(asked, checkpoint), total=2 * len(layers),
+        scratch=scratch_bytes(checkpoint), all_cores=True,
+    )  # fmt: skip
+    return [*graph(asked, checkpoint, work, []), node]
 
 
 def rounds(asked: Request) -> bool:
@@ -72,16 +128,29 @@ def rounding(asked: Request, checkpoint: Checkpoint, place: Place) -> Node:
     call, model = Call("gemexport.engine.rounding:round_linears", arguments), checkpoint.model
     shapes = [model.specs[name].shape for name in rounded(model)]
     weights = sum(map(math.prod, shapes))
-    memory = rounding_memory(checkpoint, asked.tokens, max(shape[-1] for shape in shapes))
+    before = "allocate" if place.allocated else "grids"
     return Node(
-        "round", call, ("grids",), memory=memory, total=weights, writes=weights // 2, scratch=weights // 2,
-        all_cores=True, idle=lambda outcomes: not candidates(outcomes["grids"].value, model),
+        "round", call, (before,), memory=room_to_round(asked, checkpoint), total=weights, writes=weights // 2,
+        scratch=weights // 2, all_cores=True, idle=lambda outcomes: not candidates(grid_index(outcomes), model),
     )  # fmt: skip
 
 
-def gridded(asked: Request) -> str:
+def room_to_round(asked: Request, checkpoint: Checkpoint) -> int:
+    """What choosing codes takes, in one width or in all of them."""
+    model = checkpoint.model
+    return rounding_memory(checkpoint, asked.tokens, max(model.specs[name].shape[-1] for name in rounded(model)))
+
+
+def grid_index(outcomes: Mapping[str, Outcome]) -> GridIndex:
+    """The grids that formats are made of: as they were found, or in the widths that were chosen."""
+    chosen: Allocated | None = outcomes["allocate"].value if "allocate" in outcomes else None
+    index: GridIndex = outcomes["grids"].value if chosen is None else chosen.index
+    return index
+
+
+def gridded(asked: Request, place: Place) -> str:
     """The node after which every tensor has its grid."""
-    return "round" if rounds(asked) else "grids"
+    return "round" if rounds(asked) else "allocate" if place.allocated else "grids"
 
 
 def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:
@@ -101,7 +170,7 @@ def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Nod
 def export(asked: Request, checkpoint: Checkpoint, place: Place, step: Step, before: Sequence[Step]) -> Node:
     """The node that writes an artefact, after those of the steps `before` it."""
     own, options = replace(place, codec=step.codec), asked.options.get(step.target.name, {})
-    needs: tuple[str, ...] = (gridded(asked), *(() if step.codec is None else (f"codec {step.codec}",)))
+    needs: tuple[str, ...] = (gridded(asked, place), *(() if step.codec is None else (f"codec {step.codec}",)))
     if measures(asked, step):
         options = {**options, "ranges": ranges_file(own)}
         needs = (*needs, calibration_name(step.codec))
@@ -138,7 +207,7 @@ def calibrations(
             "sizes": {key: options[key] for key in ("context", "prefill") if key in options},
         }  # fmt: skip
         call = Call("gemexport.engine.calibration:calibrate", arguments)
-        needs = (gridded(asked), *(() if codec is None else (f"codec {codec}",)))
+        needs = (gridded(asked, place), *(() if codec is None else (f"codec {codec}",)))
         room = logits_memory(checkpoint, asked.tokens)
         nodes.append(Node(calibration_name(codec), call, needs, memory=room, total=checkpoint.plain_nbytes()))
     return nodes

@@ -54,7 +54,7 @@ def loss_bounds(report: LossReport, recipe: Recipe, sound: bool = True) -> list[
     _, kld, changed = LOSSES[-2]
     origin = "beyond it the loss is poor"
     finite = math.isfinite(report.kld_mean)
-    accepted = f"--max-kld {_rounded_up(report.kld_mean)} accepts it" if sound and finite else None
+    accepted = f"validate --max-kld {_rounded_up(report.kld_mean)} accepts it" if sound and finite else None
     by_kld = max(report.kinds, key=lambda part: _order(part.kld_mean))
     by_changed = max(report.kinds, key=lambda part: part.changed)
     return [

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from gemexport.compress import Compression
 from gemexport.formats.grids.recipe import Recipe, is_linear
 from gemexport.formats.grids.search import GridIndex, GridRecord
-from gemexport.shared.measured import ChatReport, Rounded, TokenizerReport, WeightsReport
+from gemexport.shared.measured import Allocated, ChatReport, Rounded, TokenizerReport, WeightsReport
 from gemexport.shared.node import Outcome
 
 
@@ -19,6 +19,20 @@ def compression_note(asked: Compression, recipe: Recipe, outcome: Outcome) -> st
     assert scheme is not None
     done = f"llm-compressor {outcome.value} quantized the linears ({asked.method}, {scheme.bits} bit, groups of"
     return f"{done} {scheme.group_size}); the loss is against the model before that"
+
+
+def allocation_notes(outcome: Outcome) -> list[str]:
+    """On widths that were chosen for a size or a loss."""
+    found: Allocated = outcome.value
+    if found.loss is None:
+        return ["--max-kld has no width to choose here: no matrix is plain, and what loses nothing stays as it is"]
+    total = sum(found.weights.values())
+    parts = ", ".join(f"{100 * count / total:.1f} % {name}" for name, count in found.weights.items())
+    sizes = ", ".join(f"{name} {size} bytes" for name, size in found.sizes.items())
+    asked = f"--{found.goal.kind.replace('_', '-')} {found.goal.most:g}"
+    rest = f"; as the recipe has them: {_kinds(found.rest)}" if found.rest else ""
+    told = f"widths were chosen for {asked}: {parts} of {total} weights; {found.loss:.3g} nats to be expected; {sizes}"
+    return [f"{told}{rest}"]
 
 
 def rounding_notes(outcome: Outcome) -> list[str]:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from gemexport.formats.grids.allocation import Goal
+from gemexport.formats.grids.search import GridIndex
 from gemexport.formats.tensor import DType, Grid, Kind
 
 if TYPE_CHECKING:
@@ -392,6 +394,29 @@ class NpuReport(ReportModel):
     errors: tuple[str, ...] = ()
     tokens: int = 0
     comparisons: tuple[NpuComparison, ...] = ()
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The widths of plain matrices that were chosen for a size or a loss."""
+
+    index: GridIndex
+    goal: Goal
+    loss: float | None = None  # nats a position that are to be expected; None where there was nothing to choose
+    weights: Mapping[str, int] = field(default_factory=dict)  # by width, those of units
+    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes by artefact
+    rest: tuple[str, ...] = ()  # matrices that keep the recipe's width
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A point on an artefact's curve."""
+
+    artefact: str
+    bytes: int
+    bits: float  # of a code, in the mean; what stays as it is counts as 16
+    loss: float  # nats a position that are to be expected
+    weights: Mapping[str, int]  # by width
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ Progress = Callable[[int], None]
 # The folder for what is no artefact in an output folder, and in it those of steps.
 WORK = ".gemexport"
 GRIDS = "grids"
+ALLOCATED = "grids-allocated"
 RANGES = "ranges"
 VECTORS = "ple-codec"  # of the vector codec's fit
 PLAYED_TOKENS = 128  # of the first sequence, on which another f32 is played
@@ -48,6 +49,7 @@ class Place:
     adapter: tuple[Path, ...] = ()  # folders of LoRA adapters that are merged into the model, in order
     compressed: Path | None = None  # what the node `compress` makes of it, and the formats are made of
     codec: Codec | None = None  # for the per-layer embeddings, where a format holds one
+    allocated: bool = False  # whether widths were chosen for a size or a loss: those grids are others
     stamps: Stamps = NOTHING  # what the files of model and adapter have had since the run opened them
 
     @property
@@ -58,8 +60,8 @@ class Place:
 
     @property
     def grids(self) -> Path:
-        """Folder of the scales that the lattice search found."""
-        return self.work / GRIDS
+        """Folder of the scales that the lattice search found, or of those in the widths that were chosen."""
+        return self.work / (ALLOCATED if self.allocated else GRIDS)
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint as it is; what its file has instead of a tokenizer.json is unpacked once for all steps."""

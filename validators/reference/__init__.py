@@ -67,10 +67,15 @@ class Reference:
         self.decoder, self._threads = decoder, threads
 
     @contextmanager
-    def walk(self, sequences: Sequence[Sequence[int]], beside: Path | None = None) -> Iterator[Walk]:
-        """These sequences on their way through the layers; what waits lies in a folder in `beside` meanwhile."""
+    def walk(
+        self, sequences: Sequence[Sequence[int]], beside: Path | None = None, keeps: bool = False
+    ) -> Iterator[Walk]:
+        """These sequences on their way through the layers; what waits lies in a folder in `beside` meanwhile.
+
+        One that `keeps` what went into each layer can be gone back (`gradients`).
+        """
         with tempfile.TemporaryDirectory(prefix="walk-", dir=beside) as folder:
-            yield Walk(self.decoder, sequences, Path(folder), self.arithmetic, self._threads)
+            yield Walk(self.decoder, sequences, Path(folder), self.arithmetic, self._threads, keeps)
 
     def write_logits(
         self,

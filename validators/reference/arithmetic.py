@@ -55,12 +55,12 @@ def install(model: Any, arithmetic: Arithmetic) -> None:
 
 
 @contextmanager
-def computing(arithmetic: str, threads: int) -> Iterator[None]:
-    """Compute with so many threads, and keep nothing for gradients."""
+def computing(arithmetic: str, threads: int, gradients: bool = False) -> Iterator[None]:
+    """Compute with so many threads, and keep nothing for gradients but for who asks."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), _Bf16Products() if arithmetic == "bf16" else nullcontext():
+        with torch.inference_mode(not gradients), _Bf16Products() if arithmetic == "bf16" else nullcontext():
             yield
     finally:
         torch.set_num_threads(before)

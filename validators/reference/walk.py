@@ -33,10 +33,17 @@ class Walk:
     """
 
     def __init__(
-        self, decoder: Decoder, sequences: Sequence[Sequence[int]], folder: Path, arithmetic: str, threads: int
+        self,
+        decoder: Decoder,
+        sequences: Sequence[Sequence[int]],
+        folder: Path,
+        arithmetic: str,
+        threads: int,
+        keeps: bool = False,
     ) -> None:
-        self._decoder, self._arithmetic, self._threads = decoder, arithmetic, threads
-        self._layers = list(decoder.text.layers)
+        self.decoder, self._arithmetic, self._threads = decoder, arithmetic, threads
+        self.modules = list(decoder.text.layers)
+        self.keeps = keeps  # what went into each layer, for who goes back
         self.sequences = [list(sequence) for sequence in sequences]
         self.shelf = Shelf(folder)
         self.given: dict[int, list[dict[str, Any]]] = {}  # to each layer, by the length of the sequence
@@ -44,31 +51,31 @@ class Walk:
 
     def _enter(self) -> None:
         """What goes into the first layer, and what each layer is given beside what the one before gave."""
-        text = self._decoder.text
-        notes = [_Note() for _ in self._layers]
+        text = self.decoder.text
+        notes = [_Note() for _ in self.modules]
         norm, text.norm, text.layers = text.norm, torch.nn.Identity(), torch.nn.ModuleList(notes)
-        later = {*self._decoder.embeddings, *_LATER}
+        later = {*self.decoder.embeddings, *_LATER}
         with self.computing(), ExitStack() as held:
             for name, module in text.named_children():
                 if name not in later:
-                    held.enter_context(self._decoder.filled(module))
+                    held.enter_context(self.decoder.filled(module))
             for number, tokens in enumerate(self.sequences):
                 ids, places = np.unique(tokens, return_inverse=True)
-                for name in self._decoder.embeddings:
-                    setattr(text, name, self._decoder.table(name, ids.tolist()))
+                for name in self.decoder.embeddings:
+                    setattr(text, name, self.decoder.table(name, ids.tolist()))
                 embedded = text(input_ids=torch.from_numpy(places)[None], use_cache=False).last_hidden_state
                 self.shelf.put(f"hidden-0-{number}", embedded)
                 for index, note in enumerate(notes):
                     self.shelf.put(f"inputs-{index}-{number}", *note.inputs)
                 if len(tokens) not in self.given:
                     self.given[len(tokens)] = [note.options for note in notes]
-        text.norm, text.layers = norm, torch.nn.ModuleList(self._layers)
-        for name, module in self._decoder.embeddings.items():
+        text.norm, text.layers = norm, torch.nn.ModuleList(self.modules)
+        for name, module in self.decoder.embeddings.items():
             setattr(text, name, module)
 
     def layers(self) -> Iterator[Visit]:
         """Each layer in order, filled while it is the one; who asks for no outputs of it gets them computed anyhow."""
-        for index in range(len(self._layers)):
+        for index in range(len(self.modules)):
             with self.layer(index) as visit:
                 yield visit
 
@@ -77,9 +84,9 @@ class Walk:
         """The layer of this index, the one after the last, filled as long as the block lasts; with these weights, if
         they were read already.
         """
-        module = self._layers[index]
-        with self._decoder.filled(module, weights):
-            visit = Visit(self, index, module, self._decoder.name(module))
+        module = self.modules[index]
+        with self.decoder.filled(module, weights):
+            visit = Visit(self, index, module, self.decoder.name(module))
             yield visit
             visit.finish()
 
@@ -91,24 +98,24 @@ class Walk:
     def logits(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         """Slices of the vocabulary: (sequence, first token id, last and one, logits `[n, ids]` in f32)."""
         with self.head():
-            for start, stop in head_slices(self._decoder.head.shape):
-                weight = self._decoder.read(self._decoder.head, start, stop)
+            for start, stop in head_slices(self.decoder.head.shape):
+                weight = self.decoder.read(self.decoder.head, start, stop)
                 for number, found in self.slice(weight):
                     yield number, start, stop, found
 
     def last(self) -> Iterator[torch.Tensor]:
         """What the head is multiplied with, `[n, hidden]` of each sequence in turn; `layers()` comes before it."""
-        decoder = self._decoder
+        decoder = self.decoder
         with decoder.filled(decoder.text.norm):
             for number in range(len(self.sequences)):
-                (hidden,) = self.shelf.get(f"hidden-{len(self._layers)}-{number}")
+                (hidden,) = self.shelf.get(f"hidden-{len(self.modules)}-{number}")
                 with self.computing():
                     found = decoder.text.norm(hidden)
                 yield found[0]
 
     def vectors(self) -> Iterator[torch.Tensor]:
         """What becomes of each sequence after the last layer: a vector `[size]` in f32, of length 1."""
-        decoder, last = self._decoder, len(self._layers)
+        decoder, last = self.decoder, len(self.modules)
         with ExitStack() as held:
             for module in (decoder.text.norm, *decoder.dense):
                 held.enter_context(decoder.filled(module))
@@ -124,7 +131,7 @@ class Walk:
     @contextmanager
     def head(self) -> Iterator[None]:
         """What comes after the layers, ready for slices of the head's rows as long as the block lasts."""
-        decoder, model = self._decoder, self._decoder.model
+        decoder, model = self.decoder, self.decoder.model
         with decoder.filled(decoder.text.norm):
             model.model = _Last(decoder.text.norm)
             yield
@@ -133,8 +140,8 @@ class Walk:
 
     def slice(self, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """With these rows of the head `[ids, hidden]`: each sequence, and its logits `[n, ids]` in f32."""
-        model, last = self._decoder.model, len(self._layers)
-        model.lm_head.weight = torch.nn.Parameter(weight.to(self._decoder.dtype), requires_grad=False)
+        model, last = self.decoder.model, len(self.modules)
+        model.lm_head.weight = torch.nn.Parameter(weight.to(self.decoder.dtype), requires_grad=False)
         for number in range(len(self.sequences)):
             with self.computing():
                 (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
@@ -142,9 +149,9 @@ class Walk:
             yield number, found
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Compute as the reference does, for as long as the block lasts."""
-        with computing(self._arithmetic, self._threads):
+    def computing(self, gradients: bool = False) -> Iterator[None]:
+        """Compute as the reference does, for as long as the block lasts, keeping things for gradients if asked."""
+        with computing(self._arithmetic, self._threads, gradients):
             yield
 
 
@@ -243,10 +250,12 @@ class Visit:
                 installed.remove()
 
     def finish(self) -> None:
-        """See to it that the next layer has its inputs, and forget this one's."""
+        """See to it that the next layer has its inputs, and forget this one's, unless the walk keeps them."""
         if not self._done:
             for _ in self.outputs():
                 pass
+        if self._walk.keeps:
+            return
         for number in range(len(self._walk.sequences)):
             self._walk.shelf.drop(f"hidden-{self.index}-{number}")
             self._walk.shelf.drop(f"inputs-{self.index}-{number}")

@@ -67,8 +67,10 @@ def test_a_poor_loss_is_broken_and_says_what_accepts_it() -> None:
     assert found is not None
     broken = [str(bound) for bound in loss_bounds(found, DEFAULT) if not bound.held]
     assert broken == [
-        "loss.kld_mean of code texts is 0.41, not <= 0.25 (beyond it the loss is poor): --max-kld 0.34 accepts it",
-        "loss.changed of code texts is 0.4, not <= 0.3 (beyond it the loss is poor): --max-kld 0.34 accepts it",
+        "loss.kld_mean of code texts is 0.41, not <= 0.25 (beyond it the loss is poor): "
+        "validate --max-kld 0.34 accepts it",
+        "loss.changed of code texts is 0.4, not <= 0.3 (beyond it the loss is poor): "
+        "validate --max-kld 0.34 accepts it",
     ]
     assert all(bound.where is None for bound in loss_bounds(found, DEFAULT, sound=False))
     (accepted,) = loss_bounds(found, DEFAULT.model_copy(update={"max_kld": 0.34}))
