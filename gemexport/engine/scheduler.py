@@ -74,7 +74,7 @@ class Scheduler:
                         running[started.worker.connection.fileno()] = started
                     ended = self._wait(running, ended_beside)
                     if beside is not None and beside.done():
-                        beside.result()
+                        self._end(beside)
                         ended_beside = None
                 light.difference_update(node.name for node, _ in ended)
                 if not light:  # nobody waits for what they hold in memory
@@ -87,13 +87,21 @@ class Scheduler:
                     if outcome is not _IDLE:
                         self.events.ended(node, outcome)
             if beside is not None:
-                beside.result()
+                self._end(beside)
         finally:
             for item in running.values():
                 item.worker.kill()
             self.workers.dismiss()
             shutil.rmtree(self.work / scratch.FOLDER, ignore_errors=True)
         return outcomes
+
+    def _end(self, beside: Future[Any]) -> None:
+        """Wait for what ran beside the nodes; of a source that changed whatever went wrong there is a consequence."""
+        try:
+            beside.result()
+        except Exception:
+            self.source.check()
+            raise
 
     def _startable(self, ready: list[Node], running: dict[int, _Running]) -> list[Node]:
         """Those of the nodes that are ready for which there is room beside those that run."""

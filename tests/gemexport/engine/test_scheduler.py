@@ -17,6 +17,7 @@ import pytest
 
 from gemexport.engine.processes import prepared
 from gemexport.engine.scheduler import Scheduler, in_order
+from gemexport.formats.stamps import ChangedError, Stamps
 from gemexport.formats.storage.errors import InputError
 from gemexport.shared.node import Call, Events, Node, Outcome, StepError, succeeded, value_of
 
@@ -350,6 +351,15 @@ def test_what_fails_beside_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is broken"):
         scheduler.run([Node("lingers", call("linger", path=started))], beside)
     assert not started.exists() or not alive(int(started.read_text()))
+
+
+def test_what_fails_beside_for_want_of_a_file_is_told_as_the_change_that_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    source, beside = Stamps.of(tmp_path), Future[None]()
+    (tmp_path / "config.json").unlink()
+    beside.set_exception(FileNotFoundError("config.json"))
+    with pytest.raises(ChangedError, match="was removed while it was read"):
+        Scheduler(1, 1 << 30, tmp_path / "work", source=source).run([], beside)
 
 
 @pytest.mark.parametrize("fails", [False, True])
