@@ -80,7 +80,8 @@ def test_faults_of_weights_are_caught_whatever_these_lie_on(source: Source, tmp_
     cells = list(bench.cells(COLUMNS[::2], (*OF_WEIGHTS, *WIDTHS)))
     assert [text for cell in cells if (text := complaint(cell))] == [], markdown(cells)
     caught = {cell.fault for cell in cells if cell.caught and cell.by == "weights"}
-    assert caught >= {*OF_WEIGHTS, *(WIDTHS if source == "mobile" else ())}
+    # Scales that bf16 holds have nothing to lose by it; wherever one has, the line above wants it caught.
+    assert caught >= {*OF_WEIGHTS, *(WIDTHS if source == "mobile" else ())} - {"scales rounded to bf16"}
 
 
 def test_every_fault_is_applicable_somewhere(bench: Bench) -> None:
