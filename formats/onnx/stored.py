@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ def raw(value: ir.Value, file: Path) -> NDArray[np.uint8]:
 def _external(stored: ir.ExternalTensor, file: Path) -> NDArray[np.uint8]:
     """The bytes of an external tensor, mapped."""
     path = file.parent / str(stored.location)
-    if not _inside(path, file.parent):
+    if not path.resolve().is_relative_to(file.parent.resolve()):
         raise InputError(file, f"{stored.name} lies outside the folder, in {stored.location}", BROKEN)
     if not path.is_file():
         raise InputError(path, "the file is missing", BROKEN)
@@ -85,11 +84,6 @@ def _external(stored: ir.ExternalTensor, file: Path) -> NDArray[np.uint8]:
     if length != stored.nbytes or start + length > path.stat().st_size:
         raise InputError(path, f"is too short for {stored.name}", BROKEN)
     return np.memmap(path, np.uint8, "r", offset=start, shape=(length,)) if length else np.empty(0, np.uint8)
-
-
-@lru_cache(maxsize=64)  # hundreds of tensors lie in one file
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 class Elements:
