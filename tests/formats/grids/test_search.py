@@ -62,7 +62,7 @@ def test_recipes_from_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("max_kld = 0.1\n[linear]\nbits = 8\ngroup_size = 64\n")
     assert load_recipe(str(path)) == Recipe(name="mine", max_kld=0.1, linear=Scheme(bits=8, group_size=64))
-    path.write_text("[linear]\nbits = 5\n")
+    path.write_text("[linear]\nbits = 7\n")
     with pytest.raises(InputError, match=r"mine\.toml: linear\.bits"):
         load_recipe(str(path))
 

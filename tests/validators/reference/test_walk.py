@@ -158,7 +158,7 @@ def test_layers_are_read_once_and_one_after_the_other(tiny_gemma4: Path) -> None
                     assert tensor.rows_read == read, name
             held = {value.device.type for value in visit.module.state_dict().values()}
             assert held == {"cpu"}
-        devices = {value.device.type for value in way._decoder.model.state_dict().values()}
+        devices = {value.device.type for value in way.decoder.model.state_dict().values()}
     assert devices == {"meta"}
 
 
