@@ -43,6 +43,12 @@ class Pieces(TensorBase):
             raise ValueError(f"{name}: {self._ends[-1]} rows of {widths} do not make {shape}")
         self.requantized = any(piece.tensor.requantized for piece in self.pieces)
 
+    @property
+    def width(self) -> int | None:
+        """The width that the pieces have in common; None where they differ."""
+        found = {piece.tensor.width for piece in self.pieces}
+        return found.pop() if len(found) == 1 else None
+
     @cached_property
     def grid(self) -> Grid | None:
         """The grid that the pieces have in common; None where they have none."""

@@ -68,6 +68,11 @@ class QuantizedTensor(TensorBase):
         """Bits of a stored code, and how many columns share a scale."""
         return self._layout.bits, self._layout.block
 
+    @property
+    def width(self) -> int:
+        """The bits of a stored code; what kind of grid the scales and shifts make is not asked."""
+        return self._layout.bits
+
     @cached_property
     def grid(self) -> Grid:
         """The grid that the stored numbers make; reads every scale once."""

@@ -30,6 +30,8 @@ Floats = NDArray[np.float32]
 Codes = NDArray[np.integer[Any]]  # int8 of symmetric grids, uint8 of the others
 Kind = Literal["symmetric", "zero-point", "affine", "codebook", "vectors"]
 
+_INFINITY = 0x7F800000  # its bits as float32; above them lie NaNs
+_F16_NORMAL = (0x38800000, 0x477FE000)  # 2**-14 and 65,504, between which a float16 has all of its 11 bits
 ITEM_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
 
@@ -45,6 +47,11 @@ class Grid:
     levels: tuple[float, ...] = ()  # of a codebook, by code; of vectors, the numbers of all, as in `vectors`
     vector: int = 1  # consecutive weights that a code stands for: more than one on vectors
     codebooks: int = 1  # whose vectors are added up
+
+    @property
+    def width(self) -> int:
+        """The bits of a weight; on vectors, of one's share of the codes, rounded up."""
+        return -(-self.bits * self.codebooks // self.vector)
 
     @property
     def codec(self) -> str | None:
@@ -130,6 +137,11 @@ class Tensor(Protocol):
     @property
     def grid(self) -> Grid | None: ...
     @property
+    def width(self) -> int | None:
+        """The bits of a stored weight, known without reading any; None where floats are stored."""
+        ...
+
+    @property
     def requantized(self) -> bool:
         """Whether the artefact says that its codes were fitted to somebody's values, as was asked."""
         ...
@@ -173,6 +185,11 @@ class TensorBase:
 
     requantized: bool = False
     fitted_rms: float | None = None
+
+    @property
+    def width(self: Tensor) -> int | None:
+        """The width of the tensor's grid."""
+        return None if self.grid is None else self.grid.width
 
     def as_it_runs(self, start: int, stop: int) -> Floats | None:
         """None: the format's runtime computes with the values as they are."""
@@ -271,8 +288,23 @@ def round_to(values: Floats, dtype: DType) -> Floats:
 
 
 def holding(values: Floats, dtypes: Sequence[DType] = ("bf16", "f16")) -> tuple[DType, ...]:
-    """Those of the dtypes that hold every value exactly."""
-    return tuple(dtype for dtype in dtypes if np.array_equal(round_to(values, dtype), values))
+    """Those of the dtypes that hold every value exactly; none holds NaN.
+
+    Seen from the bits, in a fifth of the time that rounding takes: a value that bf16 holds ends in 16 zeros, one that
+    f16 holds in 13, unless it is large or small.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    ones, largest = (int(part.reduce(magnitudes, axis=None, initial=0)) for part in (np.bitwise_or, np.maximum))
+    if largest > _INFINITY:
+        return ()
+    held = {"f32": True, "bf16": not ones & 0xFFFF, "f16": False}
+    if "f16" in dtypes and not ones & 0x1FFF:
+        magnitudes -= np.uint32(1)  # a zero becomes the largest of all, and is no smallest any more
+        smallest = int(np.minimum.reduce(magnitudes, axis=None, initial=_INFINITY)) + 1
+        normal = largest <= _F16_NORMAL[1] and smallest >= _F16_NORMAL[0]
+        held["f16"] = normal or np.array_equal(round_to(values, "f16"), values)
+    return tuple(dtype for dtype in dtypes if held[dtype])
 
 
 def narrowest(scales: Floats) -> DType:

@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from gemexport.engine.artefact import Artefact
 from gemexport.engine.rounding import quantized
 from gemexport.engine.sensitivity import Sensitivity, measure
 from gemexport.formats.checkpoint import Checkpoint
@@ -23,34 +23,12 @@ from gemexport.formats.grids.recipe import Recipe, Scheme
 from gemexport.formats.grids.search import GridIndex, allocate, read_index
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import Tensor
-from gemexport.registry import TARGETS
 from gemexport.shared.measured import Allocated, Swept
 from gemexport.shared.place import Place, Progress
 
 PLAIN_BITS = 16.0  # of a weight that stays as it is, where codes alone are counted
 SWEPT = 12  # points of a curve
 TRIES = 8  # of a size: what files take besides weights depends on the choice a little
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """One that widths are chosen for, as its exporter is asked for it."""
-
-    target: str
-    variant: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The bits of codes that it holds as narrow as they are."""
-        return TARGETS[self.target].widths(self.variant)
-
-    def size(self, checkpoint: Checkpoint) -> int:
-        """Its bytes."""
-        return int(TARGETS[self.target].exporter().size(checkpoint, variant=self.variant, **self.options))
-
-    def __str__(self) -> str:
-        return f"{self.target}:{self.variant}"
 
 
 def allocate_widths(

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gemexport.compress import PERCENT
-from gemexport.engine.budget import Artefact
+from gemexport.engine.artefact import Artefact
 from gemexport.engine.calibration import OWN, ranges_file
 from gemexport.engine.disk import artifact_bytes, replaced
 from gemexport.engine.memory import (

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from gemexport.formats.tensor import Grid, Tensor
+from gemexport.formats.tensor import Tensor
 from gemexport.shared.measured import TensorReport
 
 # Q4_0, IQ4_XS, int4, w4a16; 4bit.
@@ -19,7 +19,7 @@ def widths(tensors: Iterable[Tensor]) -> dict[str, int]:
     """Weights by what they are stored in: "4 bit", "8 bit", "bf16"; the largest number first."""
     found: Counter[str] = Counter()
     for tensor in tensors:
-        found[_width(tensor.dtype, tensor.grid)] += math.prod(tensor.shape)
+        found[_called(tensor.dtype, tensor.width)] += math.prod(tensor.shape)
     return dict(found.most_common())
 
 
@@ -27,13 +27,13 @@ def reported_widths(tensors: Iterable[TensorReport]) -> dict[str, int]:
     """The same of tensors that a validator read back."""
     found: Counter[str] = Counter()
     for tensor in tensors:
-        found[_width(tensor.dtype, None if tensor.grid is None else tensor.grid.grid())] += tensor.compared
+        found[_called(tensor.dtype, None if tensor.grid is None else tensor.grid.grid().width)] += tensor.compared
     return dict(found.most_common())
 
 
-def _width(dtype: str, grid: Grid | None) -> str:
-    """What a tensor's weights are stored in; of vectors, the bits of a weight."""
-    return dtype if grid is None else f"{-(-grid.bits * grid.codebooks // grid.vector)} bit"
+def _called(dtype: str, width: int | None) -> str:
+    """What a tensor's weights are stored in."""
+    return dtype if width is None else f"{width} bit"
 
 
 def called(variant: str) -> int | None:

@@ -19,7 +19,8 @@ from gemexport.formats.gguf.container import Writer, read
 from gemexport.formats.grids.lattice import search_all
 from gemexport.formats.grids.search import GridTensor
 from gemexport.formats.modules import Module
-from gemexport.formats.quantized import read_through
+from gemexport.formats.pieces import Pieces, whole
+from gemexport.formats.quantized import Layout, QuantizedTensor, read_through
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.safetensors import Entry, MappedTensor, ShardedWriter, read_folder
 from gemexport.formats.tensor import (
@@ -28,7 +29,9 @@ from gemexport.formats.tensor import (
     Rows,
     TensorBase,
     from_bf16,
+    holding,
     matrix_of,
+    round_to,
     row_count,
     slices,
     to_bf16,
@@ -175,3 +178,39 @@ def test_a_stack_in_mlx_words_comes_back(
     assert found.numpy().shape == found.shape == source.shape
     judged = compare({"m.weight": source}, {"m.weight": found}).tensors[0]
     assert (judged.exact, judged.scale_rounded) == (judged.compared, True)
+
+
+@given(st.data())
+def test_what_dtypes_hold_is_seen_from_the_bits_as_by_rounding(data: st.DataObject) -> None:
+    kept = data.draw(st.integers(0, 32))
+    patterns = data.draw(st.lists(st.integers(0, 2**32 - 1), max_size=4))
+    values = np.array([pattern >> kept << kept for pattern in patterns], np.uint32).view(np.float32)
+    dtypes = ("bf16", "f16", "f32")
+    assert holding(values, dtypes) == tuple(
+        dtype for dtype in dtypes if np.array_equal(round_to(values, dtype), values)
+    )
+
+
+@pytest.mark.parametrize("shift", [0, 16])
+def test_each_float_of_two_bytes_is_held_by_its_own_dtype(shift: int) -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    values = (
+        (patterns.astype(np.uint32) << 16).view(np.float32) if shift else patterns.view(np.float16).astype(np.float32)
+    )
+    own, other = ("bf16", "f16") if shift else ("f16", "bf16")
+    with np.errstate(over="ignore"):
+        fits = round_to(values, other) == values  # type: ignore[arg-type]
+    for value, both in zip(values, fits, strict=True):
+        found = holding(value.reshape(1))
+        assert (own in found, other in found) == (not np.isnan(value), bool(both))
+
+
+def test_a_width_is_known_without_reading() -> None:
+    def never(start: int, stop: int) -> Floats:
+        raise AssertionError("read")
+
+    tensor = QuantizedTensor("w", (4, 64), Layout(4, 32, never, never))  # type: ignore[arg-type]
+    assert tensor.width == 4
+    assert Pieces("w", (8, 64), [whole(tensor), whole(tensor)]).width == 4
+    wider = QuantizedTensor("v", (4, 64), Layout(8, 32, never, never))  # type: ignore[arg-type]
+    assert Pieces("w", (8, 64), [whole(tensor), whole(wider)]).width is None

@@ -11,7 +11,8 @@ import pytest
 import gemexport
 from gemexport import demo
 from gemexport.cli import main
-from gemexport.engine.budget import SWEPT, Artefact, allocate_widths, sweep_widths
+from gemexport.engine.artefact import Artefact
+from gemexport.engine.budget import SWEPT, allocate_widths, sweep_widths
 from gemexport.engine.dag import graph
 from gemexport.engine.steps import export, grids
 from gemexport.formats.checkpoint import open_checkpoint
