@@ -82,7 +82,9 @@ def run(asked: Request, events: Events | None = None, workers: Workers | None = 
             notes += allocation_notes(outcomes["allocate"])
         if "round" in outcomes:
             notes += rounding_notes(outcomes["round"])
-        artifacts = [artifact_report(asked, step, outcomes, work) for step in wanted] + refused + unavailable
+        with ThreadPoolExecutor(os.cpu_count()) as beside:  # hashing is most of it
+            described = list(beside.map(lambda step: artifact_report(asked, step, outcomes, work), wanted))
+        artifacts = described + refused + unavailable
         errors = [outcome.error for outcome in outcomes.values() if outcome.error]
         if errors and all(artifact.status in ("error", "skipped") for artifact in artifacts):
             raise errors[0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from importlib.metadata import distribution
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 
 def install(*extras: str) -> str:
     """The command that installs these extras of gemexport for the interpreter that runs."""
+    from importlib.metadata import distribution  # which every command would wait for
+
     origin = json.loads(distribution("gemexport").read_text("direct_url.json") or "{}")  # PEP 610
     return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(requirement(origin, ','.join(extras)))}"
 
@@ -21,6 +21,8 @@ def requirement(origin: dict[str, Any], extras: str) -> str:
     """What pip is to be asked for, by where it got gemexport from (PEP 610); from an index where nothing is said."""
     url = str(origin.get("url", ""))
     if "dir_info" in origin and url.startswith("file:"):
+        from urllib.request import url2pathname  # this one too: it loads what speaks HTTP
+
         return f"{url2pathname(urlsplit(url).path)}[{extras}]"
     if "vcs_info" in origin:
         made_of = origin["vcs_info"]
