@@ -64,6 +64,27 @@ def test_real_model_on_a_grid(cache: Path, tmp_path: Path, rule: str) -> None:
     assert index.lattice_fraction() == 1.0
 
 
+def test_a_small_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On our own documentation, a tiny one: it learns, its weights are on no lattice, and it can be exported."""
+    pytest.importorskip("transformers")
+    from gemexport import demo
+    from gemexport.exporters import mlx
+
+    module, out = script("train_small"), tmp_path / "model"
+    monkeypatch.setattr(module, "SIZE", demo.SIZES["tiny"]._replace(vocab=1024))
+    module.make(out, [EXAMPLES.parent / "docs"], 100_000, module.Training(30, 10.0, 4, 1e-2, seed=0))
+    told = capsys.readouterr().out
+    lost = float(told.partition(" nats a token on held-out text")[0].split()[-1])
+    assert lost < 0.9 * np.log(1024)  # what a model that knows nothing loses
+    checkpoint = open_checkpoint(out)
+    assert find_grids(checkpoint, tmp_path / "grids", RECIPES["lossless"]).lattice_fraction() == 0.0
+    mlx.export(checkpoint, tmp_path / "mlx", variant="bf16")
+    assert module.main([str(tmp_path / "none"), "--text", str(tmp_path / "model")]) == 2
+    assert not (tmp_path / "none").exists()
+
+
 def test_real_model_says_what_is_wrong(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

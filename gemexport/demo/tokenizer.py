@@ -69,12 +69,12 @@ def _runs() -> list[str]:
     return [character * count for character, first, last in RUNS for count in range(first, last + 1)]
 
 
-def _learn(size: int) -> tuple[list[str], list[str]]:
+def _learn(size: int, text: str) -> tuple[list[str], list[str]]:
     """Merged pieces in the order they were learned, and single characters, about `size` together."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     # The trainer breaks ties between rare characters by chance, so the alphabet is chosen here.
-    count = Counter(CORPUS.replace(" ", "▁"))
+    count = Counter(text.replace(" ", "▁"))
     alphabet = {chr(code) for code in range(33, 127)}
     alphabet |= set(sorted(count, key=lambda character: (-count[character], character))[: size // 2 - len(alphabet)])
     tokenizer = Tokenizer(models.BPE())
@@ -89,20 +89,23 @@ def _learn(size: int) -> tuple[list[str], list[str]]:
         max_token_length=LONGEST_PIECE,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     vocab: dict[str, int] = json.loads(tokenizer.to_str())["model"]["vocab"]
     pieces = [piece for piece in sorted(vocab, key=vocab.__getitem__) if piece not in _runs()]
     return [piece for piece in pieces if len(piece) > 1], [piece for piece in pieces if len(piece) == 1]
 
 
-def vocabulary(size: int, wording: Wording) -> list[str]:
-    """`size` tokens; a token's id is its place. Raises ValueError when `size` has no room for the fixed ones."""
+def vocabulary(size: int, wording: Wording, text: str = CORPUS) -> list[str]:
+    """`size` tokens, pieces learned on `text`; a token's id is its place.
+
+    Raises ValueError when `size` has no room for the fixed ones.
+    """
     fixed = [*SPECIAL, *wording.turn, *wording.markup]
     fixed += [*_runs(), *(f"<0x{byte:02X}>" for byte in range(256))]
     room = size - len(fixed)
     if room < LEAST_ROOM:
         raise ValueError(f"a vocabulary of {size} tokens has no room for text; use at least {len(fixed) + LEAST_ROOM}")
-    merged, characters = _learn(room)
+    merged, characters = _learn(room, text)
     tokens = [*fixed, *merged, *characters][:size]
     return [*tokens, *(f"<unused{i}>" for i in range(size - len(tokens)))]
 
@@ -144,9 +147,9 @@ def _added(tokens: list[str], wording: Wording) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def tokenizer_json(size: int, wording: Wording) -> dict[str, Any]:
+def tokenizer_json(size: int, wording: Wording, text: str = CORPUS) -> dict[str, Any]:
     """A whole tokenizer.json, laid out as Gemma's."""
-    tokens = vocabulary(size, wording)
+    tokens = vocabulary(size, wording, text)
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     return {
         "version": "1.0",
@@ -199,9 +202,9 @@ def chat_template(wording: Wording) -> str:
     )
 
 
-def write(folder: Path, size: int, wording: Wording) -> list[str]:
-    """Write tokenizer.json and tokenizer_config.json; returns the vocabulary."""
-    tokenizer = tokenizer_json(size, wording)
+def write(folder: Path, size: int, wording: Wording, text: str = CORPUS) -> list[str]:
+    """Write tokenizer.json and tokenizer_config.json, pieces learned on `text`; returns the vocabulary."""
+    tokenizer = tokenizer_json(size, wording, text)
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
