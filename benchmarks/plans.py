@@ -3,7 +3,7 @@
 Both runs are whole ones, validators and all, unless `--no-validate` leaves those out. Where something else fills the
 machine, steps take turns otherwise and what they hold from before differs; the figures do by a few per cent.
 
-    python benchmarks/plans.py MODEL... --work FOLDER [--no-validate] [--only FORMATS] [--tokens 512]
+    python benchmarks/plans.py MODEL... --work FOLDER [--no-validate] [--only FORMATS] [--tokens 512] [--recipe NAME]
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ def main() -> int:
     parser.add_argument("--no-validate", action="store_true")
     parser.add_argument("--only", help="formats, comma-separated")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--recipe", help="of what lies on no lattice")
     given = parser.parse_args()
     over = False
     for model in given.models:
         asked = request(
             model=model, out=given.work / model.name, fresh=True, validate=not given.no_validate, tokens=given.tokens,
-            formats=split_formats(given.only) if given.only else None,
+            recipe=given.recipe, formats=split_formats(given.only) if given.only else None,
         )  # fmt: skip
         rows = compare(asked)
         over |= any("**over**" in row for row in rows)

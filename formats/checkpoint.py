@@ -26,6 +26,7 @@ from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.model import Model, describe, text_config
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
+from gemexport.formats.hub import download
 from gemexport.formats.stamps import ADAPTER, NOTHING, Stamps
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import write_whole
@@ -41,7 +42,6 @@ from gemexport.formats.tensor import ITEM_BYTES, Tensor, row_count
 from gemexport.formats.unclaimed import check_unclaimed
 
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the process ends
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 _SNAPSHOT = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]+$")  # of huggingface_hub's cache
 COMPARED_BYTES = 8 << 20  # at once, of a head that was saved beside the embedding
 # Modules with `source(folder, config) -> Source`, by what config.json says the weights are quantized with.
@@ -156,15 +156,11 @@ def _open(path: Path, scratch: Path | None) -> Checkpoint:
         return _folder(path, scratch)
     if is_gguf(path):
         return _gguf(path, scratch)
-    if path.exists():
-        regular(path)
-    if not path.exists() and _HUB_ID.fullmatch(path.as_posix()) and not path.parent.exists():
-        remedy = (
-            f"if it is a model of the Hub, hf download {path.as_posix()} --local-dir {path.name}, and give {path.name}"
-        )
-        raise InputError(path, "there is no such file or folder", remedy)
-    problem = "is a file of no format that is known" if path.exists() else "there is no such file or folder"
-    raise InputError(path, problem, "give the folder of a checkpoint in Hugging Face layout, or a .gguf file")
+    usual = "give the folder of a checkpoint in Hugging Face layout, or a .gguf file"
+    if not path.exists():
+        raise InputError(path, "there is no such file or folder", download(path) or usual)
+    regular(path)
+    raise InputError(path, "is a file of no format that is known", usual)
 
 
 def is_gguf(path: Path) -> bool:

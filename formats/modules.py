@@ -166,12 +166,16 @@ def finite_e4m3(module: Module, codes: Callable[[int, int], Unsigned]) -> Callab
     return checked
 
 
-def settings(model: type[Settings], path: Path, found: object) -> Settings:
-    """A part of config.json as the reader knows it; InputError when it is something else."""
+def settings(model: type[Settings], path: Path, found: object, of: str = "quantization") -> Settings:
+    """Settings `of` something as its reader knows them, from a file beside the model or the adapter.
+
+    InputError, naming the setting, where they are something else.
+    """
     try:
         return model.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "quantization_config"
-        problem = f"the quantization settings are not understood ({where}: {first['msg']}, not {first['input']!r:.40})"
-        raise InputError(path, problem, "use the config.json that came with the model") from error
+        where = ".".join(str(part) for part in first["loc"]) or f"{of}_config"
+        problem = f"the {of} settings are not understood ({where}: {first['msg']}, not {first['input']!r:.40})"
+        whose = "adapter" if of == "adapter" else "model"
+        raise InputError(path, problem, f"use the {path.name} that came with the {whose}") from error

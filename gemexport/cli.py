@@ -14,16 +14,52 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gemexport._version import __version__
 from gemexport.formats.storage.errors import InputError, shown
+from gemexport.options import (
+    Adapter,
+    AllowPartial,
+    Bits,
+    Calibration,
+    Compress,
+    CompressPython,
+    Fresh,
+    Jobs,
+    Json,
+    MaxKld,
+    Memory,
+    Model,
+    NoValidate,
+    Out,
+    PleCodec,
+    RecipeName,
+    Size,
+    Tokens,
+    Variants,
+    Within,
+    formats_option,
+    path_argument,
+    path_option,
+    variant_option,
+)
 from gemexport.registry import TARGETS, Setting, Target, check_able, recognise, split, split_formats, split_variants
 from gemexport.shared.node import StepError
 
 if TYPE_CHECKING:
     from gemexport.report.schema import Report
 
+
+class _Commands(TyperGroup):
+    """The commands by name; those of formats in letters of any case, as formats are written elsewhere."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or super().get_command(ctx, cmd_name.lower())
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,77 +67,6 @@ app = typer.Typer(
     "prove how close it is. Exit status: 0 all well, 1 an artefact failed its validator or was not judged as asked, "
     "2 the request or the input is at fault.",
 )
-
-Model = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL", help="A checkpoint: a folder in Hugging Face layout, an MLX folder or a .gguf file."
-    ),
-]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output folder; default: NAME-gemexport.")]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="A built-in recipe or a TOML or JSON file (docs/recipes.md).")
-]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Steps that run side by side; default: one a core.")]
-Memory = Annotated[
-    str | None, typer.Option(help="What the steps may take together, such as 8GB; default: most of what is free.")
-]
-Tokens = Annotated[int, typer.Option(min=2, help="Tokens that logits are compared on.")]
-AllowPartial = Annotated[
-    bool, typer.Option("--allow-partial", help="Exit status 0 also where something was not judged, and nothing failed.")
-]
-MaxKld = Annotated[
-    float | None,
-    typer.Option(metavar="NATS", help="The mean loss that may be; default: the recipe's, or what is not called poor."),
-]
-Within = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NATS",
-        help="The mean loss that may be: of a plain model the smallest artefacts within it, and the verdict's limit.",
-    ),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE", help="Bytes of an artefact at most, such as 2.6GB: widths are chosen, matrix by matrix."
-    ),
-]
-Bits = Annotated[float | None, typer.Option(metavar="BITS", help="The same for the mean width of codes, such as 4.5.")]
-NoValidate = Annotated[bool, typer.Option("--no-validate", help="Write the artefacts and judge nothing.")]
-Fresh = Annotated[
-    bool,
-    typer.Option(
-        "--fresh/--resume",
-        help="Start anew, also in another model's folder, or use the grids that an earlier run found.",
-    ),
-]
-Adapter = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="DIR", help="Merge the LoRA adapter (PEFT) in this folder into MODEL; again for another."),
-]
-Variants = Annotated[
-    str | None,
-    typer.Option(metavar="FORMAT:VARIANT,…", help="Variants instead of a format's usual ones: gguf:Q8_0,mlx:bf16."),
-]
-PleCodec = Annotated[
-    str | None,
-    typer.Option(
-        metavar="aqlm:MxB,…",
-        help="Vector codecs for per-layer embeddings, an artefact each, in ONNX and Core ML; docs/ple-codec.md.",
-    ),
-]
-Compress = Annotated[
-    str | None, typer.Option(help="Quantize the linears with llm-compressor first: gptq, awq or rtn; docs/compress.md.")
-]
-CompressPython = Annotated[
-    Path | None, typer.Option(metavar="PYTHON", help="An interpreter that has llm-compressor; default: this one.")
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Text to round on, and for the ranges of npu-a8 and npu-a16; default: built-in."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
 def _version(wanted: bool) -> None:
@@ -123,8 +88,8 @@ def _main(
 def export_all(
     model: Model,
     out: Out = None,
-    only: Annotated[str | None, typer.Option(help="Formats to write, such as gguf,mlx.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    only: Annotated[str | None, formats_option("Formats to write, such as gguf,mlx.")] = None,
+    skip: Annotated[str | None, formats_option("Formats to leave out.")] = None,
     variants: Variants = None,
     adapter: Adapter = None,
     compress: Compress = None,
@@ -171,14 +136,13 @@ def _add_format(target: Target) -> None:
         _run(
             as_json,
             formats=[target.name],
-            variants={target.name: split(variant)} if variant else None,
+            variants=None if variant is None else {target.name: split(variant)},
             validate=not no_validate,
             options={target.name: {name: value for name, value in options.items() if value is not None}},
             **given,
         )
 
-    known = typer.Option("--variant", help=f"Some of {', '.join(target.known_variants)}.")
-    taken: dict[str, tuple[Any, Any]] = {"variant": (Annotated[str | None, known], None)}
+    taken: dict[str, tuple[Any, Any]] = {"variant": (Annotated[str | None, variant_option(target)], None)}
     taken |= {setting.name: _option(setting) for setting in target.settings}
     if target.codec_variants:
         taken["ple_codec"] = (PleCodec, None)
@@ -194,7 +158,8 @@ def _option(setting: Setting) -> tuple[Any, Any]:
     """A setting as typer's annotation and default; a flag has its contrary, for what is neither is the default."""
     name = setting.name.replace("_", "-")
     spelt = f"--{name}/--no-{name}" if setting.kind is bool else f"--{name}"
-    option = typer.Option(spelt, metavar=setting.metavar, help=setting.help, show_default=False)
+    made = path_option if setting.kind is Path else typer.Option
+    option = made(spelt, metavar=setting.metavar, help=setting.help, show_default=False)
     return Annotated[setting.kind | None, option], None
 
 
@@ -205,17 +170,19 @@ for _target in TARGETS.values():
 @app.command()
 def validate(
     model: Model,
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A file or folder of any of the formats.")],
+    artifact: Annotated[Path, path_argument("ARTIFACT", help="A file or folder of any of the formats.")],
     adapter: Adapter = None,
     recipe: RecipeName = "default",
     memory: Memory = None,
     tokens: Tokens = 512,
     allow_partial: AllowPartial = False,
     max_kld: MaxKld = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the reports; default: none.")] = None,
+    out: Annotated[
+        Path | None, path_option("-o", "--out", metavar="DIR", help="Folder for reports; default: none.")
+    ] = None,
     qnn_context: Annotated[
         Path | None,
-        typer.Option(help="Compile an NPU variant for Qualcomm's HTP, write its context binaries to this folder."),
+        path_option(metavar="DIR", help="Compile an NPU variant for Qualcomm's HTP; its context binaries go here."),
     ] = None,
     qnn_arch: Annotated[
         str | None, typer.Option(help="The HTP's architecture, such as 73 (the default), 75, 81.")
@@ -245,7 +212,7 @@ def validate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, an artefact or an output folder.")],
+    path: Annotated[Path, path_argument("PATH", help="A checkpoint, an artefact or an output folder.")],
     adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
@@ -257,8 +224,8 @@ def inspect(
 
 @app.command()
 def plan(
-    model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to write.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    model: Model, out: Out = None, only: Annotated[str | None, formats_option("Formats to write.")] = None,
+    skip: Annotated[str | None, formats_option("Formats to leave out.")] = None,
     variants: Variants = None, ple_codec: PleCodec = None, adapter: Adapter = None, compress: Compress = None,
     compress_python: CompressPython = None, calibration: Calibration = None, recipe: RecipeName = "default",
     jobs: Jobs = None, memory: Memory = None, tokens: Tokens = 512, no_validate: NoValidate = False,
@@ -272,7 +239,7 @@ def plan(
     formats = split_formats(only)
     if variant is not None and len(formats) != 1:
         raise InputError("--variant", "is of one format", "name it with --only")
-    chosen = split_variants(variants) | ({formats[0]: split(variant)} if variant else {})
+    chosen = split_variants(variants) | ({} if variant is None else {formats[0]: split(variant)})
     asked = request(
         model=model, out=out, formats=formats, skip=split_formats(skip), variants=chosen, adapter=adapter,
         compress=compress, compress_python=compress_python, calibration=calibration, recipe=recipe, jobs=jobs,
@@ -283,8 +250,8 @@ def plan(
 
 @app.command()
 def sweep(
-    model: Model, out: Out = None, only: Annotated[str | None, typer.Option(help="Formats to look at.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Formats to leave out.")] = None,
+    model: Model, out: Out = None, only: Annotated[str | None, formats_option("Formats to look at.")] = None,
+    skip: Annotated[str | None, formats_option("Formats to leave out.")] = None,
     variants: Variants = None, adapter: Adapter = None, calibration: Calibration = None,
     recipe: RecipeName = "default", jobs: Jobs = None, memory: Memory = None, fresh: Fresh = False,
     as_json: Json = False,
@@ -310,9 +277,7 @@ def sweep(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model and its artefacts.")] = Path(
-        "gemexport-demo"
-    ),
+    out: Annotated[Path, path_argument("OUT", help="Folder for the model and its artefacts.")] = Path("gemexport-demo"),
     as_json: Json = False,
 ) -> None:
     """Make a small Gemma 4 on the spot and run it through the whole DAG."""

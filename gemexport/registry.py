@@ -15,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gemexport.formats.hub import download
 from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.files import PARTIAL
 from gemexport.formats.storage.installing import install
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 
@@ -258,29 +260,49 @@ def split(text: str) -> tuple[str, ...]:
 
 def split_formats(text: str | None) -> list[str]:
     """Names out of a comma-separated option, checked, in the registry's order."""
-    if not text:
+    if text is None:
         return []
     asked = [target(part).name for part in split(text)]
     if not asked:
-        raise InputError(text, "names no format", f"use some of {', '.join(TARGETS)}")
+        raise InputError(text or "an empty list", "names no format", f"use some of {', '.join(TARGETS)}")
     return [name for name in TARGETS if name in asked]
+
+
+_NO_VARIANT = ("names no variant of a format", "write FORMAT:VARIANT, such as gguf:Q8_0")
 
 
 def split_variants(text: str | None) -> dict[str, tuple[str, ...]]:
     """Variants by format out of an option such as `gguf:Q4_0,gguf:Q8_0,mlx:4bit`; InputError for what is none."""
     found: dict[str, tuple[str, ...]] = {}
+    spelling = "write FORMAT:VARIANT, such as gguf:Q8_0"
+    if text is not None and not split(text):
+        raise InputError(text or "an empty list", "names no variant of a format", spelling)
     for part in split(text or ""):
         name, colon, variant = (piece.strip() for piece in part.partition(":"))
         if not (colon and variant):
-            raise InputError(part, "names no variant of a format", "write FORMAT:VARIANT, such as gguf:Q8_0")
+            raise InputError(part, "names no variant of a format", spelling)
         found[target(name).name] = (*found.get(target(name).name, ()), variant)
     return found
+
+
+KNOWN = "a .gguf file, an MLX, ONNX or compressed-tensors folder, or an .mlpackage"
 
 
 def recognise(path: Path) -> Target:
     """The format of an artefact on disk, by what lies there; InputError when it is none that is known."""
     if not path.exists():
-        raise InputError(path, "there is no such file or folder", "give the path of an artefact")
+        raise InputError(path, "there is no such file or folder", download(path) or "give the path of an artefact")
+    found = _kind(path)
+    if found is not None:
+        return found
+    if inside := artifacts(path):
+        several = ", ".join(file.relative_to(path).as_posix() for file, _ in inside)
+        raise InputError(path, f"holds {several}", "give the path of one artefact")
+    raise InputError(path, "is no artefact of a format that is known", f"give {KNOWN}")
+
+
+def _kind(path: Path) -> Target | None:
+    """The format of what is an artefact itself; None of what is none, and of a folder of some."""
     if path.suffix == ".gguf":
         return TARGETS["gguf"]
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
@@ -288,15 +310,30 @@ def recognise(path: Path) -> Target:
     if path.is_dir() and any((*path.glob("*.onnx"), *path.glob("onnx/*.onnx"))):
         return TARGETS["onnx"]
     config = path / "config.json"
-    if config.is_file():
-        text = read_text(config, JSON_BYTES)
-        if '"quantization_config"' in text and "compressed-tensors" in text:
-            return TARGETS["compressed-tensors"]
-        if '"quantization"' in text or _is_mlx(path):
-            return TARGETS["mlx"]
+    if not config.is_file():
+        return None
+    text = read_text(config, JSON_BYTES)
+    if '"quantization_config"' in text and "compressed-tensors" in text:
         return TARGETS["compressed-tensors"]
-    known = "a .gguf file, an MLX, ONNX or compressed-tensors folder, or an .mlpackage"
-    raise InputError(path, "is no artefact of a format that is known", f"give {known}")
+    return TARGETS["mlx" if '"quantization"' in text or _is_mlx(path) else "compressed-tensors"]
+
+
+def artifacts(out: Path) -> list[tuple[Path, Target]]:
+    """The artefacts in an output folder, in the registry's order, or those that lie beside each other in one."""
+    if not out.is_dir() or (out / "config.json").is_file():
+        return []
+    places = [(target, target.path(Path(), "*", "*").as_posix()) for target in TARGETS.values()]
+    found = [(path, target) for target, place in places for path in sorted(out.glob(place)) if path.suffix != PARTIAL]
+    beside = (path for path in sorted(out.iterdir()) if path.suffix != PARTIAL)
+    return found or [(path, target) for path in beside if (target := _readable_kind(path)) is not None]
+
+
+def _readable_kind(path: Path) -> Target | None:
+    """As `_kind`; None also of what cannot be read as what it looks like."""
+    try:
+        return _kind(path)
+    except InputError:
+        return None
 
 
 def _is_mlx(folder: Path) -> bool:

@@ -117,7 +117,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     known = ", ".join(RECIPES)
     if not path.is_file():
-        raise InputError(name_or_path, "is neither a recipe nor a file", f"use one of {known}, or a TOML file")
+        raise InputError(
+            name_or_path or "an empty name", "is neither a recipe nor a file", f"use one of {known}, or a TOML file"
+        )
     try:
         text = read_text(path)
         fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from gemexport.formats.checkpoint import fuse_remedy, made_by_mlx
 from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, module_of
+from gemexport.formats.hub import download
 from gemexport.formats.lora.product import Factors
 from gemexport.formats.modules import settings
 from gemexport.formats.stamps import ADAPTER
@@ -104,7 +105,8 @@ def open_adapter(folder: Path, family: Family[Any]) -> Adapter:
     and for a kind of adapter whose merged weights are not w + scaling * B @ A.
     """
     if not folder.is_dir():
-        raise InputError(folder, "there is no such folder", "give the folder of a LoRA adapter of peft")
+        usual = "give the folder of a LoRA adapter of peft"
+        raise InputError(folder, "there is no such folder", download(folder) or usual)
     config, path = _config(folder), folder / WEIGHTS
     if not path.is_file():
         remedy = "save the adapter as safetensors (save_pretrained of peft)"
@@ -156,7 +158,7 @@ def _config(folder: Path) -> Settings:
         raise InputError(path, "the adapter is one of mlx-lm", fuse_remedy(folder))
     if found.get("peft_type") != "LORA":
         raise InputError(path, f"the adapter is a {found.get('peft_type')}, not a LORA", MERGE)
-    config = settings(Settings, path, found)
+    config = settings(Settings, path, found, "adapter")
     refused = [name for name in _REFUSED if found.get(name)]
     refused += [f"modules_to_save {name}" for name in config.modules_to_save or () if name not in _TABLES]
     if config.bias != "none":

@@ -111,6 +111,15 @@ def graph_files(path: Path) -> list[Path]:
     return files
 
 
+def data_files(file: Path) -> list[Path]:
+    """Where the weights of an .onnx file lie besides it, by its own word; InputError for a file that is not whole."""
+    import onnx_ir as ir
+
+    stored = (value.const_value for value in read_model(file).graph.initializers.values())
+    places = {str(item.location) for item in stored if isinstance(item, ir.ExternalTensor)}
+    return [file.parent / place for place in sorted(places) if (file.parent / place).is_file()]
+
+
 class CopiedTensor(TensorBase):
     """A tensor that an artefact holds twice; reading rows that differ raises InputError."""
 

@@ -16,11 +16,10 @@ from rich.table import Table
 from gemexport.formats.checkpoint import Adapters, is_gguf, open_checkpoint
 from gemexport.formats.grids.lattice import likely_block
 from gemexport.formats.storage.errors import InputError, shown
-from gemexport.formats.storage.files import PARTIAL
 from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.storage.safetensors import read_file, read_metadata
 from gemexport.formats.tensor import Grid, Tensor
-from gemexport.registry import TARGETS, Target, recognise
+from gemexport.registry import TARGETS, Target, artifacts, recognise
 from gemexport.report.render import LOSS_STYLES, number, quantity, share, size, style_of, vector_loss
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import LossReport, NpuReport
@@ -28,37 +27,49 @@ from gemexport.shared.measured import LossReport, NpuReport
 
 def inspect_path(path: Path, as_json: bool, adapter: Adapters = None) -> None:
     """Print what a checkpoint (and an adapter merged into it), an artefact or a folder of artefacts holds."""
-    if not adapter and (artifacts := _artifacts(path)):
-        _print_facts([_artifact_facts(file, target) for file, target in artifacts], as_json)
+    if not adapter and (found := artifacts(path)):
+        _print_facts([_artifact_facts(file, target) for file, target in found], as_json)
         return
     if adapter:
         facts = _checkpoint_facts(path, adapter)
     elif is_gguf(path):
         facts = _gguf_facts(path)
     elif path.suffix == ".onnx" and path.is_file():
-        facts = _artifact_facts(path, TARGETS["onnx"])
+        facts = _graph_facts(path)
     elif path.suffix == ".safetensors" and path.is_file():
         facts = _weights_facts(path)
     else:
-        facts = _checkpoint_facts(path) if _is_checkpoint(path) or not path.exists() else _artifact_facts(path)
+        facts = _checkpoint_facts(path) if _is_checkpoint(path) or not path.exists() else _known_facts(path)
     _print_facts(facts, as_json)
 
 
-def _artifacts(out: Path) -> list[tuple[Path, Target]]:
-    """The artefacts in an output folder, in the registry's order, or those that lie beside each other in one."""
-    if not out.is_dir() or (out / "config.json").is_file():
-        return []
-    places = [(target, target.path(Path(), "*", "*").as_posix()) for target in TARGETS.values()]
-    found = [(path, target) for target, place in places for path in sorted(out.glob(place)) if path.suffix != PARTIAL]
-    return found or [(path, target) for path in sorted(out.iterdir()) if (target := _recognised(path)) is not None]
-
-
-def _recognised(path: Path) -> Target | None:
-    """The format of an artefact; None of what is none."""
+def _known_facts(path: Path) -> dict[str, Any]:
     try:
-        return None if path.suffix == PARTIAL else recognise(path)
-    except InputError:
-        return None
+        target = recognise(path)
+    except InputError as error:
+        raise InputError(path, error.problem, f"{error.remedy}, or the folder of a checkpoint") from error
+    return _artifact_facts(path, target)
+
+
+def _graph_facts(path: Path) -> dict[str, Any]:
+    """An .onnx file with the data that lie outside it; of one graph of several, what they are together."""
+    target, folder = TARGETS["onnx"], path.parent
+    _check_readable(path, target)
+    reader = target.reader()
+    beside = [file for file in reader.graph_files(folder) if file != path] if path.name in reader.GRAPHS else []
+    if beside:
+        facts = _artifact_facts(folder, target)
+        grids = facts.pop("grids")
+        others = " and ".join(file.name for file in beside)
+        return {**facts, "graphs": f"{path.name}, one model with {others}", "grids": grids}
+    facts, lying = _artifact_facts(path, target), (path, *reader.data_files(path))
+    return {**facts, "bytes": size(sum(file.stat().st_size for file in lying))}
+
+
+def _check_readable(path: Path, target: Target) -> None:
+    """InputError where what reads a format is not installed; what runs it is not needed."""
+    if missing := [package for package in target.missing() if package != target.runtime]:
+        raise InputError(path, f"is {target.title}, which needs {', '.join(missing)}", target.install_hint())
 
 
 def _weights_facts(path: Path) -> dict[str, Any]:
@@ -155,8 +166,7 @@ def _checkpoint_facts(path: Path, adapter: Adapters = None) -> dict[str, Any]:
 def _artifact_facts(path: Path, target: Target | None = None) -> dict[str, Any]:
     """An artefact's tensors and the grids that they are stored on."""
     target = target or recognise(path)
-    if missing := [package for package in target.missing() if package != target.runtime]:
-        raise InputError(path, f"is {target.title}, which needs {', '.join(missing)}", target.install_hint())
+    _check_readable(path, target)
     tensors = target.reader().tensors(path)
     grids = {name: _stored(tensor) for name, tensor in tensors.items()}
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -150,8 +150,13 @@ def _rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> N
         ({"rank_pattern": {}}, r"layers.1.self_attn.q_proj have the ranks 6 and 6, where adapter_config.json says 4"),
         ({"rank_pattern": {"q_proj": 2}}, r"q_proj have the ranks . and ., where adapter_config.json says 2"),
         ({"rank_pattern": {"(": 2}}, "is no regular expression"),
-        ({"r": 0}, "not understood .r:"),
-        ({"lora_alpha": None}, "not understood .lora_alpha"),
+        ({"lora_alpha": None}, "the adapter settings are not understood .lora_alpha: .*not None"),
+        (
+            {"lora_alpha": float("nan")},
+            r"adapter settings are not understood .lora_alpha: .*nan.; use the ad",
+        ),
+        ({"r": 0}, r"the adapter settings are not understood .r: .*greater than 0, not 0.; use the adapter_config"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"the adapter settings are not understood .alpha_pattern\.q_proj"),
     ],
 )
 def test_adapters_that_are_refused(

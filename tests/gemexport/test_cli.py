@@ -38,6 +38,14 @@ def test_a_usage_error_is_one_line(given: list[str], said: str, capsys: pytest.C
     assert "--help" in shown.err
 
 
+def test_a_format_is_a_command_in_letters_of_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("GGUF", "CoreML", "Compressed-Tensors"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "nowhere"])
+        assert ended.value.code == 2
+        assert "nowhere: there is no such file or folder" in capsys.readouterr().err
+
+
 def test_no_command_at_all_is_helped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([])
@@ -47,7 +55,15 @@ def test_no_command_at_all_is_helped(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("gemexport comp", "compressed-tensors"), ("gemexport gguf --va", "--variant")]
+    ("words", "expected"),
+    [
+        ("gemexport comp", "compressed-tensors"),
+        ("gemexport gguf --va", "--variant"),
+        ("gemexport all --only gguf,m", "gguf,mlx"),
+        ("gemexport gguf model --variant Q4_0,Q6", "Q4_0,Q6_K"),
+        ("gemexport plan model --recipe los", "lossless"),
+        ("gemexport all model --compress gp", "gptq"),
+    ],
 )
 def test_shells_complete(words: str, expected: str) -> None:
     count = str(len(words.split()) - 1)

@@ -11,7 +11,10 @@ import pytest
 
 import gemexport
 from gemexport.formats.checkpoint import open_checkpoint
+from gemexport.formats.storage.errors import InputError
+from gemexport.registry import recognise
 from gemexport.report.describe import inspect_path
+from gemexport.report.render import size
 
 
 def test_a_graph_by_itself_and_a_folder_of_artefacts(
@@ -24,6 +27,8 @@ def test_a_graph_by_itself_and_a_folder_of_artefacts(
     inspect_path(out / "onnx" / "int4", as_json=True)
     folder = json.loads(capsys.readouterr().out)
     assert (alone["artefact"], alone["format"]) == ("model.onnx", "ONNX")
+    files = [out / "onnx" / "int4" / name for name in ("model.onnx", "model.onnx.data")]
+    assert alone["bytes"] == size(sum(file.stat().st_size for file in files))
     inspect_path(out, as_json=True)
     (gguf, onnx) = json.loads(capsys.readouterr().out)
     assert (gguf["artefact"], onnx) == ("tiny-gemma3-Q4_0.gguf", folder)
@@ -34,6 +39,30 @@ def test_a_graph_by_itself_and_a_folder_of_artefacts(
         "int4",
     ]
     assert (alone["parameters"], alone["grids"]) == (folder["parameters"], folder["grids"])
+
+
+def test_a_graph_of_several_is_told_with_the_others(
+    tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By itself it has copies of what lies in another."""
+    out = tmp_path / "out"
+    gemexport.export(tiny_gemma3, out, formats=["onnx"], validate=False)
+    inspect_path(out / "onnx" / "npu", as_json=True)
+    folder = json.loads(capsys.readouterr().out)
+    for name in ("embeddings", "prefill", "decode"):
+        inspect_path(out / "onnx" / "npu" / f"{name}.onnx", as_json=True)
+        facts = json.loads(capsys.readouterr().out)
+        assert facts.pop("graphs").startswith(f"{name}.onnx, one model with ")
+        assert facts == folder
+
+
+def test_a_folder_of_artefacts_is_none_and_says_what_it_holds(tiny_gemma3: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    gemexport.export(tiny_gemma3, out, formats=["gguf", "onnx"], validate=False)
+    with pytest.raises(InputError, match=r"out: holds gguf/tiny-gemma3-Q4_0\.gguf, onnx/int4, onnx/npu; give the path"):
+        recognise(out)
+    with pytest.raises(InputError, match=r"onnx: holds int4, npu; give the path of one"):
+        recognise(out / "onnx")
 
 
 def test_inspect_takes_a_file_of_weights(tiny_gemma3: Path, capsys: pytest.CaptureFixture[str]) -> None:
