@@ -86,7 +86,8 @@ def artifact_report(asked: Request, step: Step, outcomes: dict[str, Outcome], wo
     logits = found.logits.model_copy(update=measured) if found.logits else None
     as_run = rounded_as_run(step.target.title, found.weights.tensors)
     base["notes"] = (
-        *base.get("notes", ()), *as_run, *judging_notes(found.weights), *wording_notes(found.tokenizer, found.chat)
+        *base.get("notes", ()), *as_run, *judging_notes(found.weights), *found.notes,
+        *wording_notes(found.tokenizer, found.chat),
     )  # fmt: skip
     return ArtifactReport(
         **base,

@@ -44,6 +44,7 @@ from gemexport.exporters.streaming import (
 from gemexport.exporters.support import embeddings, require
 from gemexport.formats.activations import Activations
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.dtypes import stated_dtype
 from gemexport.formats.gemma.model import Model
 from gemexport.formats.gemma.names import EMBEDDING, EMBEDDINGS, FINAL_NORM, HEAD
 from gemexport.formats.promise import Promise
@@ -165,7 +166,7 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) ->
     given = rounding.signed(checkpoint.activations or Activations())
     checkpoint = replace(checkpoint, activations=None)  # what is left out of them is known only at the end
     tensors, containers, notes = fitting(checkpoint, lambda grid, width: container(grid, width, variant))
-    plan = _Plan(checkpoint.tensors[FINAL_NORM].dtype, notes=notes)
+    plan = _Plan(_computed(checkpoint), notes=notes)
     for name in containers:
         tensor = tensors[name]
         assert tensor.grid is not None
@@ -187,6 +188,17 @@ def _plan(checkpoint: Checkpoint, variant: str, pack_embeddings: bool | None) ->
     plan.plain = {name: _plain_dtype(tensor, plan.model) for name, tensor in tensors.items() if name not in plan.packed}
     plan.notes += [f"{name} stays {plan.plain[name]}: {reason}" for name, reason in others.items()]
     return replace(checkpoint, tensors=tensors), plan
+
+
+def _computed(checkpoint: Checkpoint) -> DType:
+    """The dtype that loaders are to compute in: that of the weights.
+
+    Of weights in f16 it is f32, which holds them, unless the checkpoint asks for f16 itself: hidden states of a Gemma
+    do not fit into f16, and vLLM refuses it for most.
+    """
+    stored = checkpoint.tensors[FINAL_NORM].dtype
+    asked = stated_dtype(checkpoint.text_config, checkpoint.config)
+    return "f32" if stored == "f16" and asked != "float16" else stored
 
 
 def _leave_embeddings(

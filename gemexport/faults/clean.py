@@ -194,7 +194,7 @@ class Batch:
         if run:
             return validation.validate(self.place, target, path, True, lambda _: None, asked)
         weights, _ = validation.check_weights(self.place, target, path, lambda _: None, asked)
-        return Validation(weights, facts=validation.check_facts(self.place.open(), target, path))
+        return Validation(weights, facts=validation.check_facts(self.place.open(), target, path).differences)
 
     def alarms(self, target: str, variant: str, found: Validation) -> tuple[str, ...]:
         """The bounds that an artefact broke, and what was not judged of it."""

@@ -200,19 +200,15 @@ def _epsilon(size: float, every: bool) -> Make:
     return changed(edit, "epsilon|departs at")
 
 
-def attention_scale(package: Package, subject: Subject) -> None:
+def attention_scale(package: Package, _: Subject) -> None:
     """The queries of the first layer are larger by 0.2 %."""
-    root = np.float32(subject.decoder.attention_scale * subject.decoder.layers[0].head_dim ** 0.5)
-    for operation in _ops(package, "mul"):
-        source = _constant(package, operation, "y")
-        if (
-            source.type == "const"
-            and operation.outputs[0].name.startswith("scale_")
-            and list(_floats(source)) == [root]
-        ):
-            _floats(source)[:] = [float(root) * 1.002]
-            return
-    raise ValueError("the program does not scale its queries")
+    operation = _ops(package, ATTENTION)[0]
+    name = _argument(operation, "query")
+    while operation.type != "mul" or _constant(package, operation, "y").type != "const":
+        operation = _named(package, name)
+        name = _argument(operation, "x")
+    factor = _floats(_constant(package, operation, "y"))
+    factor[:] = [factor[0] * 1.002]
 
 
 def shape_turned(package: Package, subject: Subject) -> None:
@@ -283,11 +279,11 @@ FAULTS: dict[str, Fault | str] = {
     "truncated file": folders.truncated,
     "a matrix's shape the other way round": changed(shape_turned, "shape"),
     "a tensor that the decoder has not": Harmless(changed(unknown_tensor, "router"), UNUSED),
-    "erf for tanh in one GELU": changed(erf, "tanh|departs at"),
+    "erf for tanh in one GELU": changed(erf, "tanh"),
     "attention soft cap 50 in one layer": "the operation for attention has none",
     "epsilon 1e-5 in one norm": _epsilon(1e-5, every=False),
     "epsilon 2e-6 in all norms": _epsilon(2e-6, every=True),
-    "attention scale 0.2 % larger in one layer": changed(attention_scale),
+    "attention scale 0.2 % larger in one layer": changed(attention_scale, "scale"),
     "mask -20 for -inf": "whoever runs a package makes the masks",
     "general.file_type changed": folders.OF_GGUF,
     "context length 10": SIZES,

@@ -144,7 +144,7 @@ class Bench:
     def _stored(self, target: str, variant: str, path: Path, wording: bool) -> Validation:
         """What shows without running the artefact."""
         report, _ = validation.check_weights(self.place, target, path, lambda _: None, Asked(variant))
-        facts = validation.check_facts(self.checkpoint, target, path)
+        facts = validation.check_facts(self.checkpoint, target, path).differences
         attempts = Attempts()
         words = check_wording(attempts, self.work, self.checkpoint, path, None) if wording else (None, None)
         return Validation(report, *words, facts=facts, unjudged=attempts.unjudged)

@@ -13,6 +13,7 @@ from typing import Any
 
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.architecture import Architecture
+from gemexport.formats.gemma.dtypes import stated_dtype
 from gemexport.formats.gemma.families import FAMILIES
 from gemexport.formats.stamps import WEIGHTS
 from gemexport.formats.storage.safetensors import weight_files
@@ -101,13 +102,9 @@ def _sampling(checkpoint: Checkpoint, folder: Path) -> Iterator[FactReport]:
 
 def _dtype(said: Mapping[str, Any], *ours: Mapping[str, Any]) -> Iterator[FactReport]:
     """A dtype that reaches less far than the checkpoint's, in which the same weights may give no numbers."""
-    found, own = _dtype_of(said), next(filter(None, map(_dtype_of, ours)), "bfloat16")
+    found, own = stated_dtype(said), stated_dtype(*ours) or "bfloat16"
     if found in REACH and REACH[found] < REACH.get(own, 0):
         yield FactReport(name="dtype", found=found, expected=own)
-
-
-def _dtype_of(config: Mapping[str, Any]) -> str:
-    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def _genai(checkpoint: Checkpoint, path: Path) -> Iterator[FactReport]:

@@ -17,17 +17,12 @@ from gemexport.judge.masks import mask_differences
 from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
+from gemexport.judge.structure import Structure, judged_structure
 from gemexport.judge.tables import table_differences
 from gemexport.judge.trial import Run, Trial, Try
 from gemexport.judge.wording import Wordings, check_wording
 from gemexport.registry import TARGETS, Target
-from gemexport.shared.measured import (
-    FactReport,
-    LogitsReport,
-    TensorReport,
-    Validation,
-    WeightsReport,
-)
+from gemexport.shared.measured import LogitsReport, TensorReport, Validation, WeightsReport
 from gemexport.shared.place import Asked, Place, Progress, opened
 from gemexport.shared.unfinished import Unfinished
 from gemexport.shared.vectors import VectorsReport
@@ -61,8 +56,11 @@ def validate(
     with judging.watch.time("weights"):
         report, digest = check_weights(place, target, path, progress, asked)
     checkpoint = place.open()
-    facts = attempts.make("metadata", lambda: check_facts(checkpoint, target, path)) or ()
-    judging.found = Validation(report, facts=facts, played=TARGETS[target].played, steps=judging.watch.seconds)
+    stated = attempts.make("metadata", lambda: check_facts(checkpoint, target, path)) or Structure()
+    judging.found = Validation(
+        report, facts=stated.differences, notes=stated.notes, played=TARGETS[target].played,
+        steps=judging.watch.seconds,
+    )  # fmt: skip
     if report.missing:
         attempts.leave_out(checkpoint.model.gives, MISSING)
     elif failed is not None:
@@ -200,11 +198,16 @@ def check_weights(
     return report, found.digest
 
 
-def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> tuple[FactReport, ...]:
-    """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint."""
+def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> Structure:
+    """What the artefact states of the decoder and of its static activation scales otherwise than the checkpoint.
+
+    That is what metadata and settings say, and what a graph computes; with notes on what of that was not judged.
+    """
     stated = differences(target, path, checkpoint.model)
     decoder = checkpoint.architecture
     stated += setting_differences(checkpoint, path)
     stated += epsilon_differences(target, path, decoder) + table_differences(target, path, decoder)
     stated += mask_differences(target, path)
-    return stated + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
+    computed, notes = judged_structure(target, path, decoder)
+    stated += computed + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
+    return Structure(stated, notes)

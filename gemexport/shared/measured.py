@@ -440,6 +440,7 @@ class Validation:
     vectors: tuple[VectorsReport, ...] = ()  # in place of logits, of a model that makes one vector of a text
     departs: DepartureReport | None = None  # where the runtime leaves the reference, if it does
     facts: tuple[FactReport, ...] = ()  # that the artefact states otherwise than the checkpoint
+    notes: tuple[str, ...] = ()  # on what of a graph was not judged, as others make it in other ways
     played: str = "f32-reordered"  # the arithmetic of PyTorch that its program's f32 is held to
     unjudged: tuple[UnjudgedReport, ...] = ()
     steps: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on

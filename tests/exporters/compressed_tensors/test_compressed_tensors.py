@@ -16,7 +16,9 @@ from gemexport import demo
 from gemexport.exporters import compressed_tensors as exporter
 from gemexport.formats import compressed_tensors
 from gemexport.formats.checkpoint import Checkpoint
+from gemexport.formats.gemma.names import FINAL_NORM
 from gemexport.formats.tensor import ArrayTensor, Grid, Tensor, expand
+from gemexport.judge.settings import setting_differences
 from gemexport.validators.checks.weights import compare
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -193,6 +195,20 @@ def test_scales_that_loaders_would_round_are_stored_wide(tmp_path: Path) -> None
     stored = compressed_tensors.tensors(export.path)
     assert stored[GATE].dtype == "f32"
     np.testing.assert_array_equal(stored[GATE].rows(0, 9).scales, checkpoint.tensors[GATE].rows(0, 9).scales)
+
+
+@pytest.mark.parametrize(("asked", "told"), [("bfloat16", "float32"), ("float16", "float16"), (None, "float32")])
+def test_weights_in_f16_are_computed_with_in_f32(asked: str | None, told: str, tmp_path: Path) -> None:
+    """Loaders go by the config, whatever the weights are stored in: bf16 would round them, f16 hold no hidden state."""
+    model = demo.make(tmp_path / "model", family="gemma3", size="tiny", dtype="f16")
+    config = _config(model)
+    (model / "config.json").write_text(json.dumps({**config, "dtype": asked}))
+    checkpoint = with_grids(model, tmp_path / "grids")
+    assert checkpoint.tensors[FINAL_NORM].dtype == "f16"
+    export = exporter.export(checkpoint, tmp_path / "out")
+    assert _config(export.path)["dtype"] == told
+    assert compressed_tensors.tensors(export.path)[FINAL_NORM].dtype == "f16"
+    assert setting_differences(checkpoint, export.path) == ()
 
 
 def test_scales_of_rounded_tensors_follow_the_source(tmp_path: Path) -> None:
