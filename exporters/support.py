@@ -30,6 +30,11 @@ def experts(model: Model) -> str | None:
     return "it has experts" if model.decoder.experts else None
 
 
+def streams(model: Model) -> str | None:
+    """Why a format that holds layers of one stream alone does not hold this one."""
+    return "its layers have several streams" if model.decoder.streams else None
+
+
 def embeddings(model: Model) -> str | None:
     """Why a format that holds decoders alone does not hold a model that makes one vector of a text."""
     return "it makes one vector of a text, not logits" if model.embedder else None

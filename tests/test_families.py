@@ -30,6 +30,8 @@ def config_of(name: str) -> dict[str, Any]:
     """The config.json of a small model with the structure of what the name stands for."""
     if name == "gemma4-12b":
         return wrapped(demo.config_json("gemma4_unified", TINY), named("gemma4_unified"))
+    if name == "gemma3n-whole":
+        return wrapped(demo.config_json("gemma3n", TINY), named("gemma3n"))
     if name == "gemma3-4b":
         return wrapped(demo.config_json("gemma3", TINY) | SCALED, named("gemma3"))
     if name == "shieldgemma2":
@@ -60,7 +62,7 @@ def passed(report: Report) -> None:
         assert (item.format, item.variant, item.status, item.reason) == (item.format, item.variant, "pass", None)
 
 
-NAMES = ("gemma4-12b", "gemma3-4b", "gemma2", "gemma", "vaultgemma")
+NAMES = ("gemma4-12b", "gemma3-4b", "gemma3n", "gemma3n-whole", "gemma2", "gemma", "vaultgemma")
 
 
 @pytest.mark.slow
@@ -171,7 +173,6 @@ def test_a_classifier_that_transformers_saved(tmp_path: Path) -> None:
     ("kind", "words"),
     [
         ("diffusion_gemma", "is DiffusionGemma, which denoises a block of tokens at once and would need an encoder"),
-        ("gemma3n", "is a Gemma 3n, whose layers have several streams"),
         ("embedding_gemma2", "is an EmbeddingGemma 2"),
     ],
 )

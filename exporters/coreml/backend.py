@@ -24,7 +24,7 @@ from gemexport.formats.coreml import stored_name
 from gemexport.formats.coreml.activations import cache_name
 from gemexport.formats.gemma.architecture import Architecture, Layer
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, role_of
-from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.roles import Kind
 from gemexport.formats.tensor import Floats
 
 INPUT_IDS, LOGITS = "inputIds", "logits"
@@ -34,6 +34,7 @@ Var = Any
 
 # What is not normed may be large (the residual): a power of two, exact both ways, brings it into float16's range.
 HEADROOM = 2.0**-8
+LEAST = 1e-5  # mean square of a stream, see `Backend.as_large`
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class MILBackend:
     def embedding(self, weight: str, scale: float) -> Var:
         tensor = self._tensors[weight]
         if tensor.grid is not None and tensor.grid.kind == "vectors" and self._sources.variant == "int4":
-            return self.scale(self._vectors(vectors(tensor, tensor.grid, self._sources)), scale)
-        table, ids = self._weight(weight), self._inputs[INPUT_IDS]
+            return self.scale(self._vectors(vectors(tensor, tensor.grid, self._sources), tensor.shape[0]), scale)
+        table, ids = self._weight(weight), self._ids(tensor.shape[0])
         rows = self._cast(mb.gather(x=table.weight, indices=ids, axis=0, name=self._name("gather")), "fp32")
         if table.biases is not None:
             width = rows.shape[-1]
@@ -110,15 +111,25 @@ class MILBackend:
             rows = self.merge(self.add(self._reshape(rows, (1, -1, width // table.block, table.block)), biases))
         return self.scale(rows, scale)
 
-    def _vectors(self, table: Sum) -> Var:
-        """Rows of a matrix in the vector codec at the ids, added and scaled in float32."""
+    def _ids(self, rows: int) -> Var:
+        """The input ids; of a table of fewer rows than the vocabulary the first one's for those that it has not."""
         ids = self._inputs[INPUT_IDS]
-        rows = [
+        if rows >= self._architecture.vocab_size:
+            return ids
+        if ("ids", rows) not in self._shared:
+            there = self._cast(mb.less(x=ids, y=np.int32(rows), name=self._name("there")), "int32")
+            self._shared["ids", rows] = mb.mul(x=ids, y=there, name=self._name("ids"))
+        return self._shared["ids", rows]
+
+    def _vectors(self, table: Sum, rows: int) -> Var:
+        """Rows of a matrix of so many in the vector codec at the ids, added and scaled in float32."""
+        ids = self._ids(rows)
+        found = [
             self._cast(mb.gather(x=x, indices=ids, axis=0, name=self._name("gather")), "fp32")
             for x in (*table.parts, table.scales)
         ]
-        total, scales = rows[0], rows[-1]
-        for part in rows[1:-1]:
+        total, scales = found[0], found[-1]
+        for part in found[1:-1]:
             total = self.add(total, part)
         blocks = scales.shape[-1]
         wide = self._reshape(total, (1, -1, blocks, table.block))
@@ -145,8 +156,10 @@ class MILBackend:
 
     def _product(self, x: Var, weight: str) -> Var:
         stored = self._weight(weight)
-        # Scores that float16 rounds choose other experts.
-        compute = "fp32" if role_of(weight) is Role.ROUTER else self._compute
+        # Scores that float16 rounds choose other experts; and what mixes streams multiplies all of them.
+        role = role_of(weight)
+        small = role is not None and role.kind in (Kind.ROUTER, Kind.MIXER)
+        compute = "fp32" if small else self._compute
         # Large and small by turns: only what a norm gave is known to fit float16 as it is.
         wild = compute == "fp16" and x.dtype == types.fp32 and x.name not in self._normed
         part = self.scale(x, HEADROOM) if wild else x
@@ -387,6 +400,22 @@ class MILBackend:
 
     def scale(self, x: Var, factor: float) -> Var:
         return x if factor == 1 else mb.mul(x=x, y=self._number(factor, x), name=self._name("scale"))
+
+    def above(self, x: Var, deviations: float) -> Var:
+        x = self._cast(x, "fp32")
+        centred = mb.sub(x=x, y=self._mean(x), name=self._name("centred"))
+        least = self.scale(mb.sqrt(x=self._mean(self.mul(centred, centred)), name=self._name("sqrt")), deviations)
+        return mb.relu(x=mb.sub(x=centred, y=least, name=self._name("above")), name=self._name("relu"))
+
+    def as_large(self, x: Var, like: Var) -> Var:
+        x, like = self._cast(x, "fp32"), self._cast(like, "fp32")
+        have = mb.maximum(x=self._mean(self.mul(x, x)), y=np.float32(LEAST), name=self._name("maximum"))
+        share = mb.real_div(x=self._mean(self.mul(like, like)), y=have, name=self._name("share"))
+        return self.mul(x, mb.sqrt(x=share, name=self._name("sqrt")))
+
+    def _mean(self, x: Var) -> Var:
+        """`[…, 1]`: the mean of the last axis."""
+        return mb.reduce_mean(x=x, axes=[-1], keep_dims=True, name=self._name("mean"))
 
     def softmax(self, x: Var) -> Var:
         return mb.softmax(x=x, axis=-1, name=self._name("softmax"))

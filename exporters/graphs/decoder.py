@@ -1,15 +1,16 @@
-"""The text decoder of Gemma 1 to 4, written once over a small set of operations.
+"""The text decoder of Gemma 1 to 4 and 3n, written once over a small set of operations.
 
 ONNX and Core ML need a graph: each gives a `Backend` that spells these operations in its own
 operators, and calling `logits(architecture, backend)` makes the graph. A backend that computes
 (PyTorch, in the tests) makes the model itself, which is how this description is held to
-transformers' `modeling_gemma3.py` and `modeling_gemma4.py`.
+transformers' `modeling_gemma3.py`, `modeling_gemma4.py` and their like.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from gemexport.formats.gemma.architecture import GATHERINGS, SPREADS
 from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gemma.roles import Role
 
@@ -30,7 +31,10 @@ class Backend(Protocol[V]):
     """
 
     def embedding(self, weight: str, scale: float) -> V:
-        """`[batch, n, in]`: the rows of `weight` `[vocabulary, in]` at the input ids, times `scale`."""
+        """`[batch, n, in]`: the rows of `weight` `[vocabulary, in]` at the input ids, times `scale`.
+
+        Of a table that has fewer rows than there are ids, the first row stands for those that it has not.
+        """
 
     def linear(self, x: V, weight: str) -> V:
         """`[…, out]`: `x` `[…, in]` times the transpose of `weight` `[out, in]`."""
@@ -77,6 +81,15 @@ class Backend(Protocol[V]):
 
     def softcap(self, x: V, cap: float) -> V:
         """cap * tanh(x / cap)."""
+
+    def above(self, x: V, deviations: float) -> V:
+        """By how much `x` is above the mean of its last axis plus so many standard deviations of it; 0 below."""
+
+    def as_large(self, x: V, like: V) -> V:
+        """`x` times a number for each row of its last axis: the mean square is that of `like`, where it is not < 1e-5.
+
+        A row whose mean square is smaller counts as one of 1e-5.
+        """
 
     def softmax(self, x: V) -> V:
         """Softmax over the last axis, same shape."""
@@ -132,6 +145,12 @@ def embed(a: Architecture, b: Backend[V]) -> tuple[V, V | None]:
 def layers(a: Architecture, b: Backend[V], x: V, tokens: V | None) -> V:
     """`[batch, n, hidden]` after the last layer, before the last norm; `x`, `tokens` are from `embed`."""
     inputs = None if tokens is None else per_layer_inputs(a, b, x, tokens)
+    if a.streams is not None:
+        assert inputs is not None
+        streams = spread(a, b, x)
+        for layer in a.layers:
+            streams = streams_layer(a, b, streams, b.part(inputs, layer.index), layer)
+        return gathered(b, streams)
     for layer in a.layers:
         x = decoder_layer(a, b, x, None if inputs is None else b.part(inputs, layer.index), layer)
     return x
@@ -157,16 +176,81 @@ def decoder_layer(a: Architecture, b: Backend[V], x: V, told: V | None, layer: L
     i = layer.index
     h = attention(a, b, norm(a, b, x, name(Role.INPUT_NORM, i)), layer)
     x = b.add(x, norm(a, b, h, name(Role.POST_ATTENTION_NORM, i)) if a.post_norms else h)
-    h = mlp(b, norm(a, b, x, name(a.mlp_norm, i)), i)
+    h = mlp(b, norm(a, b, x, name(a.mlp_norm, i)), layer)
     if a.experts is not None:
         h = norm(a, b, h, name(Role.POST_DENSE_NORM, i))
         h = b.add(h, norm(a, b, experts(a, b, x, i), name(Role.POST_EXPERTS_NORM, i)))
     x = b.add(x, norm(a, b, h, name(Role.POST_MLP_NORM, i)) if a.post_norms else h)
     if told is not None:
-        h = b.mul(b.gelu(b.linear(x, name(Role.PER_LAYER_GATE, i))), told)
-        h = b.linear(h, name(Role.PER_LAYER_PROJECTION, i))
-        x = b.add(x, norm(a, b, h, name(Role.POST_PER_LAYER_NORM, i)))
+        x = b.add(x, added(a, b, x, told, i))
     return b.mul(x, b.constant(name(Role.LAYER_SCALAR, i))) if a.layer_scalar else x
+
+
+def added(a: Architecture, b: Backend[V], x: V, told: V, layer: int) -> V:
+    """What a layer makes of what it is told of the token, seeing `x`."""
+    h = b.mul(b.gelu(b.linear(x, name(Role.PER_LAYER_GATE, layer))), told)
+    return norm(a, b, b.linear(h, name(Role.PER_LAYER_PROJECTION, layer)), name(Role.POST_PER_LAYER_NORM, layer))
+
+
+def spread(a: Architecture, b: Backend[V], x: V) -> list[V]:
+    """The streams that the first layer is given, each `[batch, n, hidden]`: the embedding, and others as large."""
+    assert a.streams is not None
+    return [x, *(b.as_large(b.linear(x, name(role)), x) for role in SPREADS[: a.streams.count - 1])]
+
+
+def gathered(b: Backend[V], streams: list[V]) -> V:
+    """One stream out of all: their mean, each as large as the first."""
+    total, *others = streams
+    for role, stream in zip(GATHERINGS, others, strict=False):
+        total = b.add(total, b.as_large(b.linear(stream, name(role)), streams[0]))
+    return b.scale(total, 1 / len(streams))
+
+
+def streams_layer(a: Architecture, b: Backend[V], streams: list[V], told: V, layer: Layer) -> list[V]:
+    """One layer of a decoder with several streams: all are predicted, one is computed, and all are corrected by it."""
+    assert a.streams is not None
+    i, active = layer.index, a.streams.active
+    predicted = predictions(a, b, streams, i)
+    x = predicted[active]
+    h = norm(a, b, x, name(Role.INPUT_NORM, i))
+    low = b.linear(b.linear(h, name(Role.RESIDUAL_LEFT, i)), name(Role.RESIDUAL_RIGHT, i))
+    residual = b.add(h, norm(a, b, low, name(Role.RESIDUAL_NORM, i)))
+    attended = b.add(x, norm(a, b, attention(a, b, h, layer), name(Role.POST_ATTENTION_NORM, i)))
+    y = b.scale(b.add(attended, residual), 2.0**-0.5)
+    h = mlp(b, norm(a, b, y, name(a.mlp_norm, i)), layer)
+    y = b.add(y, norm(a, b, h, name(Role.POST_MLP_NORM, i)))
+    corrected = corrections(a, b, predicted, y, i)
+    h = added(a, b, b.mul(corrected[active], b.constant(name(Role.STREAM_SCALE, i))), told, i)
+    return [corrected[0], *(b.add(stream, h) for stream in corrected[1:])]
+
+
+def predictions(a: Architecture, b: Backend[V], streams: list[V], layer: int) -> list[V]:
+    """What each stream will be: itself, and a sum of all with factors that the active one says."""
+    assert a.streams is not None
+    count = len(streams)
+    said = b.linear(says(a, b, streams[a.streams.active], layer), name(Role.STREAMS_PREDICTION, layer))
+    factors = b.split(said, count * count)
+    found = []
+    for row, stream in enumerate(streams):
+        for column, other in enumerate(streams):
+            stream = b.add(stream, b.mul(other, b.part(factors, row * count + column)))
+        found.append(stream)
+    return found
+
+
+def corrections(a: Architecture, b: Backend[V], predicted: list[V], computed: V, layer: int) -> list[V]:
+    """The predictions moved by what was wrong of the active one: as far as that, and factors of it."""
+    assert a.streams is not None
+    wrong = b.add(computed, b.scale(predicted[a.streams.active], -1.0))
+    factors = b.split(b.linear(says(a, b, computed, layer), name(Role.STREAMS_CORRECTION, layer)), len(predicted))
+    moves = (b.add(wrong, b.mul(wrong, b.part(factors, index))) for index in range(len(predicted)))
+    return [b.add(stream, move) for stream, move in zip(predicted, moves, strict=True)]
+
+
+def says(a: Architecture, b: Backend[V], x: V, layer: int) -> V:
+    """`[batch, n, streams]`, each between -1 and 1: by what streams are mixed where the active one is `x`."""
+    h = b.scale(norm(a, b, x, name(Role.STREAMS_NORM, layer)), 1 / a.hidden_size)
+    return b.softcap(b.linear(h, name(Role.STREAMS_ROUTER, layer)), 1.0)
 
 
 def attention(a: Architecture, b: Backend[V], x: V, layer: Layer) -> V:
@@ -184,10 +268,11 @@ def attention(a: Architecture, b: Backend[V], x: V, layer: Layer) -> V:
     return b.linear(b.merge(h), name(Role.O, i))
 
 
-def mlp(b: Backend[V], x: V, layer: int) -> V:
-    """The gated MLP: down(gelu(gate(x)) * up(x))."""
-    gate = b.gelu(b.linear(x, name(Role.GATE, layer)))
-    return b.linear(b.mul(gate, b.linear(x, name(Role.UP, layer))), name(Role.DOWN, layer))
+def mlp(b: Backend[V], x: V, layer: Layer) -> V:
+    """The gated MLP: down(gelu(gate(x)) * up(x)); of a sparse one, most of what the gate gives is 0."""
+    i, gate = layer.index, b.linear(x, name(Role.GATE, layer.index))
+    gate = b.gelu(gate if layer.deviations is None else b.above(gate, layer.deviations))
+    return b.linear(b.mul(gate, b.linear(x, name(Role.UP, i))), name(Role.DOWN, i))
 
 
 def experts(a: Architecture, b: Backend[V], x: V, layer: int) -> V:

@@ -12,6 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
+
 from gemexport.exporters.fitting import Answer, Container, fitting
 from gemexport.exporters.fitting import promises as fitted
 from gemexport.exporters.mlx.config import problem, text_config
@@ -29,18 +31,21 @@ from gemexport.exporters.streaming import (
 from gemexport.exporters.support import require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gemma.names import FINAL_NORM
+from gemexport.formats.gemma.names import FINAL_NORM, LAYERS
 from gemexport.formats.gemma.stacks import apart, switched
+from gemexport.formats.pieces import Pieces, whole
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.bitpack import words
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, Entry, ShardedWriter, nbytes
-from gemexport.formats.tensor import ITEM_BYTES, DType, Grid, Plain, Tensor
+from gemexport.formats.tensor import ITEM_BYTES, ArrayTensor, DType, Grid, Plain, Tensor
 
 VARIANTS: tuple[str, ...] = ("4bit", "bf16", "f32")
 METADATA = {"format": "mlx"}  # of the weights
 PLAIN: dict[str, DType] = {"bf16": "bf16", "f32": "f32"}
+_TOP = LAYERS.partition(".")[0]
+_NOUGHT = np.float32(0)
 
 
 @dataclass
@@ -96,9 +101,28 @@ def _prepared(checkpoint: Checkpoint, variant: str, scales: DType | None) -> tup
     else:
         checkpoint, plan = _plan(checkpoint, variant, scales)
     config = text_config(checkpoint)
+    checkpoint, plan = _as_called(checkpoint, plan)
     if plan.modes:
         config["quantization"] = _quantization(checkpoint, plan)
     return checkpoint, plan, config
+
+
+def _as_called(checkpoint: Checkpoint, plan: _Plan) -> tuple[Checkpoint, _Plan]:
+    """The tensors under mlx-lm's names, with those that its module asks for and does not read."""
+    family, dtype = checkpoint.model.family, checkpoint.tensors[FINAL_NORM].dtype
+    zeros = family.unread(checkpoint.architecture)
+    if zeros:
+        plan.notes.append(
+            f"{len(zeros)} tensors are zeros ({next(iter(zeros))} …): mlx-lm asks for them, and reads none"
+        )
+    tensors: dict[str, Tensor] = dict(checkpoint.tensors)
+    tensors |= {name: ArrayTensor(name, np.broadcast_to(_NOUGHT, shape), dtype) for name, shape in zeros.items()}
+    if family.mlx_module == _TOP:
+        return replace(checkpoint, tensors=tensors), plan
+    called = {name: f"{family.mlx_module}{name.removeprefix(_TOP)}" for name in tensors}
+    modes = {called[name]: mode for name, mode in plan.modes.items()}
+    renamed = {called[name]: Pieces(called[name], tensor.shape, [whole(tensor)]) for name, tensor in tensors.items()}
+    return replace(checkpoint, tensors=renamed), replace(plan, modes=modes)
 
 
 def supports(model: Model, variant: str) -> str | None:

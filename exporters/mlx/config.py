@@ -27,13 +27,14 @@ def text_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json for the decoder alone, without quantization; of a decoder that mlx-lm has a way to say."""
     model, source = checkpoint.model, checkpoint.text_config
     flat = flat_facts(model.decoder)
-    return {
+    config = {
         **{key: value for key, value in source.items() if key not in DROPPED},
         "architectures": [model.family.reference_class],
         "sliding_window": model.decoder.sliding_window,
         **model.family.config(flat),
         **model.family.mlx_config(flat, source),
     }
+    return model.family.mlx_whole(config)
 
 
 def problem(model: Model) -> str | None:

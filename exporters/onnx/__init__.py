@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gemexport.exporters.support import embeddings, experts
+from gemexport.exporters.support import embeddings, experts, streams
 from gemexport.formats.gemma.model import Model
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ WHOLE = ("int4", "f32")  # variants of one graph with free sizes
 
 def supports(model: Model, variant: str) -> str | None:
     """Why no graph is written of a model; None where it does."""
-    found = experts(model) if variant in INTEGERS else None  # a token would go through all of them, in integers
+    # A token would go through all experts in integers, and the sizes of streams are of no range that was measured.
+    found = experts(model) or streams(model) if variant in INTEGERS else None
     found = found or (embeddings(model) if variant not in WHOLE else None)
     return None if found is None else f"the graphs do not compute this decoder: {found}"
 

@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from gemexport.exporters.onnx.graph import GraphBuilder, Weights
 from gemexport.formats.onnx.blocks import pack, pack_unsigned
-from gemexport.formats.tensor import DType, Rows
+from gemexport.formats.tensor import DType, Rows, Tensor
 
 WIDTHS = (2, 4, 8)  # bits that there are containers for; what lies between goes into the next wider one
 KINDS = ("symmetric", "zero-point")
+LEAST = 1e-5  # mean square of a stream, see `Backend.as_large`
 
 
 def stored_bits(bits: int, row: int) -> int:
@@ -77,6 +78,26 @@ class StandardOperations:
     def softcap(self, x: ir.Value, cap: float) -> ir.Value:
         limit = self.number(cap)
         return self.mul(self.graph.op("Tanh", [self.graph.op("Div", [x, limit])]), limit)
+
+    def above(self, x: ir.Value, deviations: float) -> ir.Value:
+        centred = self.graph.op("Sub", [x, self._mean(x)])
+        least = self.scale(self.graph.op("Sqrt", [self._mean(self.mul(centred, centred))]), deviations)
+        return self.graph.op("Relu", [self.graph.op("Sub", [centred, least])])
+
+    def as_large(self, x: ir.Value, like: ir.Value) -> ir.Value:
+        have = self.graph.op("Max", [self._mean(self.mul(x, x)), self.number(LEAST)])
+        return self.mul(x, self.graph.op("Sqrt", [self.graph.op("Div", [self._mean(self.mul(like, like)), have])]))
+
+    def _mean(self, x: ir.Value) -> ir.Value:
+        """`[…, 1]`: the mean of the last axis."""
+        return self.graph.op("ReduceMean", [x, self.graph.constant([-1], np.int64)], keepdims=1)
+
+    def known(self, ids: ir.Value, tensor: Tensor, vocabulary: int) -> ir.Value:
+        """Ids that a table `tensor` of fewer rows than the vocabulary has, the first for those that it has not."""
+        if tensor.shape[0] >= vocabulary:
+            return ids
+        there = self.graph.op("Less", [ids, self.graph.constant(tensor.shape[0], np.int64)])
+        return self.graph.op("Where", [there, ids, self.graph.constant(0, np.int64)])
 
     def softmax(self, x: ir.Value) -> ir.Value:
         return self.graph.op("Softmax", [x], axis=-1)

@@ -65,21 +65,24 @@ class NpuBackend(StandardOperations):
         tensor = self.weights.tensors[weight]
         if not self.graph.inputs:
             self.graph.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
+        ids = self.known(self.graph.inputs[0], tensor, self.a.vocab_size)
         if tensor.grid is None:
             dtype = FLOATS[tensor.dtype]
             rows = self.weights.plan(weight, "rows", dtype, tensor.shape, plain(tensor), file=TABLES)
-            return self.scale(self.to_float(self._lookup(self.graph.external(weight, rows)), tensor.dtype), scale)
+            return self.scale(self.to_float(self._lookup(self.graph.external(weight, rows), ids), tensor.dtype), scale)
         if tensor.grid.kind == "vectors":
-            return self.scale(additive_rows(self.graph, self.weights, tensor, self.graph.inputs[0], TABLES), scale)
+            return self.scale(additive_rows(self.graph, self.weights, tensor, ids, TABLES), scale)
         width, block = tensor.shape[1], tensor.grid.block
         bits = stored_bits(tensor.grid.bits, width)
-        table, scales, zeros = self._table(tensor, tensor.grid, bits)
-        codes = self.reshape(self._unpacked(self._lookup(table), bits), [0, 0, width // block, block])
+        table, scales, zeros = self._table(tensor, tensor.grid, bits, ids)
+        codes = self.reshape(self._unpacked(self._lookup(table, ids), bits), [0, 0, width // block, block])
         codes = self.graph.op("Sub", [codes, self.number(float(1 << (bits - 1))) if zeros is None else zeros])
         return self.scale(self.reshape(self.mul(codes, scales), [0, 0, width]), scale)
 
-    def _table(self, tensor: Tensor, grid: Grid, bits: int) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """Packed rows, and what belongs to the ids of their scales and zero points as f32 `[1, n, blocks, 1]`."""
+    def _table(
+        self, tensor: Tensor, grid: Grid, bits: int, ids: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Packed rows, and what belongs to `ids` of their scales and zero points as f32 `[1, n, blocks, 1]`."""
         (rows, width), dtype = tensor.shape, grid.scale_dtype
         blocks, plan, name = width // grid.block, self.weights.plan, tensor.name
 
@@ -90,7 +93,7 @@ class NpuBackend(StandardOperations):
             return packed_codes(part, bits)
 
         def looked_up(stored: ir.ExternalTensor, suffix: str) -> ir.Value:
-            found = self._lookup(self.graph.external(f"{name}{suffix}", stored))
+            found = self._lookup(self.graph.external(f"{name}{suffix}", stored), ids)
             found = found if stored.dtype == ir.DataType.FLOAT else self.cast(found, ir.DataType.FLOAT)
             return self.reshape(found, [0, 0, blocks, 1])
 
@@ -104,8 +107,8 @@ class NpuBackend(StandardOperations):
         )
         return table, factors, looked_up(shifts, ZEROS)
 
-    def _lookup(self, table: ir.Value) -> ir.Value:
-        return self.graph.op("Gather", [table, self.graph.inputs[0]], axis=0)
+    def _lookup(self, table: ir.Value, ids: ir.Value) -> ir.Value:
+        return self.graph.op("Gather", [table, ids], axis=0)
 
     def _unpacked(self, packed: ir.Value, bits: int) -> ir.Value:
         """Codes as f32 `[1, n, in]` out of bytes `[1, n, in * bits / 8]`, the first in the lowest bits."""

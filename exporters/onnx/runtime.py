@@ -53,9 +53,10 @@ class OnnxRuntimeBackend(StandardOperations):
 
     def embedding(self, weight: str, scale: float) -> ir.Value:
         tensor = self.weights.tensors[weight]
+        ids = self.known(self.ids, tensor, self.a.vocab_size)
         if self.quantized and tensor.grid is not None and tensor.grid.kind == "vectors":
-            return self.scale(additive_rows(self.graph, self.weights, tensor, self.ids, WEIGHTS), scale)
-        return self.scale(self._lookup(tensor)(self.ids), scale)
+            return self.scale(additive_rows(self.graph, self.weights, tensor, ids, WEIGHTS), scale)
+        return self.scale(self._lookup(tensor)(ids), scale)
 
     def _lookup(self, tensor: Tensor) -> Callable[[ir.Value], ir.Value]:
         """What gives the parts of a tensor at ids along its first axis, in f32: rows, of experts whole matrices."""

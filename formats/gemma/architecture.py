@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from gemexport.formats.gemma.names import CANONICAL
 from gemexport.formats.gemma.roles import Role
 
 Shape = tuple[int, ...]
+SPREADS = (Role.FIRST_SPREAD, Role.SECOND_SPREAD, Role.THIRD_SPREAD)
+GATHERINGS = (Role.FIRST_GATHERING, Role.SECOND_GATHERING, Role.THIRD_GATHERING)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,17 @@ class Layer(BaseModel):
     rope: Rope
     kv_source: int  # its own index, or the layer whose keys and values it reads
     k_eq_v: bool = False  # no v_proj: the values are the unnormalised key projection
+    sparsity: float = 0.0  # the share of the gate's outputs that becomes 0, were they normal; see `deviations`
 
     @property
     def owns_cache(self) -> bool:
         """Whether this layer computes keys and values (else it reads a donor's)."""
         return self.kv_source == self.index
+
+    @property
+    def deviations(self) -> float | None:
+        """So many standard deviations above its mean a gate's output must be to count; None where all do."""
+        return NormalDist().inv_cdf(self.sparsity) if self.sparsity else None
 
 
 class PerLayerEmbeddings(BaseModel):
@@ -92,6 +101,20 @@ class Experts(BaseModel):
     intermediate_size: int  # of each
 
 
+class Streams(BaseModel):
+    """Hidden states beside each other, of which a layer computes one and predicts the rest; and its other residual.
+
+    AltUp (https://arxiv.org/abs/2301.13310) and LAuReL (https://arxiv.org/abs/2411.07501), as Gemma3nTextAltUp and
+    Gemma3nTextLaurelBlock of transformers have them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int
+    active: int  # the stream that is computed
+    rank: int  # of the residual beside attention
+
+
 class Architecture(BaseModel):
     """A Gemma text decoder."""
 
@@ -112,6 +135,7 @@ class Architecture(BaseModel):
     per_layer: PerLayerEmbeddings | None
     value_norm: bool  # values are RMS-normed, without a weight
     experts: Experts | None  # in every layer
+    streams: Streams | None = None
     layer_scalar: bool  # each layer's output is multiplied by a scalar
     qk_norm: bool = True  # queries and keys are RMS-normed
     post_norms: bool = True  # what attention and MLP add to the residual is RMS-normed
@@ -136,11 +160,29 @@ class Architecture(BaseModel):
             top[Role.PER_LAYER_EMBEDDING] = (self.per_layer.vocab_size, width)
             top[Role.PER_LAYER_MODEL_PROJECTION] = (width, hidden)
             top[Role.PER_LAYER_MODEL_NORM] = (self.per_layer.dim,)
+        others = self.streams.count - 1 if self.streams else 0
+        top |= dict.fromkeys(SPREADS[:others], (hidden, hidden))
         yield from _specs(top, None)
         for layer in self.layers:
-            yield from _specs(self._attention(layer) | self._mlp(layer) | self._told(), layer.index)
-        end: dict[Role, Shape] = {Role.FINAL_NORM: (hidden,)}
+            yield from _specs(self._mixing() | self._attention(layer) | self._mlp(layer) | self._told(), layer.index)
+        end: dict[Role, Shape] = {**dict.fromkeys(GATHERINGS[:others], (hidden, hidden)), Role.FINAL_NORM: (hidden,)}
         yield from _specs(end if self.tied else end | {Role.HEAD: (self.vocab_size, hidden)}, None)
+
+    def _mixing(self) -> dict[Role, Shape]:
+        """What predicts and corrects streams, and the residual of low rank."""
+        if self.streams is None:
+            return {}
+        hidden, count, rank = self.hidden_size, self.streams.count, self.streams.rank
+        return {
+            Role.STREAMS_NORM: (hidden,),
+            Role.STREAMS_ROUTER: (count, hidden),
+            Role.STREAMS_PREDICTION: (count * count, count),
+            Role.STREAMS_CORRECTION: (count, count),
+            Role.STREAM_SCALE: (hidden,),
+            Role.RESIDUAL_LEFT: (rank, hidden),
+            Role.RESIDUAL_RIGHT: (hidden, rank),
+            Role.RESIDUAL_NORM: (hidden,),
+        }
 
     def _attention(self, layer: Layer) -> dict[Role, Shape]:
         hidden, query, keys = self.hidden_size, self.heads * layer.head_dim, layer.kv_heads * layer.head_dim

@@ -73,7 +73,7 @@ def flat_facts(decoder: Architecture, embedder: Embedder | None = None) -> Flat:
     narrow, wide = sliding or full, full or sliding
     assert narrow is not None
     assert wide is not None
-    experts, tables = decoder.experts, decoder.per_layer
+    experts, tables, streams = decoder.experts, decoder.per_layer, decoder.streams
     return {
         "layers": len(decoder.layers),
         "vocab_size": decoder.vocab_size,
@@ -105,6 +105,10 @@ def flat_facts(decoder: Architecture, embedder: Embedder | None = None) -> Flat:
         "experts.count": experts.count if experts else 0,
         "experts.top_k": experts.top_k if experts else 0,
         "experts.intermediate_size": experts.intermediate_size if experts else 0,
+        "streams.count": streams.count if streams else 1,
+        "streams.active": streams.active if streams else 0,
+        "streams.rank": streams.rank if streams else 0,
+        "sparsity": [layer.sparsity for layer in decoder.layers],
         **_embedder_facts(embedder),
     }
 
@@ -167,6 +171,10 @@ CONFIG = {
     "experts.count": "num_experts",
     "experts.top_k": "top_k_experts",
     "experts.intermediate_size": "moe_intermediate_size",
+    "streams.count": "altup_num_inputs",
+    "streams.active": "altup_active_idx",
+    "streams.rank": "laurel_rank",
+    "sparsity": "activation_sparsity_pattern",
 }
 
 # What ONNX Runtime GenAI's configuration calls one, under "model".

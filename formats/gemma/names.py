@@ -23,7 +23,9 @@ _SPELLINGS = (
     (re.compile(r"^language_model\.model\.(.+)$"), r"model.\1"),
     (re.compile(r"^language_model\.(lm_head\..+)$"), r"\1"),
     (
-        re.compile(r"^(?:language_model\.)?((?:layers|embed_tokens|embed_tokens_per_layer|norm|per_layer_\w+)\..+)$"),
+        re.compile(
+            r"^(?:language_model\.)?((?:layers|embed_tokens|embed_tokens_per_layer|norm|(?:per_layer|altup)_\w+)\..+)$"
+        ),
         r"model.\1",
     ),
 )
@@ -73,6 +75,17 @@ CANONICAL = Dialect(
         Role.PER_LAYER_EMBEDDING: "model.embed_tokens_per_layer.weight",
         Role.PER_LAYER_MODEL_PROJECTION: "model.per_layer_model_projection.weight",
         Role.PER_LAYER_MODEL_NORM: "model.per_layer_projection_norm.weight",
+        Role.FIRST_SPREAD: "model.altup_projections.0.weight",
+        Role.SECOND_SPREAD: "model.altup_projections.1.weight",
+        Role.THIRD_SPREAD: "model.altup_projections.2.weight",
+        Role.STREAMS_NORM: f"{_LAYER}altup.router_norm.weight",
+        Role.STREAMS_ROUTER: f"{_LAYER}altup.modality_router.weight",
+        Role.STREAMS_PREDICTION: f"{_LAYER}altup.prediction_coefs.weight",
+        Role.STREAMS_CORRECTION: f"{_LAYER}altup.correction_coefs.weight",
+        Role.STREAM_SCALE: f"{_LAYER}altup.correct_output_scale",
+        Role.RESIDUAL_LEFT: f"{_LAYER}laurel.linear_left.weight",
+        Role.RESIDUAL_RIGHT: f"{_LAYER}laurel.linear_right.weight",
+        Role.RESIDUAL_NORM: f"{_LAYER}laurel.post_laurel_norm.weight",
         Role.INPUT_NORM: f"{_LAYER}input_layernorm.weight",
         Role.Q: f"{_LAYER}self_attn.q_proj.weight",
         Role.Q_NORM: f"{_LAYER}self_attn.q_norm.weight",
@@ -98,6 +111,9 @@ CANONICAL = Dialect(
         Role.PER_LAYER_PROJECTION: f"{_LAYER}per_layer_projection.weight",
         Role.POST_PER_LAYER_NORM: f"{_LAYER}post_per_layer_input_norm.weight",
         Role.LAYER_SCALAR: f"{_LAYER}layer_scalar",
+        Role.FIRST_GATHERING: "model.altup_unembed_projections.0.weight",
+        Role.SECOND_GATHERING: "model.altup_unembed_projections.1.weight",
+        Role.THIRD_GATHERING: "model.altup_unembed_projections.2.weight",
         Role.FINAL_NORM: "model.norm.weight",
         Role.HEAD: "lm_head.weight",
         Role.FIRST_DENSE: "2_Dense.linear.weight",

@@ -17,6 +17,7 @@ class Kind(Enum):
     HEAD = "head"  # `[vocabulary, width]`: a linear whose outputs are logits
     LINEAR = "linear"  # `[out, in]`
     ROUTER = "router"  # `[experts, in]`: a linear whose outputs choose experts
+    MIXER = "mixer"  # `[few, in]`: a small linear whose outputs mix streams; no recipe quantizes it
     EXPERT = "expert"  # `[experts, out, in]`: a linear of each expert
     NORM = "norm"  # `[width]`: what an RMSNorm multiplies by, less the family's offset
     SCALE = "scale"  # `[width]`: factors, as they are
@@ -29,6 +30,17 @@ class Role(Enum):
     PER_LAYER_EMBEDDING = ("per-layer embedding", Kind.EMBEDDING, False)
     PER_LAYER_MODEL_PROJECTION = ("per-layer model projection", Kind.LINEAR, False)
     PER_LAYER_MODEL_NORM = ("per-layer model norm", Kind.NORM, False)
+    FIRST_SPREAD = ("first spread", Kind.LINEAR, False)  # of the embedding to another stream (AltUp)
+    SECOND_SPREAD = ("second spread", Kind.LINEAR, False)
+    THIRD_SPREAD = ("third spread", Kind.LINEAR, False)
+    STREAMS_NORM = ("streams norm", Kind.NORM, True)  # of the stream that the mixing of all is told by
+    STREAMS_ROUTER = ("streams router", Kind.MIXER, True)
+    STREAMS_PREDICTION = ("streams prediction", Kind.MIXER, True)
+    STREAMS_CORRECTION = ("streams correction", Kind.MIXER, True)
+    STREAM_SCALE = ("stream scale", Kind.SCALE, True)  # on what the per-layer gate is shown
+    RESIDUAL_LEFT = ("residual left", Kind.LINEAR, True)  # of the residual of low rank beside attention (LAuReL)
+    RESIDUAL_RIGHT = ("residual right", Kind.LINEAR, True)
+    RESIDUAL_NORM = ("residual norm", Kind.NORM, True)
     INPUT_NORM = ("input norm", Kind.NORM, True)
     Q = ("q", Kind.LINEAR, True)
     Q_NORM = ("q norm", Kind.NORM, True)
@@ -54,6 +66,9 @@ class Role(Enum):
     PER_LAYER_PROJECTION = ("per-layer projection", Kind.LINEAR, True)
     POST_PER_LAYER_NORM = ("post-per-layer norm", Kind.NORM, True)
     LAYER_SCALAR = ("layer scalar", Kind.SCALE, True)
+    FIRST_GATHERING = ("first gathering", Kind.LINEAR, False)  # of another stream, before all become one
+    SECOND_GATHERING = ("second gathering", Kind.LINEAR, False)
+    THIRD_GATHERING = ("third gathering", Kind.LINEAR, False)
     FINAL_NORM = ("final norm", Kind.NORM, False)
     HEAD = ("head", Kind.HEAD, False)
     FIRST_DENSE = ("first dense", Kind.LINEAR, False)  # of a text's vector, after the pooling

@@ -53,13 +53,13 @@ class Recipe(BaseModel):
     max_kld: float | None = None  # nats; budget of the mean loss
 
     def scheme(self, tensor: str) -> Scheme | None:
-        """The scheme for a matrix by its canonical name."""
+        """The scheme for a matrix by its canonical name; None for one that stays as it is."""
         role = role_of(tensor)
         if role is Role.PER_LAYER_EMBEDDING:
             return self.per_layer_embedding
         if role is not None and role.kind in (Kind.EMBEDDING, Kind.HEAD):
             return self.embedding
-        return self.linear
+        return None if role is not None and role.kind is Kind.MIXER else self.linear
 
     def chosen(self, lattices: Mapping[str, bool | None], left: Container[str] = frozenset()) -> dict[str, Scheme]:
         """The matrices that are to be quantized, by canonical name, each with its scheme.

@@ -23,7 +23,7 @@ from gemexport.formats.gemma.architecture import Architecture, TensorSpec
 from gemexport.formats.gemma.embedder import MODULES
 from gemexport.formats.gemma.families import named
 from gemexport.formats.gemma.model import Model, describe, text_config
-from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.roles import Kind, Role
 from gemexport.formats.storage.files import atomic
 from gemexport.formats.storage.safetensors import DTYPE_NAMES, NUMPY_DTYPES, Entry, ShardedWriter
 from gemexport.formats.tensor import ArrayTensor, DType, Floats, Grid, Tensor, to_bf16
@@ -40,7 +40,7 @@ __all__ = [
     "write_generation_config",
 ]
 
-FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma2", "gemma", "vaultgemma", "embeddinggemma"]
+FamilyName = Literal["gemma3", "gemma4", "gemma4_unified", "gemma3n", "gemma2", "gemma", "vaultgemma", "embeddinggemma"]
 TOWER = "model.vision_tower.patch_embedder.input_proj.weight"
 
 
@@ -50,6 +50,8 @@ ATTENTION_SPREAD = 1.0
 LAYER_SHARE, LAYER_SHARE_OF_SCALED = 6.0, 1.0  # where no layer scalar lets the embedding fade, and where one does
 LAYER_SCALARS = (0.5, 0.9)
 ROUTER_SPREAD = 2.0  # of the scores by which experts are chosen
+# Of several streams: what mixes them, how far it does, and how much a layer adds, where each reads its own norm's size.
+STREAMS_SPREAD, STREAMS_MIXED, STREAMS_SHARE = 0.5, 0.2, 0.3
 # Norms of what is added to the residual.
 ADDED = {
     Role.POST_ATTENTION_NORM,
@@ -57,6 +59,7 @@ ADDED = {
     Role.POST_DENSE_NORM,
     Role.POST_EXPERTS_NORM,
     Role.POST_PER_LAYER_NORM,
+    Role.RESIDUAL_NORM,
 }
 QUIET = 0.25
 LOUDNESS = 0.2
@@ -83,6 +86,10 @@ def random_values(spec: TensorSpec, model: Architecture, quiet: list[int], strea
         weights = _bell(stream, shape) / np.float32(shape[-1] ** 0.5)
     if role is Role.ROUTER:
         weights *= np.float32(ROUTER_SPREAD * shape[-1] ** 0.5)  # what it reads has the norm 1
+    if role is Role.STREAMS_ROUTER:
+        weights *= np.float32(STREAMS_SPREAD * shape[-1])  # what it reads is divided by its width
+    if role in (Role.STREAMS_PREDICTION, Role.STREAMS_CORRECTION):
+        weights *= np.float32(STREAMS_MIXED)
     if role is Role.EMBEDDING:
         # Rows of unlike length, as in trained models: the longer ones win by more.
         weights *= np.float32(1) + np.float32(LOUDNESS) * _bell(stream, (shape[0], 1))
@@ -98,12 +105,12 @@ def _size(role: Role, width: int, model: Architecture) -> float:
     if role is Role.FINAL_NORM:
         return LOGIT_SPREAD
     if role in ADDED and role is not model.mlp_norm:
-        return LAYER_SHARE_OF_SCALED if model.layer_scalar else LAYER_SHARE
+        return STREAMS_SHARE if model.streams else LAYER_SHARE_OF_SCALED if model.layer_scalar else LAYER_SHARE
     return 1.0
 
 
 def _stored(values: Floats, role: Role, rule: str | None, dtype: DType) -> NDArray[Any]:
-    if rule is None or not role.has_rows or role is Role.ROUTER:  # as in released checkpoints
+    if rule is None or not role.has_rows or role.kind in (Kind.ROUTER, Kind.MIXER):  # as in released checkpoints
         bits = to_bf16(values)
     else:
         bits = qat.on_grid(values.reshape(-1, values.shape[-1]), rule).reshape(values.shape)

@@ -13,6 +13,7 @@ from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
 from gemexport.formats.gemma.families.gemma3 import Gemma3
+from gemexport.formats.gemma.families.gemma3n import Gemma3n
 from gemexport.formats.gemma.families.gemma4 import Gemma4
 from gemexport.formats.gemma.families.gemma4_unified import Gemma4Unified
 from gemexport.formats.gemma.families.shieldgemma2 import ShieldGemma2
@@ -42,9 +43,12 @@ SIZES = {
 GEMMA4_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
 GEMMA4_SHARED = 3
 GEMMA2_LAYERS = [SLIDING, FULL, SLIDING, FULL]
+# As llama.cpp's graph of a Gemma 3n asks: 20 layers with keys and values, of which each fifth sees everything.
+GEMMA3N_LAYERS, GEMMA3N_SHARED = [*[SLIDING] * 4, FULL] * 5, 5
 GEMMA3_LAYERS = [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]
 EXPERTS_LAYERS = [SLIDING, FULL, SLIDING, FULL]
 EXPERTS, CHOSEN = 8, 2
+WIDE = 4  # times an MLP's width: what is far above the mean of few is of no known number
 GLOBAL_HEAD_DIM, PER_LAYER_CONFIG = "global_head_dim", "per_layer_config"  # spellings
 
 
@@ -132,6 +136,18 @@ def _gemma4_unified(names: dict[str, Any], size: Size, spelling: str, _: bool) -
     return {key: value for key, value in config.items() if key not in lacks}
 
 
+def _gemma3n(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, Any]:
+    layers = len(GEMMA3N_LAYERS)
+    return names | {
+        "eos_token_id": 1, "activation_sparsity_pattern": [0.95] * 10 + [0.0] * (layers - 10),
+        "altup_active_idx": 0, "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_num_inputs": 4,
+        "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 256,
+        "intermediate_size": [WIDE * size.intermediate] * layers, "laurel_rank": 64, "layer_types": GEMMA3N_LAYERS,
+        "num_hidden_layers": layers, "num_kv_shared_layers": GEMMA3N_SHARED, "rope_local_base_freq": 10000.0,
+        "rope_scaling": None, "rope_theta": 1000000.0, "vocab_size_per_layer_input": size.vocab - 64,
+    }  # fmt: skip
+
+
 def _gemma2(names: dict[str, Any], size: Size, _: str, __: bool) -> dict[str, Any]:
     return names | {
         "eos_token_id": 1, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0,
@@ -158,6 +174,7 @@ CONFIGS: dict[type[Family[Any]], Maker] = {
     Gemma1: _gemma1,
     Gemma2: _gemma2,
     Gemma3: _gemma3,
+    Gemma3n: _gemma3n,
     Gemma4: _gemma4,
     Gemma4Unified: _gemma4_unified,
     ShieldGemma2: _gemma3,

@@ -34,6 +34,7 @@ def models() -> Iterator[tuple[str, Model]]:
     yield "Gemma 4 31B", row("gemma4", _LONG | flat | {"attention_k_eq_v": True}, "gemma4")
     yield "Gemma 3 270M, 1B, FunctionGemma", row("gemma3", _LONG)
     yield "Gemma 3 4B, 12B, 27B, MedGemma, TranslateGemma", row("gemma3", scaled, "gemma3")
+    yield "Gemma 3n E2B, E4B", row("gemma3n", {"max_position_embeddings": 32_768, "sliding_window": 512}, "gemma3n")
     yield "ShieldGemma 2", row("gemma3", scaled, "shieldgemma2")
     yield "Gemma 2", row("gemma2", _SHORT)
     yield "Gemma 1", row("gemma", {"max_position_embeddings": 8192})

@@ -112,7 +112,8 @@ def _round_constants(model: Any) -> None:
     """Factors that a program in f16 has as f16 numbers, however it is evaluated: of per-layer inputs, of soft caps."""
     text, cap = model.get_decoder(), getattr(model.config, "final_logit_softcapping", None)
     if hasattr(text, "per_layer_input_scale"):
-        text.per_layer_input_scale = _half(text.per_layer_input_scale)
+        given = text.per_layer_input_scale  # a number, or a tensor of one
+        text.per_layer_input_scale = given.half().float() if isinstance(given, torch.Tensor) else _half(given)
     if cap is not None:
         model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: logits * (_half(1 / cap) * cap))
     for module in model.modules():

@@ -59,6 +59,7 @@ class Decoder:
         self.head = tensors[self._tied.get(head, head)]  # the matrix that gives the logits, `[vocab, hidden]`
         # Frequencies are in no checkpoint: they are computed when the module is made.
         self.text.rotary_emb = type(self.text.rotary_emb)(config)
+        _make_constants(self.text)
         self.embeddings: dict[str, Any] = {
             name: module for name, module in self.text.named_children() if isinstance(module, torch.nn.Embedding)
         }
@@ -119,9 +120,13 @@ class Decoder:
         return found
 
     def table(self, name: str, ids: list[int]) -> torch.nn.Module:
-        """One of `embeddings` with only the rows `ids`, ascending: its id i looks up ids[i]."""
+        """One of `embeddings` with only the rows `ids`, ascending: its id i looks up ids[i].
+
+        An id that a table of fewer rows does not have looks up its first, as in transformers' models with such a table.
+        """
         whole = self.embeddings[name]
         tensor = self.tensors[f"{self._names[whole]}.weight"]
+        ids = [index if index < tensor.shape[0] else 0 for index in ids]
         found: torch.nn.Module = type(whole)(len(ids), tensor.shape[1], None, embed_scale=whole.scalar_embed_scale)
         rows = torch.empty((len(ids), tensor.shape[1]), dtype=self.dtype)
         for first, last in _runs(ids):
@@ -140,6 +145,30 @@ def _attached(model: Any, spec: TensorSpec) -> torch.nn.Linear:
     holder.add_module(inner, found)
     model.add_module(place, holder)
     return found
+
+
+def _make_constants(text: Any) -> None:
+    """Give modules the numbers that are in no checkpoint and that they make of the config, as plain attributes.
+
+    Those of embeddings and of rotary embeddings are made with these. Whoever fills and empties a module leaves
+    attributes alone.
+    """
+    for module in text.modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            value = getattr(module, name)
+            if value.is_meta and not isinstance(module, torch.nn.Embedding):
+                setattr(module, name, torch.empty_like(value, device="cpu"))
+                text._init_weights(module)
+                made = getattr(module, name)
+                delattr(module, name)
+                setattr(module, name, made)
+
+
+def by_position(hidden: torch.Tensor) -> torch.Tensor:
+    """`[n, width]` of hidden states of one sequence, `[1, n, hidden]`; of several streams `[streams, 1, n, hidden]`,
+    beside each other.
+    """
+    return hidden[0] if hidden.ndim == 3 else hidden[:, 0].movedim(0, 1).flatten(1)
 
 
 def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:

@@ -134,7 +134,7 @@ class Backwards:
         if "shared_kv_states" in options:
             options["shared_kv_states"] = states
         with self._walk.computing(gradients=True):
-            output = visit.module(hidden, *inputs, **options)
+            output = visit.module(hidden, **dict(zip(walk.names[index], inputs, strict=True)), **options)
             (wanted,) = shelf.get(f"gradient-{number}")
             torch.autograd.backward(*states.targets(output, wanted))
         shelf.put(f"gradient-{number}", hidden.grad)

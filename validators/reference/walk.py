@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemexport.formats.gemma.names import CANONICAL
+from gemexport.formats.gemma.roles import Role
 from gemexport.validators.reference.arithmetic import computing
-from gemexport.validators.reference.decoder import Decoder
+from gemexport.validators.reference.decoder import Decoder, by_position
 from gemexport.validators.reference.shelf import SharedStates, Shelf
 
 Watcher = Callable[[str, torch.Tensor], None]  # a matrix's name, and what it is multiplied with, `[…, in]`
@@ -52,7 +55,7 @@ class Walk:
     def _enter(self) -> None:
         """What goes into the first layer, and what each layer is given beside what the one before gave."""
         text = self.decoder.text
-        notes = [_Note() for _ in self.modules]
+        notes = [_Note(module) for module in self.modules]
         norm, text.norm, text.layers = text.norm, torch.nn.Identity(), torch.nn.ModuleList(notes)
         later = {*self.decoder.embeddings, *_LATER}
         with self.computing(), ExitStack() as held:
@@ -63,12 +66,13 @@ class Walk:
                 ids, places = np.unique(tokens, return_inverse=True)
                 for name in self.decoder.embeddings:
                     setattr(text, name, self.decoder.table(name, ids.tolist()))
-                embedded = text(input_ids=torch.from_numpy(places)[None], use_cache=False).last_hidden_state
-                self.shelf.put(f"hidden-0-{number}", embedded)
+                text(input_ids=torch.from_numpy(places)[None], use_cache=False)
+                self.shelf.put(f"hidden-0-{number}", notes[0].hidden)
                 for index, note in enumerate(notes):
                     self.shelf.put(f"inputs-{index}-{number}", *note.inputs)
                 if len(tokens) not in self.given:
                     self.given[len(tokens)] = [note.options for note in notes]
+        self.names = [note.names for note in notes]
         text.norm, text.layers = norm, torch.nn.ModuleList(self.modules)
         for name, module in self.decoder.embeddings.items():
             setattr(text, name, module)
@@ -91,9 +95,9 @@ class Walk:
             visit.finish()
 
     def embedded(self) -> Iterator[torch.Tensor]:
-        """What goes into the first layer, `[n, hidden]` of each sequence, until the first layer is done with."""
+        """What goes into the first layer, `[n, width]` of each sequence, until the first layer is done with."""
         for number in range(len(self.sequences)):
-            yield self.shelf.get(f"hidden-0-{number}")[0][0]
+            yield by_position(self.shelf.get(f"hidden-0-{number}")[0])
 
     def logits(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         """Slices of the vocabulary: (sequence, first token id, last and one, logits `[n, ids]` in f32)."""
@@ -105,24 +109,23 @@ class Walk:
 
     def last(self) -> Iterator[torch.Tensor]:
         """What the head is multiplied with, `[n, hidden]` of each sequence in turn; `layers()` comes before it."""
-        decoder = self.decoder
-        with decoder.filled(decoder.text.norm):
+        with self.filled(_Last(self.decoder.text)) as last:
             for number in range(len(self.sequences)):
                 (hidden,) = self.shelf.get(f"hidden-{len(self.modules)}-{number}")
                 with self.computing():
-                    found = decoder.text.norm(hidden)
+                    found = last.normed(hidden)
                 yield found[0]
 
     def vectors(self) -> Iterator[torch.Tensor]:
         """What becomes of each sequence after the last layer: a vector `[size]` in f32, of length 1."""
         decoder, last = self.decoder, len(self.modules)
-        with ExitStack() as held:
-            for module in (decoder.text.norm, *decoder.dense):
+        with self.filled(_Last(decoder.text)) as end, ExitStack() as held:
+            for module in decoder.dense:
                 held.enter_context(decoder.filled(module))
             for number in range(len(self.sequences)):
                 with self.computing():
                     (hidden,) = self.shelf.get(f"hidden-{last}-{number}")
-                    found = decoder.text.norm(hidden)[0].mean(0, keepdim=True)
+                    found = end.normed(hidden)[0].mean(0, keepdim=True)
                     for linear in decoder.dense:
                         found = linear(found)
                     found = torch.nn.functional.normalize(found)[0].float()
@@ -132,11 +135,19 @@ class Walk:
     def head(self) -> Iterator[None]:
         """What comes after the layers, ready for slices of the head's rows as long as the block lasts."""
         decoder, model = self.decoder, self.decoder.model
-        with decoder.filled(decoder.text.norm):
-            model.model = _Last(decoder.text.norm)
+        with self.filled(_Last(decoder.text)) as last:
+            model.model = last
             yield
             model.lm_head.to_empty(device="meta")
             model.model = decoder.text
+
+    @contextmanager
+    def filled(self, last: _Last) -> Iterator[_Last]:
+        """What comes after the layers with its weights, as long as the block lasts."""
+        with ExitStack() as held:
+            for module in last.children():
+                held.enter_context(self.decoder.filled(module))
+            yield last
 
     def slice(self, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """With these rows of the head `[ids, hidden]`: each sequence, and its logits `[n, ids]` in f32."""
@@ -177,14 +188,14 @@ class Visit:
         self._done = False
 
     def outputs(self) -> Iterator[torch.Tensor]:
-        """What the layer makes of each sequence in turn, `[n, hidden]`; the next layer is given what came last.
+        """What the layer makes of each sequence in turn, `[n, width]`; the next layer is given what came last.
 
         Can be asked for again, with `watch` or after the weights of `module` were changed.
         """
         for number in range(len(self._walk.sequences)):
             output = self._output(number)
             self._walk.shelf.put(f"hidden-{self.index + 1}-{number}", output)
-            yield output[0]
+            yield by_position(output)
         self._done = True
 
     def inputs(self, name: str) -> Iterator[torch.Tensor]:
@@ -225,14 +236,15 @@ class Visit:
         return found
 
     def _output(self, number: int) -> torch.Tensor:
-        """`[1, n, hidden]` of one sequence."""
+        """`[1, n, hidden]` of one sequence, or `[streams, 1, n, hidden]`."""
         walk = self._walk
         options = dict(walk.given[len(walk.sequences[number])][self.index])
         if "shared_kv_states" in options:
             options["shared_kv_states"] = SharedStates(walk.shelf, number)
         (hidden,) = walk.shelf.get(f"hidden-{self.index}-{number}")
         with walk.computing():
-            output: torch.Tensor = self.module(hidden, *walk.shelf.get(f"inputs-{self.index}-{number}"), **options)
+            inputs = zip(walk.names[self.index], walk.shelf.get(f"inputs-{self.index}-{number}"), strict=True)
+            output: torch.Tensor = self.module(hidden, **dict(inputs), **options)
         return output
 
     @contextmanager
@@ -261,6 +273,7 @@ class Visit:
             self._walk.shelf.drop(f"inputs-{self.index}-{number}")
 
 
+_GATHERINGS = CANONICAL.template(Role.FIRST_GATHERING).split(".")[1]
 _LATER = ("layers", "norm", "rotary_emb")  # what of the model is not needed before the first layer
 
 
@@ -273,23 +286,49 @@ class _Reached(Exception):
 
 
 class _Note(torch.nn.Module):
-    """In a layer's place: passes hidden states on, and keeps what else the layer would have been given.
+    """In the place of the layer `module`: passes hidden states on, and keeps what else the layer would have been given.
 
-    What is given by position (per-layer inputs) differs between sequences, what is given by name between lengths alone.
+    What is given by position (per-layer inputs) differs between sequences, what is given by name between lengths alone;
+    so do angles, which are a pair of tensors wherever they are given. `names` are those of the `inputs`.
     """
 
-    def forward(self, hidden: torch.Tensor, *inputs: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        self.inputs, self.options = inputs, options
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._parameters_of_layer = list(signature(module.forward).parameters)[1:]
+
+    def forward(self, hidden: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+        given = dict(zip(self._parameters_of_layer, inputs, strict=False))
+        angles = {name: value for name, value in given.items() if isinstance(value, tuple)}
+        self.names = [name for name in given if name not in angles]
+        self.hidden, self.inputs, self.options = hidden, [given[name] for name in self.names], options | angles
         return hidden
 
 
 class _Last(torch.nn.Module):
-    """In the model's place before its head: the last norm of what went through all layers."""
+    """In the model's place before its head: what went through all layers, its streams one again, and the last norm."""
 
-    def __init__(self, norm: torch.nn.Module) -> None:
+    def __init__(self, text: Any) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm: torch.nn.Module = text.norm
+        self.gatherings: Any = getattr(text, _GATHERINGS, torch.nn.ModuleList())
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[1, n, hidden]`, which the head is multiplied with."""
+        found: torch.Tensor = self.norm(self._gathered(hidden))
+        return found
+
+    def _gathered(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The mean of the streams, each as large as the first; what `Gemma3nTextModel.forward` ends with."""
+        if not len(self.gatherings):
+            return hidden
+        wanted = torch.mean(hidden[0] ** 2, dim=-1, keepdim=True) ** 0.5
+        streams = [hidden[0]]
+        for stream, linear in zip(hidden[1:], self.gatherings, strict=True):
+            projected = linear(stream)
+            size = torch.sqrt(torch.mean(projected**2, dim=-1, keepdim=True).clamp(min=1e-5))
+            streams.append(projected * wanted / size)
+        return torch.mean(torch.stack(streams), dim=0)
 
     def forward(self, *, inputs_embeds: torch.Tensor, **_: Any) -> Any:
         rest = dict.fromkeys(("past_key_values", "hidden_states", "attentions", "shared_kv_states", "router_logits"))
-        return SimpleNamespace(last_hidden_state=self.norm(inputs_embeds), **rest)
+        return SimpleNamespace(last_hidden_state=self.normed(inputs_embeds), **rest)

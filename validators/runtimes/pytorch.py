@@ -14,7 +14,7 @@ import transformers
 from gemexport.formats.tensor import Floats, Tensor
 from gemexport.validators.checks.habits import Habits
 from gemexport.validators.reference.arithmetic import computing
-from gemexport.validators.reference.decoder import Decoder
+from gemexport.validators.reference.decoder import Decoder, by_position
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
 
 
@@ -89,7 +89,7 @@ def _shown(layers: Any, found: list[Floats]) -> Iterator[None]:
 
     def keep(value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        found.append(np.ascontiguousarray(tensor[0].float().numpy()))
+        found.append(np.ascontiguousarray(by_position(tensor).float().numpy()))
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))]
     hooks += [layer.register_forward_hook(lambda _, inputs, output: keep(output)) for layer in layers]

@@ -10,6 +10,7 @@ from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.families.gemma1 import Gemma1
 from gemexport.formats.gemma.families.gemma2 import Gemma2
 from gemexport.formats.gemma.families.gemma3 import Gemma3
+from gemexport.formats.gemma.families.gemma3n import Gemma3n
 from gemexport.formats.gemma.families.gemma4 import Gemma4
 from gemexport.formats.gemma.families.gemma4_unified import Gemma4Unified
 from gemexport.formats.gemma.families.shieldgemma2 import ShieldGemma2
@@ -17,14 +18,14 @@ from gemexport.formats.gemma.families.vaultgemma import VaultGemma
 from gemexport.formats.storage.errors import InputError
 
 FAMILIES: list[Family[Any]] = [
-    Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), Gemma1(), VaultGemma(), ShieldGemma2(), EmbeddingGemma()
+    Gemma3(), Gemma4(), Gemma4Unified(), Gemma2(), Gemma1(), VaultGemma(), ShieldGemma2(), EmbeddingGemma(),
+    Gemma3n(),
 ]  # fmt: skip
 
 # Relatives that are refused by name, and what there would have to be.
 RELATIVES = {
     "diffusion_gemma": "DiffusionGemma, which denoises a block of tokens at once and would need an encoder beside the "
     "decoder, attention both ways within the block, and a loop over steps of denoising in every program",
-    "gemma3n": "a Gemma 3n, whose layers have several streams (AltUp), low-rank residuals (LAuReL) and sparse MLPs",
     "embedding_gemma2": "an EmbeddingGemma 2, which makes one vector of a text: attention both ways, pooled, projected",
     "gemma4_assistant": "a drafter of Gemma 4, which runs on another model's keys, values and hidden states",
     "paligemma": "a PaliGemma, whose prompt is attended to both ways",
@@ -32,7 +33,6 @@ RELATIVES = {
     "t5gemma": "a T5Gemma, which has an encoder",
 }
 RELATIVES |= {
-    "gemma3n_text": RELATIVES["gemma3n"],
     "gemma4_unified_assistant": RELATIVES["gemma4_assistant"],
     "t5gemma2": RELATIVES["t5gemma"],
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope
+from gemexport.formats.gemma.architecture import Architecture, Experts, Layer, PerLayerEmbeddings, Rope, Streams
 from gemexport.formats.gemma.embedder import Embedder
 from gemexport.formats.gemma.facts import COMMON, Fact, Flat, spelt
 from gemexport.formats.gemma.fields import FULL, SLIDING, Positive, TextFields, kind_of
@@ -46,7 +46,9 @@ class Family(ABC, Generic[F]):
     reference_class: ClassVar[str]
     gguf: ClassVar[str]  # llama.cpp's name of the graph, which is `general.architecture`; "" where it has none
     mlx_type: ClassVar[str]  # mlx-lm's module; "" where it has none
+    mlx_module: ClassVar[str] = "model"  # what mlx-lm calls the decoder without its head, `model` of canonical names
     mlx_rounds_embed_scale: ClassVar[bool] = False  # mlx-lm rounds the embedding's factor to bf16, in f32 as well
+    mlx_shares_by_cache: ClassVar[bool] = False  # mlx-lm's layers read another's keys through a cache, and else not
     genai_type: ClassVar[str] = "gemma3_text"  # what ONNX Runtime GenAI loads either by
 
     facts: ClassVar[tuple[Fact, ...]] = COMMON  # rows of a GGUF file's metadata, in the order in which they are written
@@ -125,6 +127,7 @@ class Family(ABC, Generic[F]):
             per_layer=self.per_layer(fields),
             value_norm=self.value_norm,
             experts=self.experts(fields),
+            streams=self.streams(fields),
             layer_scalar=self.layer_scalar,
             qk_norm=self.qk_norm,
             post_norms=self.post_norms,
@@ -161,6 +164,14 @@ class Family(ABC, Generic[F]):
         """What mlx-lm's config.json has beside `config`; `source` is the checkpoint's own."""
         return {}
 
+    def mlx_whole(self, config: dict[str, Any]) -> dict[str, Any]:
+        """mlx-lm's config.json out of all that it says of the decoder."""
+        return config
+
+    def unread(self, decoder: Architecture) -> dict[str, tuple[int, ...]]:
+        """Tensors that mlx-lm's module and llama.cpp's graph ask for and do not read: canonical names and shapes."""
+        return {}
+
     def gguf_problem(self, flat: Flat) -> str | None:
         """What llama.cpp's graph of the family would compute differently, besides what no graph of it knows."""
         return None
@@ -195,6 +206,10 @@ class Family(ABC, Generic[F]):
 
     def experts(self, fields: F) -> Experts | None:
         """The experts, of a model that has them."""
+        return None
+
+    def streams(self, fields: F) -> Streams | None:
+        """The streams, of a model that has several."""
         return None
 
 

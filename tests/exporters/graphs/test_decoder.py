@@ -69,6 +69,17 @@ GEMMA2 = COMMON | {
 }
 
 GEMMA1 = COMMON | {"num_hidden_layers": 3}
+GEMMA3N = COMMON | {
+    "num_hidden_layers": 6,
+    "intermediate_size": [96, 128, 96, 96, 64, 96],
+    "layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.95, 0.7, 0.0, 0.95, 0.0, 0.2],
+}
+ANOTHER_STREAM = GEMMA3N | {"altup_num_inputs": 3, "altup_active_idx": 1}
 
 
 class Eager:
@@ -79,7 +90,8 @@ class Eager:
         self.cache: dict[int, tuple[Any, Any]] = {}
 
     def embedding(self, weight: str, scale: float) -> Any:
-        return self.weights[weight][self.ids] * scale
+        ids = torch.where(self.ids < len(self.weights[weight]), self.ids, 0)
+        return self.weights[weight][ids] * scale
 
     def linear(self, x: Any, weight: str) -> Any:
         return x @ self.weights[weight].T
@@ -142,6 +154,14 @@ class Eager:
     def softcap(self, x: Any, cap: float) -> Any:
         return cap * torch.tanh(x / cap)
 
+    def above(self, x: Any, deviations: float) -> Any:
+        least = x.mean(-1, keepdim=True) + deviations * x.std(-1, keepdim=True, unbiased=False)
+        return (x - least).relu()
+
+    def as_large(self, x: Any, like: Any) -> Any:
+        have, want = (y.square().mean(-1, keepdim=True) for y in (x, like))
+        return x * (want / have.clamp(min=1e-5)).sqrt()
+
     def softmax(self, x: Any) -> Any:
         return x.softmax(-1)
 
@@ -169,8 +189,10 @@ class Eager:
         ("Gemma2", GEMMA2),
         ("Gemma", GEMMA1),
         ("VaultGemma", GEMMA2),
+        ("Gemma3n", GEMMA3N),
+        ("Gemma3n", ANOTHER_STREAM),
     ],
-    ids=["gemma3", "e2b", "k_eq_v", "experts", "12b", "gemma2", "gemma1", "vaultgemma"],
+    ids=["gemma3", "e2b", "k_eq_v", "experts", "12b", "gemma2", "gemma1", "vaultgemma", "3n", "3n-active"],
 )
 def test_the_description_gives_transformers_logits(kind: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)

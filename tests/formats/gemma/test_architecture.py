@@ -45,7 +45,7 @@ def test_experts_are_those_of_transformers() -> None:
     found = describe(config, "config.json")
     assert {name: spec.shape for name, spec in found.specs.items()} == theirs
     kinds = {spec.role.kind for spec in found.specs.values()}
-    assert kinds == set(Kind) - {Kind.HEAD}
+    assert kinds == set(Kind) - {Kind.HEAD, Kind.MIXER}
     for spec in found.specs.values():
         assert spec.role.has_rows == (len(spec.shape) > 1)
         assert CANONICAL.find(spec.name) == (spec.role, spec.layer)
@@ -118,3 +118,39 @@ def test_what_is_not_known_is_refused_in_one_line(changes: dict[str, Any], probl
         architecture(gemma4(**changes), "model/config.json")
     assert str(caught.value).startswith("model/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_streams_are_those_of_transformers() -> None:
+    config = config_json("gemma3n", SIZES["tiny"]) | {"altup_num_inputs": 3}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    found = describe(config, "config.json")
+    assert {name: spec.shape for name, spec in found.specs.items()} == theirs
+    assert {spec.role for spec in found.specs.values() if spec.role.kind is Kind.MIXER} == {
+        Role.STREAMS_ROUTER,
+        Role.STREAMS_PREDICTION,
+        Role.STREAMS_CORRECTION,
+    }
+    sparse = [layer.deviations for layer in found.decoder.layers]
+    assert sparse == [pytest.approx(1.6448536)] * 10 + [None] * (len(sparse) - 10)
+    assert [layer.kv_source for layer in found.decoder.layers[19:]] == [19, *[18] * 4, 19]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"altup_num_inputs": 5}, "altup_num_inputs: .*4, not 5"),
+        ({"altup_active_idx": 4}, "the stream that is computed is none of those that there are"),
+        ({"altup_correct_scale": False}, "altup_correct_scale: "),
+        ({"intermediate_size": [64]}, "intermediate_size is not of as many layers as there are"),
+        ({"activation_sparsity_pattern": [0.5]}, "activation_sparsity_pattern is not of as many layers"),
+        ({"activation_sparsity_pattern": 1.0}, "activation_sparsity_pattern"),
+        ({"num_kv_shared_layers": 25}, "every layer would share keys and values"),
+        ({"num_kv_shared_layers": 22}, "shares the keys of a full_attention layer, and there is none"),
+    ],
+)
+def test_what_a_gemma_3n_cannot_say_is_refused(said: dict[str, Any], words: str) -> None:
+    config = config_json("gemma3n", SIZES["tiny"]) | said
+    with pytest.raises(InputError, match=words):
+        describe(config, "config.json")

@@ -34,13 +34,21 @@ EXPERTS = {
 }  # fmt: skip
 
 
+GEMMA3N = {
+    "vocab_size": 128, "vocab_size_per_layer_input": 96, "hidden_size": 32, "intermediate_size": [64, 64, 96, 64],
+    "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8,
+    "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_active_idx": 1,
+    "activation_sparsity_pattern": [0.95, 0.8, 0.0, 0.95], "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
 def _model(model_type: str, settings: dict[str, Any]) -> Any:
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.ndim < 2 and name.endswith(("norm.weight", "layer_scalar")):
+            if tensor.ndim < 2 and name.endswith(("norm.weight", "layer_scalar", "output_scale")):
                 tensor.copy_(tensor + 0.2 * torch.rand_like(tensor))
     return model
 
@@ -51,7 +59,8 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4), ("gemma4_text", EXPERTS)]
+    ("model_type", "settings"),
+    [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4), ("gemma4_text", EXPERTS), ("gemma3n_text", GEMMA3N)],
 )
 def test_is_the_same_model(model_type: str, settings: dict[str, Any]) -> None:
     model = _model(model_type, settings)
@@ -64,7 +73,9 @@ def test_is_the_same_model(model_type: str, settings: dict[str, Any]) -> None:
         assert got.arithmetic == "f32"
 
 
-@pytest.mark.parametrize(("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4)])
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("gemma3_text", GEMMA3), ("gemma4_text", GEMMA4), ("gemma3n_text", GEMMA3N)]
+)
 def test_greedy_follows_the_logits(model_type: str, settings: dict[str, Any]) -> None:
     model = whole({**settings, "model_type": model_type}, _tensors(_model(model_type, settings)), 2)
     tokens = TOKENS[:4]

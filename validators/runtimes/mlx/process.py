@@ -64,24 +64,27 @@ class Model:
         loaded, self._tokenizer = mlx_lm.load(folder, lazy=frugal)[:2]
         # A multimodal model's decoder is a model of its own.
         self._decoder: Any = getattr(loaded, "language_model", loaded)
+        # And of some families it holds one more.
+        self._text: Any = getattr(self._decoder.model, "language_model", self._decoder.model)
         if frugal:
-            leave_in_file(mx, Path(folder), self._decoder.model)
+            leave_in_file(mx, Path(folder), self._text)
         self._decoder.set_dtype(mx.float32)
         mx.eval(self._decoder.parameters())
         self._mx = mx
+        kind = str(self._decoder.model_type)
+        family = by_type(kind)
+        self._family = family if family is not None and kind == family.mlx_type else None
         self.laps = Laps()
         versions = f"mlx-lm {version('mlx-lm')} (MLX {version('mlx')}"
         self.name = f"{versions}, {'Metal' if metal else 'CPU'}, set to f32)"
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Teacher-forced logits `[len(tokens), vocab]`."""
-        return np.array(self._run(tokens, None), copy=False)
+        return np.array(self._run(tokens, self._cache()), copy=False)
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         """The `count` most likely next tokens."""
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(self._decoder)
+        cache = make_cache(self._decoder)
         continuation: list[int] = []
         while len(continuation) < count:
             continuation.append(int(self._run(tokens, cache)[-1].argmax()))
@@ -90,12 +93,12 @@ class Model:
 
     def hidden(self, tokens: list[int]) -> np.ndarray:
         """What goes into the first layer and what each layer gives, `[layers + 1, n, hidden]`."""
-        layers = self._decoder.model.layers
+        layers = self._text.layers
         seen: list[np.ndarray] = []
         plain = list(layers)
         try:
             layers[:] = [Watched(layer, seen) for layer in plain]
-            self._run(tokens, None)
+            self._run(tokens, self._cache())
         finally:
             layers[:] = plain
         return np.stack([seen[0], *seen[1::2]])
@@ -127,15 +130,31 @@ class Model:
             self._mx.eval(logits)
         return logits
 
+    def _cache(self) -> Any:
+        """A new cache, of a family whose layers share keys through one; else None."""
+        shared = self._family is not None and self._family.mlx_shares_by_cache
+        return make_cache(self._decoder) if shared else None
+
     def _embedded(self, ids: Any) -> dict[str, Any]:
         """Of a family that needs it: embeddings that make up for mlx-lm's factor, rounded to bf16 in f32 as well."""
-        kind = str(self._decoder.model_type)
-        family = by_type(kind)
-        if family is None or kind != family.mlx_type or not family.mlx_rounds_embed_scale:
+        if self._family is None or not self._family.mlx_rounds_embed_scale:
             return {}
         scale = self._decoder.args.hidden_size**0.5
         rounded = float(self._mx.array(scale, self._mx.bfloat16).astype(self._mx.float32))
         return {"input_embeddings": self._decoder.model.embed_tokens(ids) * (scale / rounded)}
+
+
+def make_cache(decoder: Any) -> Any:
+    """What mlx-lm gives a model to remember keys and values in."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return make_prompt_cache(decoder)
+
+
+def by_position(hidden: Any) -> np.ndarray:
+    """Hidden states `[n, width]` of `[1, n, hidden]`, or of streams `[streams, 1, n, hidden]` beside each other."""
+    found = np.array(hidden)
+    return found[0] if found.ndim == 3 else found[:, 0].swapaxes(0, 1).reshape(found.shape[2], -1)
 
 
 class Watched:
@@ -145,9 +164,9 @@ class Watched:
         self._layer, self._seen = layer, seen
 
     def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
-        self._seen.append(np.array(x[0]))
+        self._seen.append(by_position(x))
         output = self._layer(x, *arguments, **options)
-        self._seen.append(np.array((output[0] if isinstance(output, tuple) else output)[0]))
+        self._seen.append(by_position(output[0] if isinstance(output, tuple) else output))
         return output
 
     def __getattr__(self, name: str) -> Any:
