@@ -16,6 +16,7 @@ from pathlib import Path
 from gemexport.engine.artefact import Artefact
 from gemexport.engine.rounding import quantized
 from gemexport.engine.sensitivity import Sensitivity, measure
+from gemexport.engine.settling import rounded_loss, settled
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.grids.allocation import OPTIONS, PLAIN, Choice, Goal, Price, Unit, choose
 from gemexport.formats.grids.expected import rounded
@@ -36,8 +37,8 @@ def allocate_widths(
 ) -> Allocated:
     """Choose the width of every plain matrix and leave the grids of `place`, which are others than those found.
 
-    Progress in layers, each twice. Raises InputError for a size or a width that cannot be met, and for one that is
-    asked of a model without plain matrices; a loss is that already.
+    Progress in layers, each twice, and for a loss once more for each of settling's tries. Raises InputError for a size
+    or a width that cannot be met, and for one that is asked of a model without plain matrices; a loss is that already.
     """
     found = replace(place, allocated=False)
     checkpoint, index = found.open(), read_index(found.grids)
@@ -49,10 +50,22 @@ def allocate_widths(
     _check(plain, checkpoint, names, artefacts, goal)
     known = measure(found, recipe, text, progress)
     curve = Curve(plain, checkpoint, known.units, artefacts)
-    choice = curve.choice(goal)
-    schemes = choice.schemes(known.units)
-    written = allocate(plain, found.grids, place.grids, _mark(known, schemes), schemes)
-    return Allocated(written, goal, choice.loss, _counted(known.units, choice), curve.sizes(choice), known.rest)
+
+    def write(choice: Choice) -> GridIndex:
+        schemes = choice.schemes(known.units)
+        return allocate(plain, found.grids, place.grids, _mark(known, schemes), schemes)
+
+    def measured(choice: Choice) -> float:
+        write(choice)
+        return rounded_loss(place, recipe, text)
+
+    if goal.kind == "max_kld":
+        layers = len(checkpoint.architecture.layers)
+        choice, loss = settled(curve.within, measured, goal.most, lambda tries: progress(tries * layers))
+    else:
+        choice, loss = curve.choice(goal), None
+    counted, sizes = _counted(known.units, choice), curve.sizes(choice)
+    return Allocated(write(choice), goal, choice.loss, loss, counted, sizes, known.rest)
 
 
 def sweep_widths(
@@ -174,11 +187,11 @@ class Curve:
 
     def choice(self, goal: Goal) -> Choice:
         """The best choice; InputError where there is none."""
-        if goal.kind == "size":
-            return self._of_size(goal.most)
-        if goal.kind == "bits":
-            return self._of_bits(goal.most)
-        found = choose(self._units, self.widths, self._prices, loss=goal.most)
+        return {"size": self._of_size, "bits": self._of_bits, "max_kld": self.within}[goal.kind](goal.most)
+
+    def within(self, nats: float) -> Choice:
+        """The smallest choice whose loss is to be expected within so many nats a position."""
+        found = choose(self._units, self.widths, self._prices, loss=nats)
         assert found is not None  # what stays as it is loses nothing
         return found
 

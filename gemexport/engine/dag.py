@@ -23,8 +23,9 @@ from gemexport.engine.memory import (
     search_memory,
     validator_room,
 )
-from gemexport.engine.rounding import ENOUGH, candidates, rounded
+from gemexport.engine.rounding import candidates, rounded, rounds
 from gemexport.engine.sensitivity import scratch_bytes
+from gemexport.engine.settling import TRIES
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import LOGITS
 from gemexport.formats.grids.recipe import Recipe
@@ -59,7 +60,7 @@ def graph(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[Step]
     if artefacts:
         place = replace(place, allocated=True)
         nodes.append(allocation(asked, checkpoint, place, artefacts))
-    if wanted and rounds(asked):
+    if wanted and rounds(asked.recipe, asked.compression is not None):
         nodes.append(rounding(asked, checkpoint, place))
     nodes += codecs(checkpoint, place, wanted)
     nodes += calibrations(asked, checkpoint, place, recipe, wanted)
@@ -95,10 +96,12 @@ def allocation(asked: Request, checkpoint: Checkpoint, place: Place, artefacts: 
         "place": place, "recipe": asked.recipe, "goal": asked.goal, "artefacts": artefacts, "text": asked.calibration,
     }  # fmt: skip
     call, layers = Call("gemexport.engine.budget:allocate_widths", arguments), checkpoint.architecture.layers
-    weights = checkpoint.architecture.parameters()
+    weights, logits = checkpoint.architecture.parameters(), 4 * asked.tokens * checkpoint.architecture.vocab_size
+    settles = asked.goal is not None and asked.goal.kind == "max_kld"
+    total, scratch = len(layers) * (2 + (TRIES if settles else 0)), scratch_bytes(checkpoint)
     return Node(
-        "allocate", call, ("grids",), memory=room_to_round(asked, checkpoint), total=2 * len(layers),
-        writes=weights // 8, scratch=scratch_bytes(checkpoint), all_cores=True,
+        "allocate", call, ("grids",), memory=room_to_round(asked, checkpoint), total=total, writes=weights // 8,
+        scratch=max(scratch, 2 * logits + weights) if settles else scratch, all_cores=True,
     )  # fmt: skip
 
 
@@ -113,13 +116,6 @@ def sweeping(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[St
         scratch=scratch_bytes(checkpoint), all_cores=True,
     )  # fmt: skip
     return [*graph(asked, checkpoint, work, []), node]
-
-
-def rounds(asked: Request) -> bool:
-    """Whether plain linears and the head are rounded on what goes into them; of what was compressed, the head alone."""
-    recipe = asked.recipe
-    few = recipe.embedding is not None and recipe.embedding.bits < ENOUGH
-    return recipe.rounding == "data" and (few or (asked.compression is None and recipe.linear is not None))
 
 
 def rounding(asked: Request, checkpoint: Checkpoint, place: Place) -> Node:
@@ -150,7 +146,9 @@ def grid_index(outcomes: Mapping[str, Outcome]) -> GridIndex:
 
 def gridded(asked: Request, place: Place) -> str:
     """The node after which every tensor has its grid."""
-    return "round" if rounds(asked) else "allocate" if place.allocated else "grids"
+    return (
+        "round" if rounds(asked.recipe, asked.compression is not None) else "allocate" if place.allocated else "grids"
+    )
 
 
 def codecs(checkpoint: Checkpoint, place: Place, wanted: list[Step]) -> list[Node]:

@@ -30,9 +30,16 @@ if TYPE_CHECKING:
     import torch
 
     from gemexport.formats.grids.feedback import Inputs
+    from gemexport.validators.reference.walk import Walk
 
 VERSION = 3  # of how codes are chosen: what an earlier one chose is chosen again
 ENOUGH = 8  # bits of a head that lose so little that choosing them is not worth the time: it has the most weights
+
+
+def rounds(recipe: Recipe, compressed: bool = False) -> bool:
+    """Whether plain linears and the head are rounded on what goes into them; of what was compressed, the head alone."""
+    few = recipe.embedding is not None and recipe.embedding.bits < ENOUGH
+    return recipe.rounding == "data" and (few or (not compressed and recipe.linear is not None))
 
 
 def quantized(index: GridIndex) -> list[GridRecord]:
@@ -108,7 +115,7 @@ def _chosen(
     progress: Progress,
 ) -> Iterator[Chosen]:
     """The linears of one layer after the other and the head, each with its codes and scales."""
-    from gemexport.formats.grids.feedback import DAMPING, TIED_DAMPING
+    from gemexport.formats.grids.feedback import DAMPING
     from gemexport.shared.place import model_activations
     from gemexport.validators.reference import reference
 
@@ -127,22 +134,33 @@ def _chosen(
                     yield name, _slices(tensors[name], wanted[name], inputs, visit.matrices[name].weight)
                 progress(sum(math.prod(tensors[name].shape) for name in group))
         if output in wanted:
-            damping = TIED_DAMPING if checkpoint.architecture.tied else DAMPING
-            inputs = _inputs(walk.last(), tensors[output].shape[-1], damping)
-            yield output, _slices(tensors[output], wanted[output], inputs)
+            yield output, _slices(tensors[output], wanted[output], head_inputs(walk, checkpoint))
         progress(math.prod(tensors[output].shape) if checkpoint.model.gives == LOGITS else 0)
+
+
+def head_inputs(walk: Walk, checkpoint: Checkpoint) -> Inputs:
+    """What the head is multiplied with at the end of a walk, as rounding asks for it."""
+    from gemexport.formats.grids.feedback import DAMPING, TIED_DAMPING
+
+    damping = TIED_DAMPING if checkpoint.architecture.tied else DAMPING
+    return _inputs(walk.last(), checkpoint.architecture.hidden_size, damping)
 
 
 def _inputs(found: Iterator[torch.Tensor], width: int, damping: float) -> Inputs:
     """What a matrix is multiplied with, `[n, in]` of each sequence in turn, as rounding asks for it."""
-    import torch
-
     from gemexport.formats.grids.feedback import Inputs
+
+    return Inputs.of(outer_products(found, width), damping)
+
+
+def outer_products(found: Iterator[torch.Tensor], width: int) -> Floats:
+    """The sum of the outer products of all rows `[n, width]` of what comes, `[width, width]`."""
+    import torch
 
     gram = torch.zeros((width, width))
     for x in found:
         gram.addmm_(x.float().T, x.float())
-    return Inputs.of(gram.numpy(), damping)
+    return gram.numpy()
 
 
 def _slices(

@@ -2,7 +2,8 @@
 
 On the way forward the inputs of each linear are added up, and some of its rows rounded on them in every width, as the
 node `round` will; on the way back (validators/reference/gradients.py) the gradients of other texts say what of that the
-logits mind. Tables are rounded whole and looked up again. None of it is measured on texts that losses are judged on.
+logits mind. Tables are rounded whole, to nearest, and looked up again; some rows of the head say how much less it loses
+that is rounded on its inputs. None of it is measured on texts that losses are judged on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gemexport.engine.calibration import spread
-from gemexport.engine.rounding import candidates, quantized
+from gemexport.engine.rounding import ENOUGH, candidates, head, head_inputs, outer_products, quantized
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.names import EMBEDDING, HEAD, PER_LAYER_EMBEDDING
 from gemexport.formats.grids.allocation import OPTIONS, Unit
@@ -32,17 +33,19 @@ from gemexport.shared.place import Place, Progress, threads
 if TYPE_CHECKING:
     import torch
 
+    from gemexport.formats.grids.feedback import Inputs
     from gemexport.validators.reference import Reference
     from gemexport.validators.reference.gradients import Backwards
     from gemexport.validators.reference.walk import Visit, Walk
 
-VERSION = 1
+VERSION = 2
 FILE = "sensitivity.json"
 LENGTH = 256  # tokens of a sequence
 FITTED_TOKENS = 4096  # that rows are rounded on
 GRADIENT_TOKENS = 2048  # of sequences that gradients are of, and nothing is rounded on; a third of the text at most
 POSITIONS = 4  # of so many tokens of these one's logits count
 ROWS = 64  # of a linear that are rounded in every width, from all over it
+HEAD_ROWS = 256  # of a head
 TABLES = (EMBEDDING, HEAD, PER_LAYER_EMBEDDING)
 
 
@@ -127,7 +130,7 @@ class _Measuring:
             reference.walk(held_out, self.place.work, keeps=True) as kept,
         ):
             self._forwards(reference, forwards, kept, Path(folder))
-            self._backwards(kept, Path(folder), tables)
+            self._backwards(kept, Path(folder), tables, self._won(forwards, kept, tables))
         groups = [(group, False) for group in self.together] + [((name,), True) for name in tables]
         return [self._unit(names, table) for names, table in groups]
 
@@ -162,24 +165,37 @@ class _Measuring:
 
     def _off(self, names: Sequence[str], gram: Floats) -> Iterator[tuple[str, Floats]]:
         """What some rows of matrices of one input are off by, `[options, rows, in]`."""
-        fit = _nearest if self.recipe.rounding == "nearest" else _on(gram)
+        from gemexport.formats.grids.feedback import Inputs
+
+        fit = _nearest if self.recipe.rounding == "nearest" else _on(Inputs.of(gram))
         for name in names:
             tensor = self.checkpoint.tensors[name]
             rows = _rows(tensor.shape[0])
             values = np.concatenate([tensor.rows(row, row + 1).values for row in rows])
             yield name, np.stack([values - fit(values, scheme) for scheme in OPTIONS])
 
-    def _backwards(self, kept: Walk, folder: Path, tables: Sequence[str]) -> None:
+    def _won(self, forwards: Walk, kept: Walk, tables: Sequence[str]) -> Won:
+        """What rounding a head on its inputs changes."""
+        name = head(self.checkpoint.model)
+        if self.recipe.rounding == "nearest" or name not in tables:
+            return Won(np.ones(len(OPTIONS)), np.ones(len(OPTIONS)))
+        tensor = self.checkpoint.tensors[name]
+        rows = _rows(tensor.shape[0], HEAD_ROWS)
+        values = np.concatenate([tensor.rows(row, row + 1).values for row in rows])
+        seen = outer_products(kept.last(), tensor.shape[1])
+        return Won.of(values, _on(head_inputs(forwards, self.checkpoint)), seen)
+
+    def _backwards(self, kept: Walk, folder: Path, tables: Sequence[str], won: Won) -> None:
         """What the logits mind of it all."""
         from gemexport.validators.reference.gradients import Backwards
 
         positions = [range(0, len(sequence), POSITIONS) for sequence in kept.sequences]
         count, back = sum(map(len, positions)), Backwards(kept, positions)
-        head = HEAD if HEAD in self.checkpoint.tensors else EMBEDDING
-        roundings = {str(n): _whole(scheme) for n, scheme in enumerate(OPTIONS)} if head in tables else {}
+        output = head(self.checkpoint.model)
+        roundings = {str(n): _whole(scheme) for n, scheme in enumerate(OPTIONS)} if output in tables else {}
         minded = back.head(roundings)
         if roundings:
-            self.lost[head] = np.array([minded[name] for name in roundings])
+            self.lost[output] = won.multiplied * [minded[name] for name in roundings]
 
         def watch(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
             file = folder / f"{name}.npy"
@@ -189,7 +205,8 @@ class _Measuring:
         back.layers(watch, lambda: self.progress(1))
         for name in tables:
             if name != HEAD:
-                self.lost[name] = self.lost.get(name, 0.0) + self._entered(back, kept, name)
+                entered = self._entered(back, kept, name) * (won.looked_up if name == output else 1.0)
+                self.lost[name] = self.lost.get(name, 0.0) + entered
 
     def _add(self, name: str, gradients: Floats, off: Floats, count: int) -> None:
         """Add what one sequence minds of rows that are off, `[options, rows, in]`, its gradients being `[rows, in]`."""
@@ -207,9 +224,33 @@ class _Measuring:
         return np.array(found)
 
 
-def _rows(count: int) -> list[int]:
+@dataclass(frozen=True)
+class Won:
+    """What a head that is rounded on its inputs loses in each of OPTIONS, as a share of what one to nearest does."""
+
+    multiplied: np.ndarray  # in its logits
+    looked_up: np.ndarray  # as a table, where it is the embedding too: there each direction counts alike
+
+    @classmethod
+    def of(cls, values: Floats, fit: Callable[[Floats, Scheme], Floats], seen: Floats) -> Won:
+        """By some rows, `[rows, in]`, and the outer products `[in, in]` of inputs that `fit` was not made of."""
+        multiplied, looked_up = np.ones(len(OPTIONS)), np.ones(len(OPTIONS))
+        for number, scheme in enumerate(OPTIONS):
+            if scheme.bits < ENOUGH and values.shape[1] % scheme.group_size == 0:
+                on, nearest = values - fit(values, scheme), values - _nearest(values, scheme)
+                # Rows that are codes already are off by nothing, either way.
+                multiplied[number] = _ratio(((on @ seen) * on).sum(), ((nearest @ seen) * nearest).sum())
+                looked_up[number] = _ratio(np.square(on).sum(), np.square(nearest).sum())
+        return cls(multiplied, looked_up)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 1.0
+
+
+def _rows(count: int, most: int = ROWS) -> list[int]:
     """Rows from all over a matrix."""
-    return sorted({int(row) for row in np.linspace(0, count - 1, min(count, ROWS))})
+    return sorted({int(row) for row in np.linspace(0, count - 1, min(count, most))})
 
 
 def _grams(visit: Visit, names: Sequence[str]) -> list[Floats]:
@@ -227,11 +268,9 @@ def _grams(visit: Visit, names: Sequence[str]) -> list[Floats]:
     return list(found.values())
 
 
-def _on(gram: Floats) -> Callable[[Floats, Scheme], Floats]:
-    """What rows stand for once they are rounded on inputs with this sum of outer products."""
-    from gemexport.formats.grids.feedback import Inputs, fit
-
-    inputs = Inputs.of(gram)
+def _on(inputs: Inputs) -> Callable[[Floats, Scheme], Floats]:
+    """What rows stand for once they are rounded on these inputs."""
+    from gemexport.formats.grids.feedback import fit
 
     def rounded(values: Floats, scheme: Scheme) -> Floats:
         if values.shape[1] % scheme.group_size:

@@ -31,7 +31,8 @@ def allocation_notes(outcome: Outcome) -> list[str]:
     sizes = ", ".join(f"{name} {size} bytes" for name, size in found.sizes.items())
     asked = f"--{found.goal.kind.replace('_', '-')} {found.goal.most:g}"
     rest = f"; as the recipe has them: {_kinds(found.rest)}" if found.rest else ""
-    told = f"widths were chosen for {asked}: {parts} of {total} weights; {found.loss:.3g} nats to be expected; {sizes}"
+    lost = f"{found.loss:.3g} nats to be expected" if found.measured is None else f"{found.measured:.3g} nats measured"
+    told = f"widths were chosen for {asked}: {parts} of {total} weights; {lost}; {sizes}"
     return [f"{told}{rest}"]
 
 

@@ -403,6 +403,7 @@ class Allocated:
     index: GridIndex
     goal: Goal
     loss: float | None = None  # nats a position that are to be expected; None where there was nothing to choose
+    measured: float | None = None  # those that were found, where a loss was asked for
     weights: Mapping[str, int] = field(default_factory=dict)  # by width, those of units
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes by artefact
     rest: tuple[str, ...] = ()  # matrices that keep the recipe's width
