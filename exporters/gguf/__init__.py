@@ -30,8 +30,9 @@ from gemexport.exporters.result import Export, Progress, ignore
 from gemexport.exporters.support import embeddings, experts, require
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gemma.roles import Role
-from gemexport.formats.gguf import ROPE_FREQUENCIES, StoredTensor, file_names, norm_shift
+from gemexport.formats.gemma.names import PER_LAYER_EMBEDDING
+from gemexport.formats.gemma.roles import Kind
+from gemexport.formats.gguf import ROPE_FREQUENCIES, StoredTensor, file_names, norm_shift, stack_names
 from gemexport.formats.gguf.blocks import (
     BLOCK,
     E2M1,
@@ -48,6 +49,7 @@ from gemexport.formats.gguf.blocks import (
     quantize_q8_0,
 )
 from gemexport.formats.gguf.container import Value, Writer, nbytes
+from gemexport.formats.pieces import Piece, Pieces, whole
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.storage.files import atomic
@@ -71,6 +73,7 @@ VARIANTS: tuple[str, ...] = ("Q4_0", "Q8_0", "BF16", "F32", *MIXES)
 Pack = Callable[[Rows], NDArray | None]  # None: these rows do not fit the type
 
 F16_MAX = 65504.0
+SMALL = (Kind.ROUTER, Kind.MIXER)  # linears that are F32 in any file
 _PACKED = ("Q4_0", "Q8_0")
 _PACKS: dict[Type, Callable[..., NDArray[np.uint8]]] = {  # of codes, f16 scales and perhaps f16 biases
     Type.Q4_0: pack_q4_0,
@@ -105,7 +108,7 @@ def export(
         for name, tensor in plan.tensors.items():
             if kquants and names[name] in kquants:
                 _stream(out, names[name], *kquants.choose(names[name]), tensor)
-            elif model.specs[name].role is Role.ROUTER:
+            elif model.specs[name].role.kind in SMALL:
                 _stream(out, names[name], Type.F32, _f32, tensor)  # as llama.cpp's converter has it in any file
             elif model.specs[name].role.has_rows:
                 notes += _write_matrix(out, names[name], tensor, variant)
@@ -115,6 +118,8 @@ def export(
             progress(int(np.prod(tensor.shape)) * ITEM_BYTES[tensor.dtype])
         if frequencies is not None:
             out.write(ROPE_FREQUENCIES, Type.F32, frequencies)
+        for name, (kind, data) in plan.zeros.items():
+            out.write(name, kind, data)
     serves = "llama-server" if model.embedder is None else "llama-server --embeddings"
     return Export(path=path, variant=variant, run=f"{serves} -m {quote(str(path))}", notes=notes, files=[path])
 
@@ -123,6 +128,7 @@ def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], imatrix: Path | 
     """Bytes of what `export` writes; raises as it does. Of each tensor only a row is read."""
     plan = _plan(checkpoint, variant, imatrix)
     kinds = {plan.names[name]: _kind(name, tensor, plan, variant) for name, tensor in plan.tensors.items()}
+    kinds |= {name: kind for name, (kind, _) in plan.zeros.items()}
     return nbytes(plan.metadata, plan.shapes, {**kinds, ROPE_FREQUENCIES: Type.F32})
 
 
@@ -136,13 +142,17 @@ class _Plan:
     tensors: Mapping[str, Tensor]  # on grids that the variant holds
     kquants: KQuants | None
     frequencies: NDArray[np.float32] | None  # of RoPE, a tensor of its own
+    zeros: Mapping[str, tuple[Type, NDArray[Any]]]  # what llama.cpp asks for and does not read, by its name
     notes: list[str]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all the file's tensors, by its names."""
         shapes = {self.names[name]: tensor.shape or (1,) for name, tensor in self.tensors.items()}
-        return shapes if self.frequencies is None else {**shapes, ROPE_FREQUENCIES: self.frequencies.shape}
+        if self.frequencies is not None:
+            shapes[ROPE_FREQUENCIES] = self.frequencies.shape
+        unread = self.model.family.unread(self.model.decoder)
+        return shapes | {self.names[name]: shape for name, shape in unread.items()}
 
 
 def _plan(checkpoint: Checkpoint, variant: str, imatrix: Path | None) -> _Plan:
@@ -158,7 +168,41 @@ def _plan(checkpoint: Checkpoint, variant: str, imatrix: Path | None) -> _Plan:
         values |= kquants.metadata()
         notes += kquants.notes()
     tensors, dropped = fitted_tensors(checkpoint, variant)
-    return _Plan(model, names, values, tensors, kquants, rope_frequencies(model), notes + dropped)
+    tensors, stacked = _as_laid_out(model, tensors)
+    zeros = {names[name]: _zeros(shape, variant) for name, shape in model.family.unread(model.decoder).items()}
+    if zeros:
+        dropped.append(
+            f"{len(zeros)} tensors are zeros ({next(iter(zeros))} …): llama.cpp asks for them, and reads none"
+        )
+    return _Plan(model, {**names, **stacked}, values, tensors, kquants, rope_frequencies(model), zeros, notes + dropped)
+
+
+def _as_laid_out(model: Model, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors with stacks in the place of the first matrix of each, and the file's names of these.
+
+    Per-layer embeddings of fewer ids than the vocabulary have the first row for the others, as transformers reads them.
+    """
+    found, named = dict(tensors), {}
+    for stored, ours in stack_names(model.family).items():
+        matrices = [tensor for name in ours if (tensor := found.pop(name, None)) is not None]
+        if matrices:
+            shape = (len(matrices), *matrices[0].shape)
+            found[ours[0]] = Pieces(ours[0], shape, [whole(matrix) for matrix in matrices])
+            named[ours[0]] = stored
+    table, vocabulary = found.get(PER_LAYER_EMBEDDING), model.decoder.vocab_size
+    if table is not None and table.shape[0] < vocabulary:
+        beyond = [Piece(table, 0, 1)] * (vocabulary - table.shape[0])
+        found[PER_LAYER_EMBEDDING] = Pieces(table.name, (vocabulary, table.shape[1]), [whole(table), *beyond])
+    return found, named
+
+
+def _zeros(shape: tuple[int, ...], variant: str) -> tuple[Type, NDArray[Any]]:
+    """Nothing, in the smallest type that takes such a shape."""
+    if len(shape) < 2 or variant == "F32":
+        return Type.F32, np.zeros(shape, np.float32)
+    if shape[1] % BLOCK or variant == "BF16":
+        return Type.BF16, np.zeros(shape, np.uint16)
+    return Type.Q4_0, pack_q4_0(np.zeros(shape, np.int8), np.zeros((shape[0], shape[1] // BLOCK), np.float16))
 
 
 def _kind(name: str, tensor: Tensor, plan: _Plan, variant: str) -> Type:
@@ -166,7 +210,7 @@ def _kind(name: str, tensor: Tensor, plan: _Plan, variant: str) -> Type:
     role = plan.model.specs[name].role
     if plan.kquants and plan.names[name] in plan.kquants:
         return plan.kquants.choose(plan.names[name])[0]
-    if role is Role.ROUTER or not role.has_rows:
+    if role.kind in SMALL or not role.has_rows:
         return Type.F32
     if keeps_blocks(tensor, variant):
         return tensor.type

@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 
 from gemexport.formats.gemma.facts import flat_facts
 from gemexport.formats.gemma.model import Model
-from gemexport.formats.gguf import Q_NORM_FACTOR
+from gemexport.formats.gguf import PER_LAYER_ROWS, Q_NORM_FACTOR
 from gemexport.formats.gguf.config import NOT_ROTATED
 from gemexport.formats.gguf.container import Value, float32, string, uint32
 from gemexport.formats.gguf.facts import stated
@@ -54,7 +54,8 @@ def problem(model: Model) -> str | None:
             layer.kv_source != len(owners) - (2 if layer.sliding else 1) for layer in shared
         ),
         "the per-layer embeddings have another vocabulary than the embeddings": tables is not None
-        and tables.vocab_size != decoder.vocab_size,
+        and tables.vocab_size != decoder.vocab_size
+        and not (model.family.gguf_pads_tables and tables.vocab_size < decoder.vocab_size),
     }
     return next((problem for problem, present in problems.items() if present), None)
 
@@ -92,6 +93,9 @@ def metadata(model: Model, name: str, variant: str) -> dict[str, Value]:
         Keys.General.QUANTIZATION_VERSION: uint32(GGML_QUANT_VERSION),
         **stated(model.family, flat_facts(model.decoder, model.embedder)),
     }
+    tables = model.decoder.per_layer
+    if tables is not None and tables.vocab_size < model.decoder.vocab_size:
+        values[PER_LAYER_ROWS] = uint32(tables.vocab_size)
     factor = q_norm_factor(model)
     if factor != 1.0:
         values[Q_NORM_FACTOR] = float32(factor)

@@ -39,9 +39,10 @@ class KQuants:
         model.
         """
         check_installed()
-        tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        known = checkpoint.model.specs
-        self._specs = {names[name]: replace(known[name], shape=item.shape) for name, item in checkpoint.tensors.items()}
+        # What has no name of its own is part of a stack, which is not quantized.
+        tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items() if name in names}
+        known = {names[name]: spec for name, spec in checkpoint.model.specs.items() if name in names}
+        self._specs = {name: replace(known[name], shape=item.shape) for name, item in tensors.items()}
         self._types = types(MIXES[variant], self._specs, len(checkpoint.architecture.layers))
         self._tensors = {name: tensors[name] for name in self._types}
         self._path = checkpoint.path

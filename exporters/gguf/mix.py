@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from gemexport.formats.gemma.architecture import TensorSpec
-from gemexport.formats.gemma.roles import Role
+from gemexport.formats.gemma.architecture import GATHERINGS, SPREADS, TensorSpec
+from gemexport.formats.gemma.roles import Kind, Role
 
 Chosen = Callable[[int, int], bool]  # (i, n): whether the i-th of n projections gets the better type
 
-_LEFT_ALONE = (Role.PER_LAYER_MODEL_PROJECTION, Role.ROUTER)  # small ones that llama.cpp never quantizes
+# What llama.cpp never quantizes.
+_LEFT_ALONE = {Role.PER_LAYER_MODEL_PROJECTION, Role.RESIDUAL_LEFT, Role.RESIDUAL_RIGHT, *SPREADS, *GATHERINGS}
+_LEFT_ALONE |= {role for role in Role if role.kind in (Kind.ROUTER, Kind.MIXER)}
 # For rows that are no multiple of 256, the block of all K types; it is F16 where 32 does not divide them either.
 _FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from gemexport.exporters.gguf import fitted_tensors, keeps_blocks, kquants_of
+from gemexport.exporters.gguf import SMALL, fitted_tensors, keeps_blocks, kquants_of
 from gemexport.exporters.gguf.facts import q_norm_factor
 from gemexport.exporters.gguf.mix import MIXES
 from gemexport.formats.checkpoint import Checkpoint
-from gemexport.formats.gemma.roles import Role
 from gemexport.formats.gguf import FLOATS, file_names, norm_shift
 from gemexport.formats.gguf.blocks import BLOCK, Bytes, quantize_q8_0
 from gemexport.formats.gguf.layouts import LAYOUTS
@@ -35,10 +34,10 @@ def promised(checkpoint: Checkpoint, variant: str, *, imatrix: Path | None = Non
             found[name] = Promise(
                 shifted_back(tensor, _read_back(*norm_shift(model.family, name, q_norm_factor(model))))
             )
-        elif kquants is not None and names[name] in kquants:
+        elif kquants is not None and name in names and names[name] in kquants:
             kind, pack = kquants.choose(names[name])
             found[name] = _anew(tensor, kind, _of_values(pack))
-        elif role is Role.ROUTER or variant in MIXES:
+        elif role.kind in SMALL or variant in MIXES:
             found[name] = Promise(Plain(tensor))
         else:
             found[name] = _matrix(tensor, variant)

@@ -15,16 +15,17 @@ from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, LlamaFi
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 
-from gemexport.formats.gemma.architecture import TensorSpec
+from gemexport.formats.gemma.architecture import GATHERINGS, SPREADS, TensorSpec
 from gemexport.formats.gemma.families import FAMILIES, by_gguf
 from gemexport.formats.gemma.families.family import Family
-from gemexport.formats.gemma.names import CANONICAL, WEIGHT, role_of
+from gemexport.formats.gemma.names import CANONICAL, PER_LAYER_EMBEDDING, WEIGHT, role_of
 from gemexport.formats.gemma.roles import Role
 from gemexport.formats.gemma.stacks import by_projection, put
 from gemexport.formats.gguf.blocks import BLOCK, Bytes
 from gemexport.formats.gguf.container import MENDED, Container, Description, Writer
 from gemexport.formats.gguf.layouts import LAYOUTS
 from gemexport.formats.gguf.parts import Parts, read_parts
+from gemexport.formats.pieces import Piece, Pieces
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import DType, Grid, Rows, Tensor, TensorBase, from_bf16, row_slices
 from gemexport.formats.unclaimed import check_unclaimed
@@ -40,6 +41,10 @@ Q_NORM_FACTOR = "gemexport.q_norm_factor"
 _BESIDE = {Role.ROUTER_SCALE: Role.ROUTER, Role.EXPERT_SCALE: Role.EXPERT_DOWN}
 # What gguf-py's map calls modules that are none of transformers'.
 _OWN = {Role.FIRST_DENSE: "dense_2_out", Role.SECOND_DENSE: "dense_3_out"}
+# Matrices of which the file has a stack, by the name of that in gguf-py's map.
+STACKS = {SPREADS: "model.altup_projections", GATHERINGS: "model.altup_unembed_projections"}
+PER_LAYER_ROWS = "gemexport.per_layer_vocabulary"
+"""Metadata key (uint32): how many rows of the per-layer embeddings are the model's; the rest is the first of them."""
 # Other converters keep the gate and the up projections of experts apart, which llama.cpp takes as well.
 _APART = ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight", "blk.{}.ffn_down_exps.weight")
 # Mixes of types that hold no lattice: who asks for one asks for new codes. The lattices' own types are not among them.
@@ -63,6 +68,17 @@ def file_names(family: Family[Any], layers: int) -> dict[str, str]:
             stem = names.get_name(_OWN.get(role, theirs))
             if stem is not None:
                 found[CANONICAL.name(role, layer)] = f"{stem}.{'scale' if role in _BESIDE else 'weight'}"
+    return found
+
+
+def stack_names(family: Family[Any]) -> dict[str, tuple[str, ...]]:
+    """The file's names of stacks of matrices, each with the canonical names of the matrices."""
+    names = get_tensor_name_map(_ARCHITECTURES[family.gguf], 1)
+    found = {}
+    for roles, theirs in STACKS.items():
+        stem = names.get_name(theirs)
+        if stem is not None:
+            found[f"{stem}.weight"] = tuple(CANONICAL.name(role) for role in roles)
     return found
 
 
@@ -168,8 +184,9 @@ def left_out(
 ) -> tuple[str, ...]:
     """The file's names of what is none of these tensors; InputError for one that no part of the decoder claims."""
     used = {tensor.stored_name for tensor in stored.values()} | {name for _, names in joined.values() for name in names}
-    found = tuple(sorted(parts.stored.keys() - used - {ROPE_FREQUENCIES}))
-    layers = layers_of(parts)
+    family, layers = family_of(parts), layers_of(parts)
+    unread = {stored for name, stored in file_names(family, layers).items() if _is_unread(family, name)}
+    found = tuple(sorted(parts.stored.keys() - used - unread - {ROPE_FREQUENCIES}))
     for name in found:
         block = name.split(".")[1] if name.startswith("blk.") else ""
         if block.isdecimal() and int(block) >= layers:
@@ -186,6 +203,8 @@ def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
     names = file_names(family, layers)
     found: dict[str, StoredTensor] = {}
     for name, stored_name in names.items():
+        if _is_unread(family, name) or (name == PER_LAYER_EMBEDDING and PER_LAYER_ROWS in parts.metadata):
+            continue
         if stored_name in parts.stored:
             container, stored = parts.stored[stored_name]
             _check_type(container, stored)
@@ -199,8 +218,11 @@ def stored_tensors(parts: Parts) -> dict[str, StoredTensor]:
 
 
 def joined_tensors(parts: Parts) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """The first projections of experts whose halves are apart, by canonical name; and what the halves are called."""
-    found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+    """Tensors that the file has in parts or as parts, by canonical name, and what it calls what they are made of.
+
+    The first projections of experts whose halves are apart; matrices that are a stack; a table that has rows beyond.
+    """
+    found = {**_of_stacks(parts), **_shortened(parts)}
     for layer in range(layers_of(parts)):
         names = tuple(name.format(layer) for name in _APART[:2])
         if not all(name in parts.stored for name in names):
@@ -215,6 +237,46 @@ def joined_tensors(parts: Parts) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         places = by_projection(spec, *(name.format(layer) for name in _APART))
         found[ours] = put(spec, zip(places, halves, strict=True)), names
     return found
+
+
+def _is_unread(family: Family[Any], name: str) -> bool:
+    """Whether llama.cpp asks for a tensor of this canonical name and does not read it."""
+    role, layer = CANONICAL.find(name) or (None, None)
+    last = family.gguf_reads_keys
+    return role in (Role.K, Role.K_NORM, Role.V) and last is not None and layer is not None and layer >= last
+
+
+def _of_stacks(parts: Parts) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+    for stored_name, ours in stack_names(family_of(parts)).items():
+        if stored_name not in parts.stored:
+            continue
+        container, stored = parts.stored[stored_name]
+        _check_type(container, stored)
+        if len(stored.shape) != 3 or stored.shape[0] > len(ours):
+            problem = f"tensor {stored_name} has the shape {list(stored.shape)}, and should be {len(ours)} matrices"
+            raise InputError(container.path, problem, MENDED)
+        count, rows, width = stored.shape
+        stack = StoredTensor(container, stored, stored_name)
+        for index, name in enumerate(ours[:count]):
+            piece = Piece(stack, index * rows, (index + 1) * rows)
+            found[name] = Pieces(name, (rows, width), [piece]), (stored_name,)
+    return found
+
+
+def _shortened(parts: Parts) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """Per-layer embeddings without the rows that were added to them."""
+    stored_name = file_names(family_of(parts), 1).get(PER_LAYER_EMBEDDING, "")
+    if PER_LAYER_ROWS not in parts.metadata or stored_name not in parts.stored:
+        return {}
+    container, stored = parts.stored[stored_name]
+    rows = parts.metadata[PER_LAYER_ROWS]
+    if type(rows) is not int or not 0 < rows <= stored.shape[0]:
+        raise InputError(parts.path, f"{PER_LAYER_ROWS} is {rows}", MENDED)
+    _check_type(container, stored)
+    table = StoredTensor(container, stored, PER_LAYER_EMBEDDING)
+    short = Pieces(PER_LAYER_EMBEDDING, (rows, stored.shape[1]), [Piece(table, 0, rows)])
+    return {PER_LAYER_EMBEDDING: (short, (stored_name,))}
 
 
 def family_of(parts: Parts) -> Family[Any]:

@@ -16,7 +16,7 @@ from gemexport.formats.gemma.architecture import Architecture
 from gemexport.formats.gemma.facts import Flat, Form, flat_facts
 from gemexport.formats.gemma.families.family import Family
 from gemexport.formats.gemma.model import Model, describe
-from gemexport.formats.gguf import FLOATS, ROPE_FREQUENCIES, family_of, layers_of, q_norm_factor_of
+from gemexport.formats.gguf import FLOATS, PER_LAYER_ROWS, ROPE_FREQUENCIES, family_of, layers_of, q_norm_factor_of
 from gemexport.formats.gguf.container import MENDED
 from gemexport.formats.gguf.facts import read_facts
 from gemexport.formats.gguf.metadata import Metadata
@@ -24,7 +24,10 @@ from gemexport.formats.gguf.parts import Parts
 from gemexport.formats.storage.errors import InputError
 
 EMBEDDING, PER_LAYER_EMBEDDING, HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
-ROUTER = ".ffn_gate_inp.weight"  # after the name of its layer
+# What is F32 in any file, after the name of its layer.
+SMALL = tuple(
+    f".{kind}.weight" for kind in ("ffn_gate_inp", "altup_router", "altup_predict_coef", "altup_correct_coef")
+)
 NOT_ROTATED = 1e30  # a divisor that makes an angle vanish: how llama.cpp leaves pairs of a head unrotated
 
 EOS_IDS = "gemexport.eos_token_ids"
@@ -74,10 +77,16 @@ def _stored_facts(parts: Parts, flat: Flat) -> Flat:
     return {
         "vocab_size": vocabulary,
         "tied": HEAD not in parts.stored,
-        "per_layer.vocab_size": _rows(parts, PER_LAYER_EMBEDDING) if flat.get("per_layer.dim") else vocabulary,
+        "per_layer.vocab_size": _told_rows(parts) if flat.get("per_layer.dim") else vocabulary,
         # Values that are the keys: the matrix is not there.
         "k_eq_v": bool(owners) and not any(f"blk.{index}.attn_v.weight" in parts.stored for index in owners),
     }
+
+
+def _told_rows(parts: Parts) -> int:
+    """Rows of the per-layer embeddings that are the model's."""
+    found: int = parts.metadata.get(PER_LAYER_ROWS, _rows(parts, PER_LAYER_EMBEDDING))
+    return found
 
 
 def _full_rope(family: Family[Any], facts: Metadata, parts: Parts, flat: Flat) -> Flat:
@@ -144,11 +153,9 @@ def _rows(parts: Parts, name: str) -> int:
 
 
 def _dtype(parts: Parts) -> str:
-    """What the matrices are stored in when it is one dtype, else float32; routers, which are F32 always, aside."""
+    """What the matrices are stored in when it is one dtype, else float32; small ones, which are F32 always, aside."""
     kinds = {
-        stored.type
-        for name, (_, stored) in parts.stored.items()
-        if len(stored.shape) >= 2 and not name.endswith(ROUTER)
+        stored.type for name, (_, stored) in parts.stored.items() if len(stored.shape) >= 2 and not name.endswith(SMALL)
     }
     found = FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
     return {"bf16": "bfloat16", "f16": "float16"}.get(found or "", "float32")

@@ -48,7 +48,8 @@ def reference(
     "int8-activations", as llama.cpp multiplies: the inputs of every matrix rounded to 8 bits in blocks of 32, or, for
     K-quants ("int8-activations-256"), of 256 where these divide the row; "f32-reordered", which adds the products of a
     matrix in another order, as another implementation would; "f32-f16-gelu", which looks GELU up in a table of f16
-    numbers, as llama.cpp does; "f32-f16-constants", whose factors are f16 numbers, as Core ML has them.
+    numbers, as llama.cpp does, and takes the deviation of sparse MLPs of n - 1 numbers; "f32-f16-constants", whose
+    factors are f16 numbers, as Core ML has them.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,8 @@ def install(model: Any, arithmetic: Arithmetic) -> None:
             function = getattr(module, "act_fn", None)
             if isinstance(function, torch.nn.Module):
                 module.act_fn = _HalfTable(function)
+            if hasattr(module, "_gaussian_topk"):
+                module._gaussian_topk = partial(_above_of_samples, module.activation_sparsity)
     if arithmetic == "f32-f16-constants":
         _round_constants(model)
     if arithmetic in _ROUNDED:
@@ -140,6 +143,12 @@ class _HalfTable(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         table = self._function(x.half().float()).half().float()
         return torch.where(x.abs() < 10, table, functional.relu(x))
+
+
+def _above_of_samples(sparsity: float, x: torch.Tensor) -> torch.Tensor:
+    """`Gemma3nTextMLP._gaussian_topk` as src/models/gemma3n.cpp has it: its deviation is of n - 1 numbers, not of n."""
+    least = x.mean(-1, keepdim=True) + x.std(-1, keepdim=True, unbiased=True) * NormalDist().inv_cdf(sparsity)
+    return functional.relu(x - least)
 
 
 def _in_turns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

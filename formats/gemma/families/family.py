@@ -56,6 +56,8 @@ class Family(ABC, Generic[F]):
     fields: type[F]
     sentencepiece: ClassVar[bool] = False  # its tokenizer's merges are those of a SentencePiece model
     partial_rope: ClassVar[bool]  # full layers may rotate a part of a head (proportional RoPE)
+    gguf_pads_tables: ClassVar[bool] = False  # per-layer embeddings of fewer ids get rows of the first for the rest
+    gguf_reads_keys: ClassVar[int | None] = None  # of so many layers llama.cpp reads what makes keys and values
     gguf_owners: ClassVar[int] = 1  # layers with keys and values of their own that llama.cpp's graph asks for
     default_vocabulary: ClassVar[int]
     default_window: ClassVar[int]

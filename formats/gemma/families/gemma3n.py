@@ -6,12 +6,13 @@ their own as Gemma 4's, and MLPs of which, in the first ten, only the outputs fa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from gemexport.formats.gemma.architecture import Architecture, Layer, PerLayerEmbeddings, Rope, Streams
-from gemexport.formats.gemma.facts import COMMON, Flat, spelt
+from gemexport.formats.gemma.facts import COMMON, CONFIG, SLIDING_THETA, Fact, Flat, Form, spelt
 from gemexport.formats.gemma.families.family import Family, Wording, rope
 from gemexport.formats.gemma.fields import FULL, SLIDING, Least, Positive, Size, TextFields
 from gemexport.formats.gemma.names import CANONICAL
@@ -22,9 +23,36 @@ PERIOD = 5  # every fifth layer sees everything
 SPARSE, SPARSITY = 10, 0.95  # so many layers, and how sparse, of a config that does not say it
 SOFTCAP = 30.0
 MOST = 4  # streams
+OWNERS, RANK, TOLD = 20, 64, 256  # layers with keys, rank of the residual, width of per-layer inputs in llama.cpp
 UNCLIPPED = 1e30  # transformers clips coefficients when it trains alone, and mlx-lm always
 
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+def _usual(flat: Mapping[str, Any]) -> list[bool]:
+    """Which layers slide where a file does not say it."""
+    return [bool((index + 1) % PERIOD) for index in range(flat["layers"])]
+
+
+def _shared(flat: Mapping[str, Any]) -> int:
+    """How many layers read the keys of others: all after the twentieth."""
+    return max(0, int(flat["layers"]) - OWNERS)
+
+
+# src/models/gemma3n.cpp, which has the rest built in: see `Gemma3n.built_in`.
+FACTS = (
+    *COMMON,
+    Fact("full.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base", SLIDING_THETA),
+    Fact("sliding.rope.theta", Form.POSITIVE, "{arch}.rope.freq_base_swa", SLIDING_THETA),
+    Fact("sliding_window", Form.COUNT, "{arch}.attention.sliding_window"),
+    Fact("sliding", Form.PERIOD, "{arch}.attention.sliding_window_pattern", _usual, always=False),
+    Fact(
+        "shared", Form.COUNT_OR_NONE, "{arch}.attention.shared_kv_layers", lambda flat: max(0, flat["layers"] - OWNERS)
+    ),
+    Fact("per_layer.dim", Form.COUNT, "{arch}.embedding_length_per_layer_input", TOLD),
+    Fact("streams.active", Form.COUNT_OR_NONE, "{arch}.altup.active_idx", 0),
+    Fact("streams.count", Form.COUNT, "{arch}.altup.num_inputs", MOST),
+)
 
 
 class Fields(TextFields):
@@ -66,20 +94,24 @@ class Gemma3n(Family[Fields]):
 
     name = whole_type = "gemma3n"
     text_type = reference_type = "gemma3n_text"
-    gguf = ""
+    gguf = "gemma3n"
+    gguf_pads_tables = True
+    gguf_reads_keys = OWNERS
+    gguf_owners = 2  # its shared layers read the last two before them
     mlx_type = "gemma3n"
     mlx_module = "model.language_model"
     mlx_shares_by_cache = True
     whole_class = "Gemma3nForConditionalGeneration"
     reference_class = "Gemma3nForCausalLM"
     wording = Wording(("<start_of_turn>", "<end_of_turn>"), eos="<end_of_turn>", adds_runs=True)
-    facts = COMMON
+    facts = FACTS
     fields = Fields
     default_vocabulary = 262_400
     default_window = 512
     norm_offset = 0.0
     value_norm = True
     partial_rope = False
+    sentencepiece = True
     layer_scalar = False
 
     def refused(self, fields: Fields) -> dict[str, bool]:
@@ -166,8 +198,30 @@ class Gemma3n(Family[Fields]):
             return "has one type of attention alone"
         return None if flat["tied"] else "has a head of its own"
 
+    def built_in(self, layers: int) -> Flat:
+        sparse = min(SPARSE, layers)
+        return {
+            "final_softcap": SOFTCAP,
+            "full.rope.factor": 1.0,
+            "full.rope.scaling": None,
+            "sparsity": [SPARSITY] * sparse + [0.0] * (layers - sparse),
+            "streams.rank": RANK,
+        }
+
     def gguf_problem(self, flat: Flat) -> str | None:
-        return "it is a Gemma 3n"
+        layers = flat["layers"]
+        expected = {
+            **self.built_in(layers),
+            "sliding.rope.factor": 1.0,
+            "shared": _shared(flat),
+            "sliding": _usual(flat),
+            "streams.count": MOST,
+            "streams.active": 0,
+            "per_layer.dim": TOLD,
+            "intermediate_size": flat["intermediate_size"][:1] * layers,
+        }
+        wrong = next((name for name, value in expected.items() if flat[name] != value), None)
+        return None if wrong is None else f"its {CONFIG.get(wrong, wrong)} is another than is built in"
 
     def attention_scale(self, fields: Fields) -> float:
         return 1.0

@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import TokenType
 from samples import with_grids
 
+from gemexport import demo
 from gemexport.exporters import gguf as exporter
 from gemexport.exporters.gguf.facts import metadata, problem, q_norm_factor, rope_frequencies
 from gemexport.exporters.gguf.tokenizer import (
@@ -24,7 +25,7 @@ from gemexport.exporters.gguf.tokenizer import (
 )
 from gemexport.formats import gguf
 from gemexport.formats.checkpoint import Checkpoint, open_checkpoint
-from gemexport.formats.gemma.model import Model
+from gemexport.formats.gemma.model import Model, describe
 from gemexport.formats.gguf.container import read
 from gemexport.formats.storage.errors import InputError
 from gemexport.formats.tensor import ArrayTensor, DType, Grid, expand, round_to
@@ -310,3 +311,23 @@ def test_a_tokenizer_that_is_not_gemmas_is_refused_or_noted(tiny_gemma3: Path, t
     path.write_text(json.dumps(source), "utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         tokenizer(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"laurel_rank": 32}, "laurel_rank"),
+        ({"altup_num_inputs": 3}, "altup_num_inputs"),
+        ({"altup_active_idx": 1}, "altup_active_idx"),
+        ({"hidden_size_per_layer_input": 128}, "hidden_size_per_layer_input"),
+        ({"activation_sparsity_pattern": 0.5}, "activation_sparsity_pattern"),
+        ({"num_kv_shared_layers": 0}, "num_kv_shared_layers"),
+        ({"final_logit_softcapping": None}, "final_logit_softcapping"),
+        ({"intermediate_size": [96] * 24 + [64]}, "intermediate_size"),
+        ({"vocab_size_per_layer_input": 600}, "another vocabulary"),
+    ],
+)
+def test_what_llama_cpps_gemma_3n_has_built_in_is_refused_otherwise(said: dict[str, Any], words: str) -> None:
+    config = demo.config_json("gemma3n", demo.SIZES["tiny"])
+    assert problem(describe(config, "config.json")) is None
+    assert words in (problem(describe(config | said, "config.json")) or "")

@@ -34,6 +34,7 @@ SOURCES = {
     "gemma3": {"family": "gemma3"},
     "gemma3 in a multimodal one": {"family": "gemma3", "wrapped": True},
     "gemma4": {},
+    "gemma3n": {"family": "gemma3n"},
     "gemma4 in the new spelling": {"spelling": "per_layer_config"},
 }
 

@@ -9,6 +9,7 @@ attention is off either way.
 from __future__ import annotations
 
 import ctypes
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from gemexport.validators.runtimes.llama_cpp.chat import render
 from gemexport.validators.runtimes.protocol import Arithmetic, Laps, Layout
 
 PIECE = 1 << 10  # bytes of a token as a text
+# What llama.cpp calls what goes into the first layer, of several streams and of one, and what a layer gives.
+ENTERED, LEFT = ("inp_stacked", "inp_scaled"), re.compile(r"l_out-\d+")
 BATCH = 128  # positions computed at once; their logits over 262,144 tokens take 134 MB
 
 _ARITHMETIC: dict[Type, Arithmetic] = {Type.F32: "f32", Type.F16: "f16", Type.BF16: "bf16"}
@@ -158,18 +161,21 @@ class LlamaCpp:
         finally:
             self._seen = None
         layers = [seen[name] for i in range(len(seen)) if (name := f"l_out-{i}") in seen]
-        return [seen["inp_scaled"], *layers] if "inp_scaled" in seen and layers else None
+        first = next((seen[name] for name in ENTERED if name in seen), None)
+        return [first, *layers] if first is not None and layers else None
 
     def _evaluated(self, tensor: int, asked: bool, _: int | None) -> bool:
         """llama.cpp's question whether a value is wanted, and then the value."""
         if self._seen is None:
             return not asked
         name = self._api.ggml_get_name(tensor).decode()
-        wanted: bool = name == "inp_scaled" or name.startswith("l_out-")
+        wanted = name in ENTERED or LEFT.fullmatch(name) is not None  # views of these have names that go on
         if wanted and not asked:
             values = np.empty(self._api.ggml_nbytes(tensor) // 4, np.float32)
             self._api.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
-            self._seen.setdefault(name, []).append(values.reshape(self._batch.n_tokens, -1))
+            # `[streams, n, hidden]` of several streams, which are shown beside each other.
+            streams = values.reshape(-1, self._batch.n_tokens, self._api.llama_model_n_embd(self._model))
+            self._seen.setdefault(name, []).append(streams.swapaxes(0, 1).reshape(self._batch.n_tokens, -1))
         return wanted or not asked
 
     def tokenize(self, text: str) -> list[int]:

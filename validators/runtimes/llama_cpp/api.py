@@ -116,6 +116,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (_INT, [_POINTER, Batch]),
     "llama_pooling_type": (ctypes.c_int, [_POINTER]),
     "llama_set_embeddings": (None, [_POINTER, _BOOL]),
+    "llama_model_n_embd": (_INT, [_POINTER]),
     "llama_model_n_embd_out": (_INT, [_POINTER]),
     "llama_get_embeddings_seq": (ctypes.POINTER(ctypes.c_float), [_POINTER, _INT]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [_POINTER]),
