@@ -106,10 +106,14 @@ class Target:
         modules = [import_module(f"gemexport.validators.runtimes.{name}") for name in self.second_runtimes]
         return [module for module in modules if module.takes(path)]
 
-    def programs(self, variant: str) -> tuple[str, ...]:
-        """Of gemexport.validators.runtimes, those that may judge a variant, all of them where that is not known."""
+    def programs(self, variant: str, static: bool = False) -> tuple[str, ...]:
+        """Of gemexport.validators.runtimes, those that may judge a variant here, all of them where that is not known.
+
+        Further programs, each called as its package is, compute in f32: not with `static` scales of activations.
+        """
         known = variant in self.known_variants and variant not in self.second_variants
-        return (self.runtime, *(() if known else self.second_runtimes))
+        seconds = () if known or static else tuple(name for name in self.second_runtimes if _installed(name))
+        return (self.runtime, *seconds)
 
     def holds(self, variant: str) -> Callable[[Grid, int], bool]:
         """Whether a variant has a container for a grid in rows of so many weights; as the default one for others."""

@@ -21,9 +21,10 @@ from gemexport.engine.memory import (
     reference_memory,
     rounding_memory,
     search_memory,
+    sensitivity_memory,
     validator_room,
 )
-from gemexport.engine.rounding import candidates, rounded, rounds
+from gemexport.engine.rounding import ENOUGH, candidates, head, rounded, rounds
 from gemexport.engine.sensitivity import scratch_bytes
 from gemexport.engine.settling import TRIES
 from gemexport.formats.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ def allocation(asked: Request, checkpoint: Checkpoint, place: Place, artefacts: 
     settles = asked.goal is not None and asked.goal.kind == "max_kld"
     total, scratch = len(layers) * (2 + (TRIES if settles else 0)), scratch_bytes(checkpoint)
     return Node(
-        "allocate", call, ("grids",), memory=room_to_round(asked, checkpoint), total=total, writes=weights // 8,
+        "allocate", call, ("grids",), memory=room_to_weigh(asked, checkpoint), total=total, writes=weights // 8,
         scratch=max(scratch, 2 * logits + weights) if settles else scratch, all_cores=True,
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def sweeping(asked: Request, checkpoint: Checkpoint, work: Path, wanted: list[St
     arguments = {"place": place, "recipe": asked.recipe, "artefacts": artefacts, "text": asked.calibration}
     call, layers = Call("gemexport.engine.budget:sweep_widths", arguments), checkpoint.architecture.layers
     node = Node(
-        "sweep", call, ("grids",), memory=room_to_round(asked, checkpoint), total=2 * len(layers),
+        "sweep", call, ("grids",), memory=room_to_weigh(asked, checkpoint), total=2 * len(layers),
         scratch=scratch_bytes(checkpoint), all_cores=True,
     )  # fmt: skip
     return [*graph(asked, checkpoint, work, []), node]
@@ -132,9 +133,24 @@ def rounding(asked: Request, checkpoint: Checkpoint, place: Place) -> Node:
 
 
 def room_to_round(asked: Request, checkpoint: Checkpoint) -> int:
-    """What choosing codes takes, in one width or in all of them."""
+    """What choosing codes takes."""
+    model, found = checkpoint.model, []
+    for name in rounded(model):
+        scheme = asked.recipe.scheme(name)
+        if scheme is not None and (name != head(model) or scheme.bits < ENOUGH):
+            found.append((model.specs[name].shape, scheme.group_size))
+    if not found:
+        return 0  # the node has no work then
+    widest = max(shape[-1] for shape, _ in found)
+    return rounding_memory(
+        checkpoint, widest, max(math.prod(shape) for shape, _ in found), min(block for _, block in found)
+    )
+
+
+def room_to_weigh(asked: Request, checkpoint: Checkpoint) -> int:
+    """What it takes to tell what widths cost."""
     model = checkpoint.model
-    return rounding_memory(checkpoint, asked.tokens, max(model.specs[name].shape[-1] for name in rounded(model)))
+    return sensitivity_memory(checkpoint, asked.tokens, max(model.specs[name].shape[-1] for name in rounded(model)))
 
 
 def grid_index(outcomes: Mapping[str, Outcome]) -> GridIndex:
