@@ -169,6 +169,37 @@ def test_a_classifier_that_transformers_saved(tmp_path: Path) -> None:
         assert (tensor.numpy() == expected.reshape(tensor.shape)).all()
 
 
+def test_the_verdict_of_a_classifier_is_a_choice_of_two_tokens() -> None:
+    """Known by its config alone: the decoder in it is a Gemma 3, and so is what its artefacts say that they are."""
+    config = config_of("shieldgemma2")
+    assert describe(config, "config.json").choice is None  # a vocabulary without the tokens
+    said = config | {"yes_token_index": 300, "no_token_index": 301}
+    assert describe(said, "config.json").choice == (300, 301)
+    real = config | {"text_config": config["text_config"] | {"vocab_size": 262_208}}
+    assert describe(real, "config.json").choice == (10_784, 3771)
+    assert describe(real["text_config"], "config.json").choice is None
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_classifier_tells_what_its_verdict_is_off_by(tmp_path: Path) -> None:
+    config = config_of("shieldgemma2") | {"yes_token_index": 300, "no_token_index": 301}
+    folder = demo.write(tmp_path / "model", config, rule=None, prefix="model.model.language_model.")
+    report = gemexport.export(folder, tmp_path / "out", formats=["mlx"], variants={"mlx": ("4bit", "f32")}, tokens=128,
+                              max_kld=100.0)  # fmt: skip
+    passed(report)
+    moved = {item.variant: item.loss for item in report.artifacts}
+    four, exact = moved["4bit"], moved["f32"]
+    assert four is not None
+    assert exact is not None
+    assert four.choice_mean is not None
+    assert four.choice_max is not None
+    assert exact.choice_max is not None
+    assert four.choice_max > four.choice_mean > 1e-3
+    assert exact.choice_max < 1e-4
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert html.count("P(Yes) / (P(Yes) + P(No))") == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -37,6 +37,7 @@ class Model:
     family: Family[Any]
     decoder: Architecture
     embedder: Embedder | None = None
+    choice: tuple[int, int] | None = None  # tokens of which the first one's probability, of the two, is a verdict
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -84,7 +85,8 @@ def describe(config: dict[str, Any], path: str | Path) -> Model:
     """
     family = family_of(config, path)
     decoder = family.decoder(text_config(config, path), path)
-    return Model(family, decoder, family.embedder(config, decoder.hidden_size, path))
+    choice = family.choice(config, decoder.vocab_size)
+    return Model(family, decoder, family.embedder(config, decoder.hidden_size, path), choice)
 
 
 def architecture(config: dict[str, Any], path: str | Path) -> Architecture:

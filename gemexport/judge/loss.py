@@ -39,7 +39,7 @@ def judged_loss(found: Validation, floors: Mapping[str, Divergence]) -> LossRepo
     worst = max(kinds, key=lambda part: (words.index(part.word), _order(part.kld_mean)))
     return LossReport(
         word=worst.word, kind=worst.kind, kld_mean=run.loss.kld_mean, runtime=run.runtime, arithmetic=run.arithmetic,
-        kinds=kinds,
+        kinds=kinds, choice_mean=run.loss.choice_mean, choice_max=run.loss.choice_max,
     )  # fmt: skip
 
 

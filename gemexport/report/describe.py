@@ -20,7 +20,7 @@ from gemexport.formats.storage.reading import JSON_BYTES, read_text
 from gemexport.formats.storage.safetensors import read_file, read_metadata
 from gemexport.formats.tensor import Grid, Tensor
 from gemexport.registry import TARGETS, Target, artifacts, recognise
-from gemexport.report.render import LOSS_STYLES, number, quantity, share, size, style_of, vector_loss
+from gemexport.report.render import LOSS_STYLES, choice, number, quantity, share, size, style_of, vector_loss
 from gemexport.report.schema import ArtifactReport
 from gemexport.shared.measured import LossReport, NpuReport
 
@@ -255,6 +255,8 @@ def _print_loss(loss: LossReport, console: Console) -> None:
     """Print what the loss is called, and its figures by kind of text."""
     style = LOSS_STYLES[loss.word]
     console.print(f"the loss is [{style}]{loss.word}[/], in {_plain(loss.runtime)}, {loss.arithmetic}", soft_wrap=True)
+    if (moved := choice(loss)) is not None:
+        console.print(f"  {moved}", soft_wrap=True)
     for part in loss.kinds:
         console.print(
             f"  {part.kind:<10}KLD {number(part.kld_mean)} nats (PyTorch's bf16: {number(part.noise)}), "

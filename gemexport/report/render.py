@@ -26,7 +26,7 @@ from gemexport.report.charts import LAYER, Column, LayerErrors, OperatingPoints,
 from gemexport.report.checksums import write_sums
 from gemexport.report.junit import render_junit
 from gemexport.report.schema import JSON, ArtifactReport, Report, write_text
-from gemexport.shared.measured import ChatDifference, Divergence, LogitsReport, Pace, TensorReport
+from gemexport.shared.measured import ChatDifference, Divergence, LogitsReport, LossReport, Pace, TensorReport
 from gemexport.shared.vectors import VectorLoss
 from gemexport.shared.widths import called, short
 
@@ -95,6 +95,8 @@ def print_table(report: Report, console: Console, out: Path | None = None) -> No
             below.insert(0, Text(f"  {path}"))
         if artifact.reason:
             below.append(Text(f"  {shown(artifact.reason)}", STYLES[artifact.status]))
+        if artifact.loss and (moved := choice(artifact.loss)) is not None:
+            below.append(Text(f"  {moved}"))
         if artifact.vector_loss:
             told = vector_loss(artifact.vector_loss)
             below.append(Text(f"  {artifact.vector_loss.word}: {told}", LOSS_STYLES[artifact.vector_loss.word]))
@@ -130,6 +132,14 @@ def loss(artifact: ArtifactReport) -> str:
     if artifact.loss is None:
         return number(logits.loss.kld_mean if logits and logits.loss else None)
     return f"{number(artifact.loss.kld_mean)} {artifact.loss.word}"
+
+
+def choice(loss: LossReport) -> str | None:
+    """By how much a model's verdict, the probability of one of two tokens, is another; None where it has none."""
+    if loss.choice_mean is None:
+        return None
+    moved = f"{number(loss.choice_mean)} on average, {number(loss.choice_max)} at most"
+    return f"the verdict's probability, P(Yes) / (P(Yes) + P(No)), is off by {moved}"
 
 
 def vector_loss(loss: VectorLoss) -> str:
@@ -444,6 +454,7 @@ def _environment(html: bool) -> Environment:
         anchor,
         mark,
         loss,
+        choice,
         kind,
         by_error,
         runs,

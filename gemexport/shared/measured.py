@@ -247,9 +247,12 @@ class Divergence(Figures):
     """The same over all texts, and by kind where they are of several.
 
     `top1_but_ties` counts choices between tokens that are all but equally likely as agreement; None if nobody asked.
+    Of a model whose verdict is the probability of one of two tokens, by how much that is another: on average, at most.
     """
 
     top1_but_ties: float | None = None
+    choice_mean: float | None = None
+    choice_max: float | None = None
     kinds: tuple[KindReport, ...] = ()
 
     @property
@@ -285,12 +288,15 @@ class KindLossReport(ReportModel):
 class LossReport(ReportModel):
     """What an artefact's numbers cost, in a word: that of the kind of text which fares worst.
 
-    Measured where its program computes most exactly: `runtime` in `arithmetic`.
+    Measured where its program computes most exactly: `runtime` in `arithmetic`. `choice_mean` and `choice_max` are of a
+    model whose verdict is the probability of one of two tokens.
     """
 
     word: LossWord
     kind: str
     kld_mean: float
+    choice_mean: float | None = None
+    choice_max: float | None = None
     runtime: str
     arithmetic: Arithmetic
     kinds: tuple[KindLossReport, ...]

@@ -55,6 +55,9 @@ class _Logits:
     continues: ClassVar[bool] = True
     prefixes: ClassVar[bool] = True
 
+    def __init__(self, choice: tuple[int, int] | None = None) -> None:
+        self._choice = choice
+
     def passages(self, encoded: Mapping[str, Sequence[int]], decoder: Architecture, tokens: int) -> list[Passage]:
         from gemexport.validators.checks import prompts
 
@@ -68,7 +71,7 @@ class _Logits:
     def sums(self, tie: float | None = None) -> Sums:
         from gemexport.validators.checks import divergence
 
-        return divergence.Divergence(tie=tie)
+        return divergence.Divergence(tie=tie, choice=self._choice)
 
     def figures(self, sums: Any, kinds: Kinds = ()) -> Divergence:
         return Divergence.of(sums, kinds)
@@ -102,9 +105,6 @@ class _Vectors:
         return VectorDistance.model_validate(figures)
 
 
-PROBES: dict[str, Probe] = {LOGITS: _Logits(), EMBEDDING: _Vectors()}
-
-
 def probe_of(model: Model) -> Probe:
     """How what a model gives is judged."""
-    return PROBES[model.gives]
+    return _Vectors() if model.gives == EMBEDDING else _Logits(model.choice)

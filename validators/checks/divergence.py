@@ -116,14 +116,23 @@ def _buckets(
     return kld, best, excess
 
 
+def _probability(logits: Floats, choice: tuple[int, int]) -> NDArray[np.float64]:
+    """`[n]`: the probability of the first of two tokens, of the two."""
+    first, second = (np.asarray(logits[:, token], np.float64) for token in choice)
+    found: NDArray[np.float64] = 1 / (1 + np.exp(np.clip(second - first, -700, 700)))
+    return found
+
+
 @dataclass
 class Divergence:
     """Sums over positions of the divergence of q from p; figures in nats, shares and ratios are properties.
 
     `tie` is a difference in nats, if there is one, below which rounding decides which of two tokens is the likelier.
+    Of a `choice` of two tokens it is noted by how much the first one's probability, of the two, is another.
     """
 
     tie: float | None = None
+    choice: tuple[int, int] | None = None
     positions: int = 0
     kld_sum: float = 0.0
     kld_max: float = 0.0
@@ -133,6 +142,7 @@ class Divergence:
     predicted: int = 0
     excess_sum: float = 0.0
     rows: list[Row] = field(default_factory=list, repr=False)  # of each position
+    moves: list[float] = field(default_factory=list, repr=False)  # of the choice, where q is known for all tokens
 
     def add(self, p: Floats, q: Logits, tokens: list[int]) -> None:
         """Add a sequence: logits of both models after each of `tokens`, the next token being the prediction's aim."""
@@ -145,6 +155,9 @@ class Divergence:
 
         for row in ordered(one, range(len(tokens))):
             self._count(row)
+        if self.choice is not None and not isinstance(q, TopLogits):
+            first, second = (_probability(logits, self.choice) for logits in (p, q))
+            self.moves += np.abs(second - first).tolist()
 
     def _count(self, row: Row) -> None:
         kld, gap, excess = row
@@ -170,6 +183,16 @@ class Divergence:
                 part._count(row)
             start += length
         return found
+
+    @property
+    def choice_mean(self) -> float | None:
+        """By how much the probability of the choice is another, on average over positions; None without a choice."""
+        return float(np.mean(self.moves)) if self.moves else None
+
+    @property
+    def choice_max(self) -> float | None:
+        """The same where it is most."""
+        return float(np.max(self.moves)) if self.moves else None
 
     @property
     def kld_mean(self) -> float:

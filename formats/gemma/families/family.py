@@ -79,6 +79,10 @@ class Family(ABC, Generic[F]):
         """What makes one vector of a text, of a model that does; InputError for what is not done here."""
         return None
 
+    def choice(self, config: dict[str, Any], vocabulary: int) -> tuple[int, int] | None:
+        """Two tokens of which the first one's probability, of the two, is what the model says; None where it is not."""
+        return None
+
     def spelt(self, config: dict[str, Any]) -> dict[str, Any]:
         """A decoder's own config as the reference's class spells it."""
         return config

@@ -59,7 +59,15 @@ def test_fields_that_others_rely_on_have_their_names(tmp_path: Path) -> None:
     assert top | {"logits", "seconds"} <= data["artifacts"][0].keys()
     assert {"runtime", "tokens", "conversion", "loss"} <= data["artifacts"][0]["logits"].keys()
     divergences = {"kld_mean", "kld_error", "kld_max"}
-    numbers = divergences | {"top1_agreement", "top1_but_ties", "changed", "perplexity_ratio", "kinds"}
+    numbers = divergences | {
+        "top1_agreement",
+        "top1_but_ties",
+        "changed",
+        "perplexity_ratio",
+        "kinds",
+        "choice_mean",
+        "choice_max",
+    }
     assert data["artifacts"][0]["logits"]["conversion"].keys() == numbers
     assert {"compared", "exact", "exact_fraction", "max_relative_error", "tensors"} <= set(
         measured.WeightsReport.model_fields

@@ -42,6 +42,23 @@ def test_whole_distributions() -> None:
     assert found.perplexity_ratio == pytest.approx(np.exp((log_p[following] - log_q[following]).mean()), rel=1e-12)
 
 
+def test_the_probability_of_a_choice() -> None:
+    """Of two tokens alone, whatever all others have; of no choice nothing is told."""
+    p, q = logits(0), logits(1)
+    found, none = Divergence(choice=(7, 3)), Divergence()
+    for total in (found, none):
+        total.add(p, q, TOKENS)
+        total.add(q, q, TOKENS)
+    ours, theirs = (np.exp(each[:, 7]) / (np.exp(each[:, 7]) + np.exp(each[:, 3])) for each in (p, q))
+    assert found.choice_mean == pytest.approx(np.abs(ours - theirs).sum() / 12, rel=1e-5)
+    assert found.choice_max == pytest.approx(np.abs(ours - theirs).max(), rel=1e-5)
+    assert (none.choice_mean, none.choice_max) == (None, None)
+    certain = np.zeros((6, 50), np.float32)
+    certain[:, 7] = 3e38
+    found.add(certain, -certain, TOKENS)
+    assert found.choice_max == 1.0
+
+
 def test_equal_models_differ_by_nothing() -> None:
     found = Divergence()
     found.add(logits(0), logits(0), TOKENS)
