@@ -74,6 +74,14 @@ def _judged(program: Program, decoder: Architecture) -> Iterator[Said]:
         yield from _functions(program, decoder)
         yield from _attentions(program, decoder)
         yield from _logits(program, decoder)
+        yield from _norms(program, decoder)
+
+
+def _norms(program: Program, decoder: Architecture) -> Iterator[Said]:
+    for operator, weight, epsilon in functions.norms(program):
+        place = None if weight is None else CANONICAL.find(weight)
+        name, layer = (operator, None) if place is None else (CANONICAL.stem(place[0]), place[1])
+        yield from _factor(f"the epsilon of {name}", layer, epsilon, decoder.rms_norm_eps)
 
 
 def _functions(program: Program, decoder: Architecture) -> Iterator[Said]:

@@ -14,7 +14,6 @@ from gemexport.formats.tensor import Tensor
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.facts import activation_differences, differences
 from gemexport.judge.masks import mask_differences
-from gemexport.judge.norms import epsilon_differences
 from gemexport.judge.settings import setting_differences
 from gemexport.judge.speed import Stopwatch
 from gemexport.judge.structure import Structure, judged_structure
@@ -206,8 +205,7 @@ def check_facts(checkpoint: Checkpoint, target: str, path: Path) -> Structure:
     stated = differences(target, path, checkpoint.model)
     decoder = checkpoint.architecture
     stated += setting_differences(checkpoint, path)
-    stated += epsilon_differences(target, path, decoder) + table_differences(target, path, decoder)
-    stated += mask_differences(target, path)
+    stated += table_differences(target, path, decoder) + mask_differences(target, path)
     computed, notes = judged_structure(target, path, decoder)
     stated += computed + activation_differences(checkpoint.activations, TARGETS[target].activations(path))
     return Structure(stated, notes)

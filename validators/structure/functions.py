@@ -117,6 +117,37 @@ def logits(program: Program) -> Iterator[Scores | None]:
                 yield None
 
 
+def norms(program: Program) -> Iterator[tuple[str, str | None, Number]]:
+    """For each norm the operator's name, its weight if it has a known one, and what is added to the mean square."""
+    for operation in program.of_kind("norm"):
+        if operation.epsilon is not None:
+            yield operation.name, operation.weight, operation.epsilon
+    for operation in program.of_kind("root"):
+        source = program.makers.get(operation.inputs[0])
+        epsilon = operation.epsilon
+        if source is not None and source.kind == "add":  # the mean and a number
+            added = [program.numbers[value] for value in source.inputs if value in program.numbers]
+            free = [value for value in source.inputs if value not in program.fixed]
+            epsilon = added[0] if len(added) == len(free) == 1 else None
+            source = program.makers.get(free[0]) if epsilon is not None else None
+        if epsilon is not None and source is not None and source.kind == "mean":
+            yield operation.name, _multiplies(program, operation), epsilon
+
+
+def _multiplies(program: Program, root: Operation) -> str | None:
+    """The weight of a norm in several operators, by which what it gives is multiplied next."""
+    values, steps = list(root.outputs), 4  # the root's inverse, its product with what is normed, casts between them
+    while values and steps:
+        users = [program.operations[place] for value in values for place in program.users.get(value, ())]
+        weights = [program.behind(value) for user in users if user.kind == "mul" for value in user.inputs]
+        found = next((weight for weight in weights if weight is not None), None)
+        if found is not None:
+            return found
+        after = [user for user in users if user.kind in ("same", "mul", "div", "root")]
+        values, steps = [value for user in after for value in user.outputs], steps - 1
+    return None
+
+
 class _Ways:
     """Ways back from values to the products that they come from."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemexport.formats.coreml import canonical_name
 from gemexport.formats.coreml.package import Package, everything, open_package, typed
-from gemexport.validators.structure.program import Kind, Number, Operation, Program, rounding
+from gemexport.validators.structure.program import Kind, Number, Operation, Program
 
 _KINDS: dict[str, tuple[Kind, tuple[str, ...]]] = {  # and what it reads of its arguments
     **dict.fromkeys(
@@ -65,7 +65,7 @@ def _number(package: Package, proto: Any) -> Number | None:
         return None
     stored = package.value(proto)
     assert not isinstance(stored, str | list)
-    return Number(float(stored.numpy().reshape(-1)[0]), rounding({"fp16": "f16"}.get(kind.kind, kind.kind)))
+    return Number.of(float(stored.numpy().reshape(-1)[0]), {"fp16": "f16"}.get(kind.kind, kind.kind))
 
 
 def _operation(program: Program, package: Package, operation: Any) -> Operation:
@@ -78,6 +78,8 @@ def _operation(program: Program, package: Package, operation: Any) -> Operation:
     further: dict[str, Any] = {}
     if operation.type == "gelu":
         further["mode"] = _GELUS.get(_text(package, operation, "mode"), "")
+    if kind == "root" and "epsilon" in operation.inputs:
+        further["epsilon"] = program.numbers.get(_bound(program, package, operation, "epsilon")[0])
     if kind == "attention":
         scale = _bound(program, package, operation, "scale") if "scale" in operation.inputs else ("",)
         further["factor"] = program.numbers.get(scale[0])

@@ -14,7 +14,7 @@ import numpy as np
 from gemexport.formats.gemma.names import role_of
 from gemexport.formats.onnx import canonical_name, graph_files, read_model
 from gemexport.formats.onnx.stored import NO_NUMBERS, Elements
-from gemexport.validators.structure.program import Kind, Number, Operation, Program, rounding
+from gemexport.validators.structure.program import Kind, Number, Operation, Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +29,7 @@ _KINDS: dict[str, Kind] = {
     "Concat": "join", "Add": "add", "Sub": "add", "Mul": "mul", "Div": "div", "Pow": "power", "Tanh": "tanh",
     "Erf": "erf", "Sigmoid": "sigmoid", "Sqrt": "root", "Reciprocal": "root", "ReduceMean": "mean",
     "Softmax": "softmax",
-    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"), "norm"),
+    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), "norm"),
 }  # fmt: skip
 _GELUS = {"FastGelu": "tanh", "BiasGelu": "erf", "QuickGelu": "sigmoid"}
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
@@ -60,11 +60,11 @@ def _constant(program: Program, value: ir.Value, file: Path) -> None:
         dtype = value.const_value.dtype.name
         if dtype not in NO_NUMBERS:
             (number,) = Elements(value, file).at(np.array([0]))
-            program.numbers[name] = Number(float(number), _rounding(dtype))
+            program.numbers[name] = _number(number, dtype)
 
 
-def _rounding(dtype: str) -> float:
-    return rounding(_DTYPES.get(dtype, dtype))
+def _number(value: Any, dtype: str) -> Number:
+    return Number.of(float(value), _DTYPES.get(dtype, dtype))
 
 
 def _add(program: Program, graph: ir.Graph) -> None:
@@ -86,7 +86,7 @@ def _add_constant(program: Program, node: ir.Node) -> None:
     value = node.attributes.get("value")
     stored = None if value is None or value.type.name != "TENSOR" else value.as_tensor()
     if stored is not None and stored.size == 1 and stored.dtype.name not in NO_NUMBERS:
-        program.numbers[name] = Number(float(stored.numpy().reshape(-1)[0]), _rounding(stored.dtype.name))
+        program.numbers[name] = _number(stored.numpy().reshape(-1)[0], stored.dtype.name)
 
 
 def _fold(program: Program, node: ir.Node) -> None:
@@ -106,14 +106,14 @@ def _fold(program: Program, node: ir.Node) -> None:
         # The integer was rounded to: half a step.
         number = Number(value, scale.rounding + (abs(scale.value / value) / 2 if value else 0))
     elif node.op_type == "Cast":
-        number = Number(number.value, number.rounding + _cast_rounding(node))
+        number = Number(number.value, number.rounding + _number(number.value, _cast_to(node)).rounding)
     program.numbers[output] = number
 
 
-def _cast_rounding(node: ir.Node) -> float:
+def _cast_to(node: ir.Node) -> str:
     import onnx_ir as ir
 
-    return _rounding(ir.DataType(node.attributes["to"].as_int()).name)
+    return ir.DataType(node.attributes["to"].as_int()).name
 
 
 def _names(node: ir.Node) -> tuple[str, ...]:
@@ -140,9 +140,19 @@ def _operation(program: Program, node: ir.Node) -> Operation:
         plain = "tanh" if node.attributes.get_string("approximate", "none") == "tanh" else "erf"
         return made("gelu", inputs[:1], mode=_GELUS.get(node.op_type, plain))
     kind = _KINDS.get(node.op_type, "other")
-    if kind in ("same", "norm", "mean", "softmax"):
+    if kind == "norm":
+        epsilon = Number(node.attributes.get_float("epsilon", 1e-5))  # what the operators add where they do not say it
+        return made(kind, inputs[:1], weight=_norm_weight(program, inputs), epsilon=epsilon)
+    if kind in ("same", "mean", "softmax"):
         return made(kind, inputs[:1])
     return made(kind)
+
+
+def _norm_weight(program: Program, inputs: tuple[str, ...]) -> str | None:
+    """The weight of a norm, as it is or with the family's offset added."""
+    scale = inputs[1] if len(inputs) > 1 else ""
+    maker = program.makers.get(scale)
+    return program.behind(maker.inputs[0] if maker is not None and maker.kind == "add" else scale)
 
 
 def _attention(node: ir.Node, made: Callable[..., Operation], inputs: tuple[str, ...]) -> Operation:

@@ -11,7 +11,8 @@ Kind = Literal[
     "linear", "matmul", "attention", "norm", "other",
 ]  # fmt: skip
 LEAST: dict[Kind, int] = {"add": 2, "mul": 2, "div": 2, "matmul": 2, "attention": 2, "other": 0}  # inputs
-ROUNDINGS = {"f16": 2.0**-11, "bf16": 2.0**-8}  # of a constant, relative: half a unit in its last place
+# Of a constant, half a unit in its last place: relative to it, and of the smallest ones that the dtype has.
+ROUNDINGS = {"f16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 2.0**-134)}
 ROUNDING = 2.0**-24  # of one in f32, or of more bits
 
 
@@ -21,6 +22,12 @@ class Number:
 
     value: float
     rounding: float = ROUNDING
+
+    @classmethod
+    def of(cls, value: float, dtype: str) -> Number:
+        """A constant as a dtype stores it: `f16`, `bf16`, or one of more bits."""
+        relative, smallest = ROUNDINGS.get(dtype, (ROUNDING, 0.0))
+        return cls(value, max(relative, smallest / abs(value) if value else 0.0))
 
     def __mul__(self, other: Number) -> Number:
         return Number(self.value * other.value, self.rounding + other.rounding)
@@ -46,7 +53,7 @@ class Operation:
     """What makes values out of values.
 
     `same` moves or stores the numbers of its first input anew, `join` takes each from some of its inputs. `linear` has
-    one input and a `weight`, `attention` the queries and then the keys as inputs.
+    one input and a `weight`, `attention` the queries and then the keys as inputs, and `norm` has a weight if it can.
     """
 
     kind: Kind
@@ -57,6 +64,7 @@ class Operation:
     factor: Number | None = ONE  # of a product or of scores; None of scores: one over the root of a head's size
     softcap: Number | None = None  # of scores; None where there is none
     mode: str = ""  # of a GELU: tanh, erf or sigmoid
+    epsilon: Number | None = None  # what a norm, or a root, adds to what it is taken of
 
 
 @dataclass
@@ -92,8 +100,3 @@ class Program:
                 return None
             value = maker.inputs[0]
         return self.weights[value]
-
-
-def rounding(dtype: str) -> float:
-    """What a dtype may have moved a number by, relative to it."""
-    return ROUNDINGS.get(dtype, ROUNDING)

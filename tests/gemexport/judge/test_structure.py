@@ -28,6 +28,8 @@ FAULTS = {
     "erf for tanh in one GELU": r"what follows gate_proj is GELU by erf in layers 0, the checkpoint says GELU in",
     "attention soft cap 50 in one layer": r"the attention softcap is (50|50\.0\d*) in layers 0, the checkpoint says no",
     "attention scale 0.2 % larger in one layer": r"the attention scale is 1\.00[12]\d* in layers 0, the checkpoint",
+    "epsilon 1e-5 in one norm": r"the epsilon of \S+ is 1e-05( in layers \d)?, the checkpoint says 1e-06",
+    "epsilon 2e-6 in all norms": r"the epsilon of \S+ is 2e-06( in layers \d.*)?, the checkpoint says 1e-06",
     "soft cap lost": r"the soft cap of logits is none, the checkpoint says 30",
 }
 
