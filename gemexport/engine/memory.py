@@ -102,8 +102,9 @@ def reference_memory(checkpoint: Checkpoint, tokens: int) -> int:
     Or, where that is more, some rows of the head in f32, and rounded as whoever plays a program has them.
     """
     decoder, length = checkpoint.architecture, sequence_length(checkpoint.architecture, tokens)
-    # A layer as f32 and, for whoever plays bf16, as that.
-    layer = 6 * sizes(checkpoint.model, length, 0).layer + _made(checkpoint, length)
+    # A layer as f32 and, for whoever plays bf16, as that; with static activations f64 is played too.
+    each = 12 if checkpoint.activations else 6
+    layer = each * sizes(checkpoint.model, length, 0).layer + _made(checkpoint, length)
     head = 2 * min(HEAD, 4 * decoder.vocab_size * decoder.hidden_size)
     return judging_memory(checkpoint) + max(layer, head)
 

@@ -16,6 +16,7 @@ from gemexport.shared.measured import Divergence
 from gemexport.shared.place import (
     FLOORS,
     PLAYED_TOKENS,
+    PRECISE,
     UNROUNDED,
     Place,
     Progress,
@@ -74,7 +75,8 @@ def reference(place: Place, noises: tuple[str, ...], progress: Progress) -> dict
     for name in played_of(noises, checkpoint):
         arithmetic = name.removesuffix(UNROUNDED)
         # Rounding to integers makes two right programs differ, that of caches too, which transformers leaves out.
-        rounded = checkpoint.activations if arithmetic == "f32-reordered" else model_activations(checkpoint)
+        own = arithmetic in ("f32-reordered", PRECISE)
+        rounded = checkpoint.activations if own else model_activations(checkpoint)
         rounded = None if name.endswith(UNROUNDED) else rounded
         exact = place.store("source", checkpoint, tensors, rounded)
         noisy = place.store("source", checkpoint, tensors, rounded, arithmetic)

@@ -20,7 +20,7 @@ F32_TOP1 = 0.999
 # another expert a position is off by a nat, and of 128 positions it is three that make the mean.
 NOISE_FACTOR, NOISE_ERRORS = 2.0, 4.0
 NOISES = {
-    "static-activations": ("f32-reordered",),
+    "static-activations": ("f32-reordered", "f64"),
     "int8-activations-256": ("bf16", "int8-activations", "int8-activations-256"),
     "int8-activations": ("bf16", "int8-activations"),
     "bf16": ("bf16",),

@@ -32,6 +32,7 @@ ALLOCATED = "grids-allocated"
 RANGES = "ranges"
 VECTORS = "ple-codec"  # of the vector codec's fit
 PLAYED_TOKENS = 128  # of the first sequence, on which another f32 is played
+PRECISE = "f64"
 UNROUNDED = " without integers"  # behind the name of an f32 that is played without a checkpoint's static scales
 FLOORS = "reference/floors.json"  # file in it of what other arithmetics are off by
 SOURCE = "source"  # of what is unpacked from a model in one file
@@ -134,12 +135,15 @@ def model_activations(checkpoint: Checkpoint) -> Activations | None:
 
 
 def played_of(noises: Collection[str], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What PyTorch plays: these arithmetics, and those of f32 without a checkpoint's static scales too if it has some.
+    """What PyTorch plays: these arithmetics, and of a checkpoint with static scales some more.
 
-    A program that leaves the scales out is held to the second: integers made of f32 differ a thousand times as much.
+    Those of f32 without the scales, for a program that leaves them out: integers made of f32 differ a thousand times as
+    much. And f64 with them: where PyTorch's own f32 takes another integer, in norms and attention too, sums in another
+    order take the same one, and every other program may not.
     """
-    rounded = [f"{name}{UNROUNDED}" for name in noises if name.startswith("f32")] if checkpoint.activations else []
-    return (*noises, *rounded)
+    if not checkpoint.activations:
+        return tuple(noises)
+    return (*noises, PRECISE, *(f"{name}{UNROUNDED}" for name in noises if name.startswith("f32")))
 
 
 def played_by(played: str, checkpoint: Checkpoint, stored: Activations | None) -> str:

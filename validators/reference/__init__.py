@@ -49,7 +49,8 @@ def reference(
     K-quants ("int8-activations-256"), of 256 where these divide the row; "f32-reordered", which adds the products of a
     matrix in another order, as another implementation would; "f32-f16-gelu", which looks GELU up in a table of f16
     numbers, as llama.cpp does, and takes the deviation of sparse MLPs of n - 1 numbers; "f32-f16-constants", whose
-    factors are f16 numbers, as Core ML has them.
+    factors are f16 numbers, as Core ML has them; "f64", which is off by less than any of them, but where transformers
+    computes in f32 itself: norms, angles, softmax.
 
     Raises ValueError when a tensor that the decoder needs is missing, or one that it does not know is given.
     """
@@ -59,7 +60,7 @@ def reference(
 class Reference:
     """A decoder that is asked for logits, or taken through layer by layer.
 
-    Memory: one layer's weights, 4 or 2 bytes each, or a slice of the head, and what a layer makes of a sequence.
+    Memory: one layer's weights, 2 to 8 bytes each, or a slice of the head, and what a layer makes of a sequence.
     """
 
     def __init__(self, decoder: Decoder, arithmetic: Arithmetic, threads: int) -> None:

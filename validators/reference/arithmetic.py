@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from gemexport.validators.reference import experts
 
 Arithmetic = Literal[
-    "f32", "bf16", "int8-activations", "int8-activations-256", "f32-reordered", "f32-f16-gelu", "f32-f16-constants"
+    "f32", "f64", "bf16", "int8-activations", "int8-activations-256", "f32-reordered", "f32-f16-gelu",
+    "f32-f16-constants",
 ]  # fmt: skip
 
 DTYPES: dict[Arithmetic, torch.dtype] = {
     "f32": torch.float32,
+    "f64": torch.float64,
     "bf16": torch.bfloat16,
     "int8-activations": torch.float32,
     "int8-activations-256": torch.float32,

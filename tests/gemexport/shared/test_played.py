@@ -14,6 +14,6 @@ def test_static_scales_are_played_both_ways(gemma4: Checkpoint, tmp_path: Path) 
     assert played_of(noises, gemma4) == noises
     assert played_by("f32-reordered", gemma4, None) == "f32-reordered"
     mobile = open_checkpoint(SOURCES["mobile"](tmp_path / "mobile"))
-    assert played_of(noises, mobile) == (*noises, "f32-reordered without integers")
+    assert played_of(noises, mobile) == (*noises, "f64", "f32-reordered without integers")
     assert played_by("f32-reordered", mobile, None) == "f32-reordered without integers"
     assert played_by("f32-reordered", mobile, mobile.activations) == "f32-reordered"

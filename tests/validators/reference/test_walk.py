@@ -52,7 +52,7 @@ def test_all_sequences_at_once_are_the_whole_model(
 
 @pytest.mark.parametrize("model", ["tiny_gemma3", "tiny_gemma4"])
 @pytest.mark.parametrize(
-    "arithmetic", ["bf16", "int8-activations", "f32-reordered", "f32-f16-gelu", "f32-f16-constants"]
+    "arithmetic", ["bf16", "int8-activations", "f32-reordered", "f32-f16-gelu", "f32-f16-constants", "f64"]
 )
 def test_noises_go_the_same_way(
     arithmetic: Arithmetic, model: str, request: pytest.FixtureRequest, tmp_path: Path
