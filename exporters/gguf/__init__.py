@@ -48,7 +48,7 @@ from gemexport.formats.gguf.blocks import (
     power_of_two,
     quantize_q8_0,
 )
-from gemexport.formats.gguf.container import Value, Writer, nbytes
+from gemexport.formats.gguf.container import Packed, Value, Writer, nbytes
 from gemexport.formats.pieces import Piece, Pieces, whole
 from gemexport.formats.promise import Promise
 from gemexport.formats.storage.errors import InputError
@@ -102,7 +102,9 @@ def export(
     if variant not in VARIANTS:
         raise ValueError(f"{variant}: GGUF has the variants {', '.join(VARIANTS)}")
     path, model = Path(path), checkpoint.model
-    plan = _plan(checkpoint, variant, imatrix)
+    from gemexport.exporters.gguf.tokenizer import tokenizer  # compiled loops: `supports` is asked without them
+
+    plan = _plan(checkpoint, variant, imatrix, lambda: tokenizer(checkpoint))
     names, kquants, frequencies, notes = plan.names, plan.kquants, plan.frequencies, plan.notes
     with atomic(path) as partial, Writer(partial, plan.metadata, plan.shapes) as out:
         for name, tensor in plan.tensors.items():
@@ -126,10 +128,14 @@ def export(
 
 def size(checkpoint: Checkpoint, *, variant: str = VARIANTS[0], imatrix: Path | None = None) -> int:
     """Bytes of what `export` writes; raises as it does. Of each tensor only a row is read."""
-    plan = _plan(checkpoint, variant, imatrix)
+    from gemexport.exporters.gguf.tokenizer import packed
+
+    plan = _plan(checkpoint, variant, imatrix, lambda: ({}, []))
     kinds = {plan.names[name]: _kind(name, tensor, plan, variant) for name, tensor in plan.tensors.items()}
     kinds |= {name: kind for name, (kind, _) in plan.zeros.items()}
-    return nbytes(plan.metadata, plan.shapes, {**kinds, ROPE_FREQUENCIES: Type.F32})
+    head, words = Packed.of(plan.metadata), packed(checkpoint)
+    metadata = Packed(head.count + words.count, head.data + words.data, head.alignment)
+    return nbytes(metadata, plan.shapes, {**kinds, ROPE_FREQUENCIES: Type.F32})
 
 
 @dataclass(frozen=True)
@@ -155,12 +161,13 @@ class _Plan:
         return shapes | {self.names[name]: shape for name, shape in unread.items()}
 
 
-def _plan(checkpoint: Checkpoint, variant: str, imatrix: Path | None) -> _Plan:
-    from gemexport.exporters.gguf.tokenizer import tokenizer  # compiled loops: `supports` is asked without them
-
+def _plan(
+    checkpoint: Checkpoint, variant: str, imatrix: Path | None, words: Callable[[], tuple[dict[str, Value], list[str]]]
+) -> _Plan:
+    """`words` gives the tokenizer's metadata and notes, once it is known that there is a place for the model."""
     model = checkpoint.model
     require(checkpoint, supports(model, variant), "gguf")
-    tokens, notes = tokenizer(checkpoint)
+    tokens, notes = words()
     values = metadata(model, checkpoint.name, variant) | tokens
     names = file_names(model.family, len(model.decoder.layers))
     kquants = kquants_of(checkpoint, variant, names, imatrix)

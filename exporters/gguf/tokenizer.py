@@ -21,7 +21,7 @@ from gemexport.exporters.streaming import read_settings
 from gemexport.formats.assets.reading import read_tokenizer, uncollected
 from gemexport.formats.checkpoint import Checkpoint
 from gemexport.formats.gguf.config import EOS_IDS, TURN_ENDS
-from gemexport.formats.gguf.container import Value, boolean, float32, int32, string, uint32
+from gemexport.formats.gguf.container import Packed, Value, boolean, float32, int32, string, uint32
 from gemexport.formats.gguf.vocabulary import SAMPLING, SPACE, VISIBLE
 from gemexport.formats.grids.lattice import jit
 from gemexport.formats.storage.errors import InputError
@@ -62,6 +62,19 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Value], list[str]]:
     values |= sampling(generation)
     values |= _chat_template(checkpoint.assets, settings)
     return values, [*vocabulary.notes, *_foreign(source), *notes, *_unsaid(values, vocabulary)]
+
+
+_PACKED: dict[str, Packed] = {}  # of the last checkpoint whose size was asked
+
+
+def packed(checkpoint: Checkpoint) -> Packed:
+    """`tokenizer`'s metadata as bytes, kept for who asks for many sizes: 33 MB of JSON take seconds."""
+    key = f"{checkpoint.path} {checkpoint.assets} {checkpoint.architecture.vocab_size}\n{checkpoint.facts()}"
+    if key not in _PACKED:
+        found = Packed.of(tokenizer(checkpoint)[0])
+        _PACKED.clear()
+        _PACKED[key] = found
+    return _PACKED[key]
 
 
 def build_vocabulary(source: Mapping[str, Any], size: int) -> Vocabulary:

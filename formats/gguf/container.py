@@ -325,11 +325,8 @@ def aligned(position: int, alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
     return -(-position // alignment) * alignment
 
 
-def nbytes(
-    metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, GGMLQuantizationType]
-) -> int:
+def nbytes(packed: Packed, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, GGMLQuantizationType]) -> int:
     """Bytes of a file with these metadata, and with tensors of these shapes and types."""
-    packed = Packed.of(metadata)
     head = len(_head(packed, len(shapes))) + len(_table(shapes, {}))
     data = (Description(name, shape, kinds[name], 0).nbytes for name, shape in shapes.items())
     return aligned(head, packed.alignment) + sum(aligned(size, packed.alignment) for size in data)

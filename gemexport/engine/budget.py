@@ -154,6 +154,7 @@ class Curve:
         self._plain, self._gridded, self._units, self._artefacts = plain, gridded, units, artefacts
         self.widths = held(artefacts)
         self._prices = [self._price(artefact) for artefact in artefacts]
+        self._known: dict[Choice, dict[str, int]] = {}
 
     def _price(self, artefact: Artefact) -> Price:
         """What each width takes: one class of units after the other in it, the others as they are."""
@@ -182,8 +183,10 @@ class Curve:
 
     def sizes(self, choice: Choice) -> dict[str, int]:
         """Bytes of every artefact."""
-        checkpoint = self._with(choice.schemes(self._units))
-        return {str(artefact): artefact.size(checkpoint) for artefact in self._artefacts}
+        if choice not in self._known:
+            checkpoint = self._with(choice.schemes(self._units))
+            self._known[choice] = {str(artefact): artefact.size(checkpoint) for artefact in self._artefacts}
+        return self._known[choice]
 
     def choice(self, goal: Goal) -> Choice:
         """The best choice; InputError where there is none."""
