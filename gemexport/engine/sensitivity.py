@@ -65,7 +65,8 @@ def scratch_bytes(checkpoint: Checkpoint) -> int:
     off = 4 * len(OPTIONS) * sum(min(ROWS, spec.shape[0]) * spec.shape[-1] for spec in linears)
     decoder = checkpoint.architecture
     per_layer = 0 if decoder.per_layer is None else decoder.per_layer.dim
-    states = 4 * len(decoder.layers) * (decoder.hidden_size + 2 * per_layer)
+    streams = 1 if decoder.streams is None else decoder.streams.count
+    states = 4 * len(decoder.layers) * (decoder.hidden_size * streams + 2 * per_layer)
     return off + (GRADIENT_TOKENS + FITTED_TOKENS) * states
 
 

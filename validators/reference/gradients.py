@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gemexport.formats.tensor import Floats
+from gemexport.validators.reference.decoder import by_position
 from gemexport.validators.reference.shelf import Shelf
 from gemexport.validators.reference.walk import Visit, Walk, head_slices
 
@@ -43,21 +44,21 @@ class Backwards:
         """
         walk, last = self._walk, len(self._walk.modules)
         states = [walk.shelf.get(f"hidden-{last}-{number}")[0] for number in range(len(walk.sequences))]
-        rows = torch.cat([state[0, chosen] for state, chosen in zip(states, self._positions, strict=True)])
+        rows = torch.cat([state[..., chosen, :] for state, chosen in zip(states, self._positions, strict=True)], -2)
         with walk.head():
             norms = self._log_sums(rows)
             progress()
             gradient, lost = self._noticed(rows, norms, roundings)
-        parts = gradient.split([len(chosen) for chosen in self._positions])
+        parts = gradient.split([len(chosen) for chosen in self._positions], -2)
         for number, (state, chosen, part) in enumerate(zip(states, self._positions, parts, strict=True)):
             whole = torch.zeros_like(state)
-            whole[0, chosen] = part
+            whole[..., chosen, :] = part
             walk.shelf.put(f"gradient-{number}", whole)
         return lost
 
     def _log_sums(self, rows: torch.Tensor) -> torch.Tensor:
         """log(sum(e^logits)) of each position, `[positions, 1]`."""
-        total = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64)
+        total = torch.full((rows.shape[-2], 1), -torch.inf, dtype=torch.float64)
         for weight in self._slices():
             with self._walk.computing():
                 part = self._logits(weight, rows).double().logsumexp(1, keepdim=True)
@@ -67,15 +68,15 @@ class Backwards:
     def _noticed(
         self, rows: torch.Tensor, norms: torch.Tensor, roundings: Mapping[str, Rounding]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Gradients of the randomly weighted logits, `[positions, hidden]`, and what each rounding costs a position.
+        """Gradients of the randomly weighted logits, shaped as `rows`, and what each rounding costs a position.
 
         With e = 1 or -1 at random, the weights s = sqrt(p) e - p sum(sqrt(p) e) have the covariance of softmax.
         """
         chance = torch.Generator().manual_seed(SEED)
         rows = rows.clone().requires_grad_()
         spread, mean = torch.zeros_like(rows), torch.zeros_like(rows)
-        sums = torch.zeros(len(rows), 1)
-        moments = {name: torch.zeros(2, len(rows[::FEW]), dtype=torch.float64) for name in roundings}
+        sums, few_rows = torch.zeros(rows.shape[-2], 1), rows.detach()[..., ::FEW, :]
+        moments = {name: torch.zeros(2, few_rows.shape[-2], dtype=torch.float64) for name in roundings}
         for weight in self._slices():
             with self._walk.computing(gradients=True):
                 logits = self._logits(weight, rows)
@@ -88,7 +89,7 @@ class Backwards:
             for name, rounding in roundings.items():
                 rounded = torch.from_numpy(rounding(weight.numpy()))
                 with self._walk.computing():
-                    off = self._logits(rounded, rows.detach()[::FEW]) - logits.detach()[::FEW]
+                    off = self._logits(rounded, few_rows) - logits.detach()[::FEW]
                     few = share[::FEW]
                     moments[name] += torch.stack([(few * off).sum(1), (few * off * off).sum(1)])
         lost = {name: float((square - first * first).mean() / 2) for name, (first, square) in moments.items()}
@@ -101,10 +102,10 @@ class Backwards:
             yield decoder.read(decoder.head, start, stop)
 
     def _logits(self, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits `[positions, ids]` of what the last layer gave, for these rows of the head."""
+        """Logits `[positions, ids]` for rows of the head, of what the last layer gave, `[…, positions, hidden]`."""
         model = self._walk.decoder.model
         model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
-        found: torch.Tensor = model(inputs_embeds=rows[None], use_cache=False).logits[0]
+        found: torch.Tensor = model(inputs_embeds=rows, use_cache=False).logits[0]
         return found
 
     def layers(self, watcher: Watcher, progress: Callable[[], None] = lambda: None) -> None:
@@ -162,7 +163,7 @@ class Backwards:
         places = ids.unique(return_inverse=True)[1]
         for ours, rounded, found in zip(mine, theirs, gradients, strict=True):
             if ours is not None and found is not None:
-                noticed = ((rounded - ours) * found)[0].double()
+                noticed = by_position((rounded - ours) * found).double()
                 together = torch.zeros(int(places.max()) + 1, noticed.shape[-1], dtype=torch.float64)
                 total += float(together.index_add_(0, places, noticed).square().sum())
         return total
