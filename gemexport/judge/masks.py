@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 HIDDEN = -1e4  # or less: what is written where f16 has to hold it
+RUN = 0.9  # of the steps of a constant that are 1, or more: what counts positions back from the last token
 STEPS = 4  # from a mask to the softmax: added, and perhaps reshaped or cast
 
 
 def mask_differences(target: str, path: Path) -> tuple[FactReport, ...]:
-    """Every choice between 0 and another number of an ONNX folder that reaches a softmax and hides too little."""
+    """Every choice between 0 and another number of an ONNX folder that reaches a softmax and hides too little.
+
+    And every position that a graph of fixed size gives to a key of its cache, where it is not the next one's.
+    """
     return tuple(_onnx(path)) if target == "onnx" else ()
 
 
@@ -31,11 +35,28 @@ def _onnx(path: Path) -> Iterator[FactReport]:
 
     for file in graph_files(path):
         for node in read_model(file).graph:
+            yield from _counted(node, file)
             if node.op_type == "Where" and _reaches_softmax(node, STEPS):
                 added = [number for value in node.inputs[1:] if (number := _number(value)) is not None]
                 if len(added) == 2 and max(added) == 0 > min(added) > HIDDEN:
                     name = f"what {file.name}: {node.name} adds to scores of tokens that are not seen"
                     yield FactReport(name=name, found=f"{min(added):g}", expected=f"{HIDDEN:g} or less")
+
+
+def _counted(node: ir.Node, file: Path) -> Iterator[FactReport]:
+    """The first step of a row of positions that end with the last token's, added to that, that is not one."""
+    from gemexport.formats.onnx.stored import Elements
+
+    for value in node.inputs if node.op_type == "Add" else ():
+        stored = None if value is None else value.const_value
+        if value is None or stored is None or stored.dtype.name not in ("INT32", "INT64") or stored.size < 3:
+            continue
+        row = Elements(value, file).whole().reshape(-1)
+        steps = np.diff(row)
+        if row[-1] == 0 and RUN <= np.mean(steps == 1) < 1:
+            place = int(np.argmax(steps != 1))
+            name = f"the step of {file.name}: {node.name} from position {row[place]} to the next"
+            yield FactReport(name=name, found=str(steps[place]), expected="1")
 
 
 def _number(value: ir.Value | None) -> float | None:

@@ -19,7 +19,8 @@ HEADS = (Role.HEAD, Role.EMBEDDING)
 # Of GELU in its tanh form, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), and of its fit by a sigmoid.
 CUBIC, ROOT, QUICK = 0.044715, sqrt(2 / pi), 1.702
 STEPS = 64  # from a softmax, or an output, back to its product
-_LOCAL = ("same", "join", "add", "mul", "div", "power", "tanh", "erf", "sigmoid", "gelu")
+# What may lie between a linear and what its GELU is multiplied by: also how a sparse MLP leaves most of it out.
+_LOCAL = ("same", "join", "add", "mul", "div", "power", "tanh", "erf", "sigmoid", "gelu", "mean", "root", "relu")
 
 
 class UnknownWayError(Exception):

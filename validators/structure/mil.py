@@ -25,7 +25,8 @@ _KINDS: dict[str, tuple[Kind, tuple[str, ...]]] = {  # and what it reads of its 
     "real_div": ("div", ("x", "y")), "pow": ("power", ("x", "y")), "square": ("power", ("x",)),
     "tanh": ("tanh", ("x",)), "erf": ("erf", ("x",)), "sigmoid": ("sigmoid", ("x",)), "silu": ("sigmoid", ("x",)),
     "gelu": ("gelu", ("x",)), "rsqrt": ("root", ("x",)), "sqrt": ("root", ("x",)), "inverse": ("root", ("x",)),
-    "reduce_mean": ("mean", ("x",)), "softmax": ("softmax", ("x",)), "linear": ("linear", ("x",)),
+    "reduce_mean": ("mean", ("x",)), "relu": ("relu", ("x",)),
+    "softmax": ("softmax", ("x",)), "linear": ("linear", ("x",)),
     "matmul": ("matmul", ("x", "y")), "scaled_dot_product_attention": ("attention", ("query", "key")),
 }  # fmt: skip
 _GELUS = {"EXACT": "erf", "TANH_APPROXIMATION": "tanh", "SIGMOID_APPROXIMATION": "sigmoid"}

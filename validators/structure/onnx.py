@@ -28,7 +28,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(_SAME, "same"),
     "Concat": "join", "Add": "add", "Sub": "add", "Mul": "mul", "Div": "div", "Pow": "power", "Tanh": "tanh",
     "Erf": "erf", "Sigmoid": "sigmoid", "Sqrt": "root", "Reciprocal": "root", "ReduceMean": "mean",
-    "Softmax": "softmax",
+    "Relu": "relu", "Softmax": "softmax",
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), "norm"),
 }  # fmt: skip
 _GELUS = {"FastGelu": "tanh", "BiasGelu": "erf", "QuickGelu": "sigmoid"}
@@ -143,7 +143,7 @@ def _operation(program: Program, node: ir.Node) -> Operation:
     if kind == "norm":
         epsilon = Number(node.attributes.get_float("epsilon", 1e-5))  # what the operators add where they do not say it
         return made(kind, inputs[:1], weight=_norm_weight(program, inputs), epsilon=epsilon)
-    if kind in ("same", "mean", "softmax"):
+    if kind in ("same", "mean", "relu", "softmax"):
         return made(kind, inputs[:1])
     return made(kind)
 

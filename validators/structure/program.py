@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal[
-    "same", "join", "add", "mul", "div", "power", "tanh", "erf", "sigmoid", "gelu", "root", "mean", "softmax",
+    "same", "join", "add", "mul", "div", "power", "tanh", "erf", "sigmoid", "gelu", "root", "mean", "relu", "softmax",
     "linear", "matmul", "attention", "norm", "other",
 ]  # fmt: skip
 LEAST: dict[Kind, int] = {"add": 2, "mul": 2, "div": 2, "matmul": 2, "attention": 2, "other": 0}  # inputs
