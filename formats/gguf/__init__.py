@@ -42,7 +42,7 @@ _BESIDE = {Role.ROUTER_SCALE: Role.ROUTER, Role.EXPERT_SCALE: Role.EXPERT_DOWN}
 # What gguf-py's map calls modules that are none of transformers'.
 _OWN = {Role.FIRST_DENSE: "dense_2_out", Role.SECOND_DENSE: "dense_3_out"}
 # Matrices of which the file has a stack, by the name of that in gguf-py's map.
-STACKS = {SPREADS: "model.altup_projections", GATHERINGS: "model.altup_unembed_projections"}
+STACKS = {roles: CANONICAL.name(roles[0]).removesuffix(f".0{WEIGHT}") for roles in (SPREADS, GATHERINGS)}
 PER_LAYER_ROWS = "gemexport.per_layer_vocabulary"
 """Metadata key (uint32): how many rows of the per-layer embeddings are the model's; the rest is the first of them."""
 # Other converters keep the gate and the up projections of experts apart, which llama.cpp takes as well.
