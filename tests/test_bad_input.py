@@ -411,6 +411,21 @@ def test_full_disk(
     assert not list(small_disk.iterdir())
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_judging_keeps_the_artefact(
+    tiny_gemma3: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was the artefact that a full disk was blamed on: `do not use it`."""
+    monkeypatch.setattr("gemexport.run.check_room", lambda *_: None)
+    out = small_disk / "out"
+    with pytest.raises(SystemExit) as ended:
+        main(["gguf", str(tiny_gemma3), "-o", str(out)])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert shown.err.splitlines()[-1].endswith("the disk is full; free some space, or choose another folder with -o")
+    assert "do not use" not in shown.out
+    assert [path.name for path in (out / "gguf").iterdir()] == ["tiny-gemma3-Q4_0.gguf"]
+
+
 DOWN = "model.layers.1.mlp.down_proj"
 
 

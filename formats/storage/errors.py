@@ -44,3 +44,7 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Exceptions cross process borders pickled, and the default would call us with the message alone.
         return type(self), (self.path, self.problem, self.remedy)
+
+
+class PlaceError(InputError):
+    """A place that is written to is at fault, by a full disk, a limit or permissions, and nothing that was read."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import PlaceError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -92,14 +92,14 @@ def _remove_quietly(path: Path) -> None:
 
 
 def explained(error: OSError, path: Path) -> Exception:
-    """An InputError for the system errors that a user can mend (full disk, permissions), else `error` itself."""
+    """A PlaceError for the system errors that a user can mend (full disk, permissions), else `error` itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(path, "the disk is full", "free some space, or choose another folder with -o")
+        return PlaceError(path, "the disk is full", "free some space, or choose another folder with -o")
     if error.errno == errno.EFBIG:
-        return InputError(path, "is larger than a file may be here", "see `ulimit -f`, or choose another folder")
+        return PlaceError(path, "is larger than a file may be here", "see `ulimit -f`, or choose another folder")
     if error.errno in _REFUSED:
         reason = os.strerror(error.errno).lower()
-        return InputError(path, f"cannot be written ({reason})", "choose another folder with -o")
+        return PlaceError(path, f"cannot be written ({reason})", "choose another folder with -o")
     return error
 
 

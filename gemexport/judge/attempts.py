@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import InputError, PlaceError
 from gemexport.shared.measured import UnjudgedReport
 
 Found = TypeVar("Found")
@@ -34,11 +34,13 @@ class Attempts:
     def make(self, part: str, attempt: Callable[[], Found]) -> Found | None:
         """What `attempt` returns; None where it raises, which is kept as this part's ending.
 
-        An InputError is what is wrong with the artefact, anything else a fault of what judges it: its traceback goes
-        where the step prints.
+        An InputError is what is wrong with the artefact, but for one of a place that is written to; anything else is a
+        fault of what judges it: its traceback goes where the step prints.
         """
         try:
             return attempt()
+        except PlaceError as error:
+            self.fail(part, f"{error.problem}; {error.remedy}")
         except InputError as error:
             reason = f"{error.problem}; {error.remedy}"
             self._unjudged.append(UnjudgedReport(part=part, because="refused", reason=reason))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,42 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tiny_gemma3: Path, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (143, "gemexport: interrupted\n")
     assert done.stdout == "0 True\n"
     assert not list(tmp_path.iterdir())
+
+
+def _gone(group: int) -> bool:
+    """Whether no process of the group is left: what a step started ends as soon as it sees that the step is gone."""
+    for _ in range(1000):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("seen", "kept"), [("grids.partial", []), ("logs/export*", []), ("logs/validate*", ["tiny-gemma3-Q4_0.gguf"])]
+)
+def test_sigterm_in_the_middle_of_a_step_leaves_what_is_whole(
+    seen: str, kept: list[str], tiny_gemma3: Path, tmp_path: Path
+) -> None:
+    """Sent when a step's traces are `seen` in the work folder: grids, an export, and a validator.
+
+    An export of a model so small may be done before the signal is there; then its file is whole, and kept.
+    """
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "gemexport.cli", "gguf", str(tiny_gemma3), "-o", str(out)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    while run.poll() is None and not list((out / ".gemexport").glob(seen)):
+        time.sleep(0.001)
+    run.terminate()
+    _, said = run.communicate(timeout=120)
+    assert (run.returncode, said.splitlines()[-1]) == (143, "gemexport: interrupted")
+    assert _gone(run.pid)
+    left = [path.name for path in out.rglob("*.gguf*")]
+    assert left in (kept, ["tiny-gemma3-Q4_0.gguf"])
+    assert not [path for path in out.rglob("*.partial") if path.parent.name != ".gemexport"]
+    assert out.exists() == bool(left)
 
 
 @pytest.mark.parametrize("existed", [False, True])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import UserDict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gemexport.formats.storage.files import explained
 
 
 class Shelf:
@@ -16,9 +19,20 @@ class Shelf:
         self._folder = folder
 
     def put(self, name: str, *tensors: torch.Tensor | None) -> None:
-        """Keep these, in their dtype and strides, in place of what had the name."""
+        """Keep these, in their dtype and strides, in place of what had the name; PlaceError where there is no room."""
         # A view is saved with all that it is a view of.
-        torch.save([None if tensor is None else tensor.clone() for tensor in tensors], self._folder / name)
+        kept = [None if tensor is None else tensor.clone() for tensor in tensors]
+        path = self._folder / name
+        try:
+            torch.save(kept, path)
+        except RuntimeError:  # its stream does not say why it cannot write; a file does
+            whole = BytesIO()
+            torch.save(kept, whole)
+            path.unlink(missing_ok=True)
+            try:
+                path.write_bytes(whole.getbuffer())
+            except OSError as error:
+                raise explained(error, path) from error
 
     def get(self, name: str) -> list[Any]:
         """What was kept under the name, an empty list for nothing."""

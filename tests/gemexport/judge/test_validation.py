@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ import pytest
 
 from gemexport.engine import steps
 from gemexport.formats.grids.recipe import load_recipe
-from gemexport.formats.storage.errors import InputError
+from gemexport.formats.storage.errors import InputError, PlaceError
 from gemexport.judge import validation
 from gemexport.judge.attempts import Attempts
 from gemexport.judge.verdict import bounds
@@ -159,7 +160,16 @@ def test_attempts_keep_what_they_were_of() -> None:
     assert attempts.make("weights", lambda: 3) == 3
     assert attempts.make("metadata", lambda: 1 / 0) is None
     attempts.leave_out("chat", "nothing there")
+
+    def refused(error: InputError) -> None:
+        raise error
+
+    for kind in (InputError, PlaceError):  # what an artefact is to blame for, and what it is not
+        attempts.make("tokenizer", partial(refused, kind("x", "is full", "free some")))
     assert [str(item) for item in attempts.unjudged] == [
         "metadata not judged: ZeroDivisionError: division by zero",
         "chat not judged: nothing there",
+        "tokenizer not judged: is full; free some",
+        "tokenizer not judged: is full; free some",
     ]
+    assert [item.because for item in attempts.unjudged] == ["crashed", "left out", "refused", "crashed"]
