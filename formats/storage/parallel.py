@@ -1,7 +1,7 @@
 """Work on slices side by side, in threads (the compiled loops release the lock), with a bounded number in memory.
 
 What is in memory at a time does not grow with the cores: slices are so small that `IN_FLIGHT` has room for
-five, and there are no more threads than that: fewer where rows are long. Slices are the same whatever the number of
+six, and there are no more threads than that: fewer where rows are long. Slices are the same whatever the number of
 threads, so that sums over them are, too. Small ones also stay in a core's cache.
 """
 
@@ -19,8 +19,8 @@ from gemexport.formats.tensor import Tensor, matrix_of, slices
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 20 << 20  # bytes of float32 values that all threads together work on
-SLICE = 4 << 20  # of these in a slice: below it, handing slices to threads takes as long as working on them
+IN_FLIGHT = 18 << 20  # bytes of float32 values that all threads together work on
+SLICE = 3 << 20  # of these in a slice: below it, handing slices to threads takes as long as working on them
 
 
 def room(item_bytes: int, threads: int | None = None) -> int:
