@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,22 @@ def _external(stored: ir.ExternalTensor, file: Path) -> NDArray[np.uint8]:
     start, length = stored.offset or 0, int(stored.nbytes if stored.length is None else stored.length)
     if length != stored.nbytes or start + length > path.stat().st_size:
         raise InputError(path, f"is too short for {stored.name}", BROKEN)
-    return np.memmap(path, np.uint8, "r", offset=start, shape=(length,)) if length else np.empty(0, np.uint8)
+    return _mapped(path)[start : start + length] if length else np.empty(0, np.uint8)
+
+
+# The files of which bytes are in use, by what tells one from another. Each mapping keeps its file open, and a graph has
+# more tensors than a process may have open files.
+_MAPPED: WeakValueDictionary[tuple[str, int, int, int, int], NDArray[np.uint8]] = WeakValueDictionary()
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """All bytes of a file that has some, mapped once however many tensors lie in it."""
+    found = path.stat()
+    key = (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    mapped = _MAPPED.get(key)
+    if mapped is None:
+        mapped = _MAPPED[key] = np.memmap(path, np.uint8, "r")
+    return mapped
 
 
 def _is_beside(path: Path, file: Path) -> bool:

@@ -10,10 +10,11 @@ import pytest
 
 from gemexport.formats.onnx import canonical_name, tensors
 from gemexport.formats.onnx.blocks import pack, pack_signed
+from gemexport.formats.onnx.stored import raw
 from gemexport.formats.storage.errors import InputError
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnx_ir")
+ir = pytest.importorskip("onnx_ir")
 
 OUT, IN, BLOCK = 6, 64, 32
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -193,3 +194,17 @@ def test_graphs_of_one_folder_must_agree(tmp_path: Path) -> None:
         save(tmp_path / f"{name}.onnx", [matmul_nbits(WEIGHT)], [packed(WEIGHT), tensor("s", SCALES)], **options)
     with pytest.raises(InputError, match="another one"):
         tensors(tmp_path)
+
+
+def test_a_file_is_opened_once_however_many_tensors_lie_in_it(tmp_path: Path) -> None:
+    # Each mapping keeps its file open: Gemma 3n's graphs for NPUs have more tensors than a process may have open files.
+    (tmp_path / "m.data").write_bytes(bytes(range(200)))
+    kept, before = [], len(list(Path("/dev/fd").iterdir()))
+    for place in range(200):
+        stored = ir.ExternalTensor(
+            "m.data", place, 1, ir.DataType.UINT8, name=f"t{place}", shape=ir.Shape([1]), base_dir=str(tmp_path)
+        )
+        value = ir.Value(name=stored.name, const_value=stored)
+        kept.append(raw(value, tmp_path / "m.onnx"))
+    assert [int(found[0]) for found in kept] == list(range(200))
+    assert len(list(Path("/dev/fd").iterdir())) <= before + 2
