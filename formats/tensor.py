@@ -290,8 +290,8 @@ def round_to(values: Floats, dtype: DType) -> Floats:
 def holding(values: Floats, dtypes: Sequence[DType] = ("bf16", "f16")) -> tuple[DType, ...]:
     """Those of the dtypes that hold every value exactly; none holds NaN.
 
-    Seen from the bits, in a fifth of the time that rounding takes: a value that bf16 holds ends in 16 zeros, one that
-    f16 holds in 13, unless it is large or small.
+    Seen from the bits, which is quicker than to round: a value that bf16 holds ends in 16 zeros, one that f16 holds in
+    13. Only among these some are too large or too small for f16, and are rounded to tell.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     magnitudes = bits & np.uint32(0x7FFFFFFF)

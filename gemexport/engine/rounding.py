@@ -124,7 +124,7 @@ def _chosen(
         embedder=checkpoint.model.embedder,
     )  # fmt: skip
     tensors, output = checkpoint.tensors, head(checkpoint.model)
-    with computed.walk(sequences, place.work) as walk:
+    with computed.walk(sequences) as walk:
         for visit in walk.layers():
             for group in visit.together():
                 names = [name for name in group if name in wanted]

@@ -126,9 +126,9 @@ class _Measuring:
         held_out = spread(self.sequences, min(GRADIENT_TOKENS, sum(map(len, self.sequences)) // 3))
         others = [sequence for sequence in self.sequences if sequence not in held_out] or self.sequences
         with (
-            TemporaryDirectory(prefix="off-", dir=self.place.work) as folder,
-            reference.walk(others, self.place.work) as forwards,
-            reference.walk(held_out, self.place.work, keeps=True) as kept,
+            TemporaryDirectory(prefix="off-") as folder,
+            reference.walk(others) as forwards,
+            reference.walk(held_out, keeps=True) as kept,
         ):
             self._forwards(reference, forwards, kept, Path(folder))
             self._backwards(kept, Path(folder), tables, self._won(forwards, kept, tables))
@@ -220,7 +220,7 @@ class _Measuring:
         found = []
         for scheme in OPTIONS:
             table = _Rounded(self.checkpoint.tensors[name], scheme)
-            with self._reference({name: table}).walk(kept.sequences, self.place.work) as other:
+            with self._reference({name: table}).walk(kept.sequences) as other:
                 found.append(back.entered(other))
         return np.array(found)
 

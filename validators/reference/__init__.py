@@ -72,7 +72,9 @@ class Reference:
     def walk(
         self, sequences: Sequence[Sequence[int]], beside: Path | None = None, keeps: bool = False
     ) -> Iterator[Walk]:
-        """These sequences on their way through the layers; what waits lies in a folder in `beside` meanwhile.
+        """These sequences on their way through the layers; what waits lies in a folder in `beside`.
+
+        Without one it lies where temporary files go.
 
         One that `keeps` what went into each layer can be gone back (`gradients`).
         """
